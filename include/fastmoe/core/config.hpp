@@ -1,0 +1,23 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// The few macros of the library: where a function may run, and which versioned namespace it lives in.
+#pragma once
+
+#if defined(__CUDACC__)
+#define FASTMOE_HOST_DEVICE __host__ __device__
+#else
+/// Marks a function that every executor may call; empty for a plain C++ compiler.
+#define FASTMOE_HOST_DEVICE
+#endif
+
+#if !defined(FASTMOE_ABI)
+/// The versioned inline namespace, so that two versions of the library can live in one program.
+#define FASTMOE_ABI v0_1
+#endif
+
+#if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__)) && !defined(__CUDA_ARCH__)
+/// 1 where x86 instruction sets beyond the consumer's flags can be chosen at run time.
+#define FASTMOE_X86_DISPATCH 1
+#else
+#define FASTMOE_X86_DISPATCH 0
+#endif

@@ -1,0 +1,111 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// The element types: double, float, bfloat16 and half, their conversions, and the type each accumulates in.
+#pragma once
+
+#include <concepts>
+#include <cstdint>
+
+#include <cuda/std/bit>
+
+#include <fastmoe/core/config.hpp>
+
+namespace fastmoe::inline FASTMOE_ABI {
+
+namespace detail {
+
+/// Rounds to the nearest bfloat16, ties to even; NaN stays NaN. Branch-free, so that loops over it vectorize.
+FASTMOE_HOST_DEVICE constexpr std::uint16_t bfloat16_bits(float value) noexcept
+{
+    const auto u = ::cuda::std::bit_cast<std::uint32_t>(value);
+    const std::uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    const bool nan = (u & 0x7fffffffu) > 0x7f800000u;
+    return static_cast<std::uint16_t>(nan ? ((u >> 16) | 0x40u) : rounded);
+}
+
+/// Rounds to the nearest IEEE binary16, ties to even; overflow gives infinity.
+FASTMOE_HOST_DEVICE constexpr std::uint16_t half_bits(float value) noexcept
+{
+    using ::cuda::std::bit_cast;
+    const auto u = bit_cast<std::uint32_t>(value);
+    const std::uint32_t magnitude = u & 0x7fffffffu;
+    // Subnormal results: adding 0.5 aligns the mantissa so that the hardware rounds it.
+    const auto subnormal = bit_cast<std::uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+    const std::uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    const std::uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
+    const std::uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+    const std::uint32_t out = magnitude >= 0x47800000u ? special : finite;
+    return static_cast<std::uint16_t>((u >> 16 & 0x8000u) | out);
+}
+
+FASTMOE_HOST_DEVICE constexpr float half_value(std::uint16_t bits) noexcept
+{
+    using ::cuda::std::bit_cast;
+    const std::uint32_t sign = (bits & 0x8000u) << 16;
+    const std::uint32_t magnitude = bits & 0x7fffu;
+    const std::uint32_t normal = (magnitude << 13) + 0x38000000u;
+    const std::uint32_t special = (magnitude << 13) + 0x70000000u;
+    // Subnormals: place the mantissa below 0.5 and subtract it again, exactly.
+    const auto subnormal = bit_cast<std::uint32_t>(bit_cast<float>(magnitude + 0x3f000000u) - 0.5f);
+    const std::uint32_t out = magnitude < 0x400u ? subnormal : (magnitude >= 0x7c00u ? special : normal);
+    return bit_cast<float>(sign | out);
+}
+
+} // namespace detail
+
+/// Brain floating point, 8 exponent bits; the layout of CUDA's __nv_bfloat16. Arithmetic happens in float.
+struct bfloat16 {
+    std::uint16_t bits;
+
+    bfloat16() = default;
+    FASTMOE_HOST_DEVICE constexpr explicit bfloat16(float value) noexcept : bits(detail::bfloat16_bits(value)) {}
+    FASTMOE_HOST_DEVICE constexpr operator float() const noexcept
+    {
+        return ::cuda::std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
+    }
+};
+
+/// IEEE binary16; the layout of CUDA's __half. Arithmetic happens in float.
+struct half {
+    std::uint16_t bits;
+
+    half() = default;
+    FASTMOE_HOST_DEVICE constexpr explicit half(float value) noexcept : bits(detail::half_bits(value)) {}
+    FASTMOE_HOST_DEVICE constexpr operator float() const noexcept { return detail::half_value(bits); }
+};
+
+/// The element types that every verb takes.
+template <class T>
+concept scalar = std::same_as<T, double> || std::same_as<T, float> || std::same_as<T, bfloat16> || std::same_as<T, half>;
+
+namespace detail {
+template <class T>
+struct accumulator {
+    using type = float;
+};
+template <>
+struct accumulator<double> {
+    using type = double;
+};
+} // namespace detail
+
+/// What sums, logits and routing weights are kept in: double for double, float for all others.
+template <class T>
+using accumulate_t = typename detail::accumulator<T>::type;
+
+template <class T>
+inline constexpr const char* dtype_name = nullptr;
+template <>
+inline constexpr const char* dtype_name<double> = "float64";
+template <>
+inline constexpr const char* dtype_name<float> = "float32";
+template <>
+inline constexpr const char* dtype_name<bfloat16> = "bfloat16";
+template <>
+inline constexpr const char* dtype_name<half> = "float16";
+template <>
+inline constexpr const char* dtype_name<std::int32_t> = "int32";
+template <>
+inline constexpr const char* dtype_name<std::int64_t> = "int64";
+
+} // namespace fastmoe::inline FASTMOE_ABI

@@ -1,0 +1,118 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// How the library refuses: typed exceptions whose text names the argument, its value and what was expected.
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include <fastmoe/core/config.hpp>
+
+namespace fastmoe::inline FASTMOE_ABI {
+
+using std::int32_t;
+using std::int64_t;
+
+/// The base of everything the library throws.
+struct error : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+/// An argument that breaks a documented precondition.
+struct invalid_argument : error {
+    using error::error;
+};
+/// Memory that could not be had, or a workspace that is too small.
+struct out_of_memory : error {
+    using error::error;
+};
+/// A failure that the CUDA runtime or a CUDA library reported.
+struct cuda_error : error {
+    using error::error;
+};
+/// A peer that failed, disagreed or did not answer before the deadline.
+struct comm_error : error {
+    using error::error;
+};
+/// A file that is truncated, corrupt or not in the documented format.
+struct format_error : error {
+    using error::error;
+};
+
+/// A place in the source; std::source_location without its header, which clang 14 does not have.
+struct location {
+    const char* file;
+    int line;
+
+    static constexpr location current(const char* file = __builtin_FILE(), int line = __builtin_LINE()) noexcept
+    {
+        return {file, line};
+    }
+};
+
+/// Throws Error with the given text; aborts with the same text where exceptions are switched off.
+template <class Error = invalid_argument>
+[[noreturn]] inline void raise(const std::string& text, location where = location::current())
+{
+    const char* name = where.file;
+    for (const char* p = where.file; *p != '\0'; ++p)
+        if (*p == '/') name = p + 1;
+    const std::string full = "fastmoe: " + text + " [" + name + ":" + std::to_string(where.line) + "]";
+#if defined(__cpp_exceptions)
+    throw Error(full);
+#else
+    std::fprintf(stderr, "%s\n", full.c_str());
+    std::abort();
+#endif
+}
+
+namespace detail {
+
+inline std::string to_text(const char* s) { return s; }
+inline std::string to_text(const std::string& s) { return s; }
+inline std::string to_text(bool b) { return b ? "true" : "false"; }
+inline std::string to_text(const void* p)
+{
+    char out[32];
+    std::snprintf(out, sizeof out, "%p", p);
+    return out;
+}
+inline std::string to_text(double d)
+{
+    char out[40];
+    std::snprintf(out, sizeof out, "%g", d);
+    return out;
+}
+template <class T>
+    requires std::is_integral_v<T>
+std::string to_text(T n)
+{
+    return std::to_string(n);
+}
+
+/// A truth with the place where it was asked, so that expects() can be variadic.
+struct condition {
+    bool holds;
+    location where;
+
+    constexpr condition(bool ok, location at = location::current()) noexcept : holds(ok), where(at) {}
+};
+
+} // namespace detail
+
+/// Throws invalid_argument "<argument> is <actual>; expected <expected...>" unless the condition holds.
+/// The text is built only on failure. Strings, numbers, pointers and shapes can be parts of it.
+template <class Error = invalid_argument, class Actual, class... Expected>
+inline void expects(detail::condition ok, const char* argument, const Actual& actual, const Expected&... expected)
+{
+    if (ok.holds) [[likely]]
+        return;
+    using detail::to_text;
+    const std::string begin = to_text(argument) + " is " + to_text(actual) + "; expected ";
+    raise<Error>((begin + ... + to_text(expected)), ok.where);
+}
+
+} // namespace fastmoe::inline FASTMOE_ABI

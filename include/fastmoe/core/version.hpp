@@ -1,0 +1,14 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// The version of the headers; semantic versioning.
+#pragma once
+
+#include <fastmoe/core/config.hpp>
+
+namespace fastmoe::inline FASTMOE_ABI {
+
+inline constexpr int version_major = 0;
+inline constexpr int version_minor = 1;
+inline constexpr int version_patch = 0;
+
+} // namespace fastmoe::inline FASTMOE_ABI

@@ -1,0 +1,74 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// The executor concept: what every verb takes first, and the two parallel loops that every verb is written over.
+#pragma once
+
+#include <concepts>
+#include <cstddef>
+
+#include <fastmoe/core/tensor.hpp>
+#include <fastmoe/exec/fault.hpp>
+#include <fastmoe/exec/team.hpp>
+
+namespace fastmoe::inline FASTMOE_ABI {
+
+namespace detail {
+struct element_archetype {
+    FASTMOE_HOST_DEVICE void operator()(int64_t) const {}
+};
+struct row_archetype {
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team&, int64_t) const
+    {
+    }
+};
+} // namespace detail
+
+/// Gives and takes back memory that its own parallel loops can reach.
+template <class Executor>
+concept allocates = requires(Executor& ex, void* p, int64_t n) {
+    { ex.allocate(n) } -> std::same_as<void*>;
+    ex.deallocate(p, n);
+};
+
+/// Runs f(i) for i in [0, n).
+template <class Executor>
+concept runs_elements = requires(Executor& ex, int64_t n) { ex.for_each(n, detail::element_archetype{}); };
+
+/// Runs f(team, row) for every row in [0, n).
+template <class Executor>
+concept runs_rows = requires(Executor& ex, int64_t n, row_hint hint) { ex.for_each_row(n, detail::row_archetype{}, hint); };
+
+/// Records faults that parallel work finds, and throws them: at the end of a verb if the verb has ended by then
+/// (deliver_faults), or when the executor is waited for (synchronize).
+template <class Executor>
+concept reports_faults = requires(Executor& ex) {
+    { ex.faults() } -> std::same_as<fault_recorder>;
+    ex.deliver_faults();
+    ex.synchronize();
+};
+
+template <class Executor>
+concept executor = allocates<Executor> && runs_elements<Executor> && runs_rows<Executor> && reports_faults<Executor>;
+
+/// f(i) for i in [0, n), in parallel; f is a copyable functor whose operator() is FASTMOE_HOST_DEVICE.
+template <executor Executor, class F>
+void for_each(Executor& ex, int64_t n, const F& f)
+{
+    if (n > 0) ex.for_each(n, f);
+}
+
+/// f(team, row) for row in [0, n), in parallel; the lanes of a team call it together.
+template <executor Executor, class F>
+void for_each_row(Executor& ex, int64_t n, const F& f, row_hint hint)
+{
+    expects(hint.scratch_bytes <= team_scratch_bytes, "scratch_bytes", hint.scratch_bytes, "at most ", team_scratch_bytes);
+    if (n > 0) ex.for_each_row(n, f, hint);
+}
+
+/// A verb's body. The generic source is the partial specialization over Executor; a tuned twin in cuda/ is the full
+/// specialization for its executor, so that a qualified call can never skip it.
+template <class Verb, class Executor>
+struct implementation;
+
+} // namespace fastmoe::inline FASTMOE_ABI

@@ -1,0 +1,94 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// The expert concept: what a layer asks of the networks behind the gate. One object stands for all experts of a layer.
+#pragma once
+
+#include <concepts>
+#include <utility>
+
+#include <fastmoe/gemm/grouped_gemm.hpp>
+
+namespace fastmoe::inline FASTMOE_ABI {
+
+/// What an expert is given: rows in expert order, as a view through the plan, and the routing weights of the rows.
+template <class T>
+struct expert_input {
+    using real = accumulate_t<T>;
+
+    indexed_rows<T> x;                    // (S,D)  row of slot s is x.row(s); null for padding
+    row_groups groups;                    //        rows of each expert
+    vector_view<const real> weights;      // (C)    routing weights
+    vector_view<const int32_t> choice_of; // (S)    -1: padding
+
+    FASTMOE_HOST_DEVICE real weight(int64_t s) const noexcept
+    {
+        const int64_t c = choice_of(s);
+        return c < 0 ? real(0) : weights(c);
+    }
+};
+
+/// Names the type of its weights: a struct of views, templated on the element type, that converts from T to const T.
+template <class E, class T>
+concept names_weights = requires {
+    typename E::template weights<T>;
+    typename E::template weights<const T>;
+};
+
+/// Gives the views of its weights from an arena: `reserve_weights<T>(arena&, experts)`.
+template <class E, class T>
+concept reserves_weights = requires(const E& e, arena& memory, int64_t n) { e.template reserve_weights<T>(memory, n); };
+
+/// Says what it keeps for its backward: `reserve_saved<T>(arena&, slots)`.
+template <class E, class T>
+concept declares_saved = requires(const E& e, arena& memory, int64_t n) { e.template reserve_saved<T>(memory, n); };
+
+/// The types of what an expert keeps from forward to backward, and from backward to its weight gradients.
+template <class E, class T>
+using saved_of = decltype(std::declval<const E&>().template reserve_saved<T>(std::declval<arena&>(), int64_t{}));
+template <class E, class T>
+using pending_of = decltype(std::declval<const E&>().template reserve_pending<T>(std::declval<arena&>(), int64_t{}));
+
+/// States whether its backward yields the gradient of the routing weights (`applies_weights`; if not, the layer keeps the
+/// outputs and takes it from them), and whether combine() is to apply them (`weighs_output()`).
+template <class E>
+concept states_weighing = requires(const E& e) {
+    { E::applies_weights } -> std::convertible_to<bool>;
+    { e.weighs_output() } -> std::convertible_to<bool>;
+};
+
+/// y[s] = expert e(s) of x[s]: forward keeps `saved`, infer keeps nothing.
+template <class E, class Executor, class T>
+concept runs_forward = requires(const E& e, Executor& ex, const expert_input<T>& in,
+                                const typename E::template weights<const T>& w,
+                                const saved_of<E, T>& saved,
+                                matrix_view<T> y, arena& scratch) {
+    e.forward(ex, in, w, saved, y, scratch);
+    e.infer(ex, in, w, y, scratch);
+};
+
+/// backward: dx rows, and dweights (C) if it applies the weights; what its weight gradients need goes to `pending`.
+/// weight_gradients: later, from saved and pending.
+template <class E, class Executor, class T>
+concept runs_backward = requires(const E& e, Executor& ex, const expert_input<T>& in,
+                                 const typename E::template weights<const T>& w,
+                                 const saved_of<E, T>& saved,
+                                 const pending_of<E, T>& pending,
+                                 indexed_rows<T> dy, matrix_view<T> dx, vector_view<accumulate_t<T>> dweights,
+                                 const typename E::template weights<T>& gradients, arena& scratch) {
+    e.backward(ex, in, w, saved, dy, pending, dx, dweights, scratch);
+    e.weight_gradients(ex, in, saved, dy, pending, gradients, write_mode::overwrite, scratch);
+};
+
+/// All of it. `dy` is the gradient of the combined output, by token, for an expert that applies the weights; of its own
+/// rows, already weighted, for one that does not.
+template <class E, class Executor, class T>
+concept expert_policy = names_weights<E, T> && reserves_weights<E, T> && declares_saved<E, T> && states_weighing<E> &&
+                        runs_forward<E, Executor, T>;
+
+template <class E, class Executor, class T>
+concept trainable_expert = expert_policy<E, Executor, T> && runs_backward<E, Executor, T>;
+
+/// What an expert keeps that recomputes all from its input.
+struct nothing_saved {};
+
+} // namespace fastmoe::inline FASTMOE_ABI

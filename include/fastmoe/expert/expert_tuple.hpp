@@ -1,0 +1,156 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// Experts of different types behind one gate: the first n0 ids belong to the first, the next n1 to the second, and so on.
+#pragma once
+
+#include <fastmoe/expert/expert.hpp>
+
+namespace fastmoe::inline FASTMOE_ABI {
+
+/// `count` experts of one type.
+template <class Expert>
+struct several {
+    Expert expert;
+    int64_t count = 0;
+};
+template <class Expert>
+several(Expert, int64_t) -> several<Expert>;
+
+/// Two sets of views side by side.
+template <class First, class Second>
+struct both {
+    First first;
+    Second second;
+
+    template <class A, class B>
+        requires(std::convertible_to<First, A> && std::convertible_to<Second, B>)
+    operator both<A, B>() const
+    {
+        return {first, second};
+    }
+};
+
+namespace detail {
+
+/// The part of an input that belongs to experts [first, first + count).
+template <class T>
+expert_input<T> part_of(const expert_input<T>& in, int64_t first, int64_t count)
+{
+    auto part = in;
+    part.groups.counts = slice(in.groups.counts, first, count);
+    part.groups.offsets = slice(in.groups.offsets, first, count + 1);
+    return part;
+}
+
+} // namespace detail
+
+/// Two types of experts behind one gate; either may be a pair again. Each type runs its own grouped GEMMs over its own
+/// experts' rows of the same buffers. Both must agree on `applies_weights`. Weights, saved state and gradients are pairs.
+template <class First, class Second>
+struct expert_pair {
+    several<First> first;
+    several<Second> second;
+
+    static_assert(First::applies_weights == Second::applies_weights,
+                  "experts of one layer either all yield the gradient of the routing weights or none does");
+    static constexpr bool applies_weights = First::applies_weights;
+    template <class T>
+    using weights = both<typename First::template weights<T>, typename Second::template weights<T>>;
+
+    int64_t model_width() const noexcept { return first.expert.model_width(); }
+    /// @throws invalid_argument if the experts disagree
+    bool weighs_output() const
+    {
+        const bool one = first.expert.weighs_output(), other = second.expert.weighs_output();
+        expects(one == other, "weighs_output() of the first expert", one, "that of the second, ", other);
+        return one;
+    }
+
+    template <class T>
+    weights<T> reserve_weights(arena& memory, int64_t experts) const
+    {
+        expects(experts == first.count + second.count, "experts", experts, "the pair's ", first.count + second.count);
+        auto a = first.expert.template reserve_weights<T>(memory, first.count);
+        return {a, second.expert.template reserve_weights<T>(memory, second.count)};
+    }
+    template <class Executor, class T>
+    void initialize(Executor& ex, const weights<T>& w, std::uint64_t seed) const
+    {
+        first.expert.initialize(ex, w.first, seed);
+        second.expert.initialize(ex, w.second, seed + 1);
+    }
+    template <class T>
+    auto reserve_saved(arena& memory, int64_t slots) const
+    {
+        auto a = first.expert.template reserve_saved<T>(memory, slots);
+        auto b = second.expert.template reserve_saved<T>(memory, slots);
+        return both<decltype(a), decltype(b)>{a, b};
+    }
+    template <class T>
+    auto reserve_pending(arena& memory, int64_t slots) const
+    {
+        auto a = first.expert.template reserve_pending<T>(memory, slots);
+        auto b = second.expert.template reserve_pending<T>(memory, slots);
+        return both<decltype(a), decltype(b)>{a, b};
+    }
+
+    template <class Executor, class T, class Saved>
+    void forward(Executor& ex, const expert_input<T>& in, const weights<const T>& w, const Saved& saved, matrix_view<T> y,
+                 arena& scratch) const
+    {
+        first.expert.forward(ex, of_first(in), w.first, saved.first, y, scratch);
+        second.expert.forward(ex, of_second(in), w.second, saved.second, y, scratch);
+    }
+    template <class Executor, class T>
+    void infer(Executor& ex, const expert_input<T>& in, const weights<const T>& w, matrix_view<T> y, arena& scratch) const
+    {
+        first.expert.infer(ex, of_first(in), w.first, y, scratch);
+        second.expert.infer(ex, of_second(in), w.second, y, scratch);
+    }
+    template <class Executor, class T, class Saved, class Pending>
+    void backward(Executor& ex, const expert_input<T>& in, const weights<const T>& w, const Saved& saved,
+                  const indexed_rows<T>& dy, const Pending& pending, matrix_view<T> dx,
+                  vector_view<accumulate_t<T>> dweights, arena& scratch) const
+    {
+        first.expert.backward(ex, of_first(in), w.first, saved.first, dy, pending.first, dx, dweights, scratch);
+        second.expert.backward(ex, of_second(in), w.second, saved.second, dy, pending.second, dx, dweights, scratch);
+    }
+    template <class Executor, class T, class Saved, class Pending, class Gradients>
+    void weight_gradients(Executor& ex, const expert_input<T>& in, const Saved& saved, const indexed_rows<T>& dy,
+                          const Pending& pending, const Gradients& gradients, write_mode mode, arena& scratch) const
+    {
+        first.expert.weight_gradients(ex, of_first(in), saved.first, dy, pending.first, gradients.first, mode, scratch);
+        second.expert.weight_gradients(ex, of_second(in), saved.second, dy, pending.second, gradients.second, mode,
+                                       scratch);
+    }
+
+private:
+    template <class T>
+    expert_input<T> of_first(const expert_input<T>& in) const
+    {
+        expects(in.groups.experts() == first.count + second.count, "experts", in.groups.experts(), "the pair's ",
+                first.count + second.count);
+        return detail::part_of(in, 0, first.count);
+    }
+    template <class T>
+    expert_input<T> of_second(const expert_input<T>& in) const
+    {
+        return detail::part_of(in, first.count, second.count);
+    }
+};
+
+/// Any number of types: `expert_tuple(several{a, 4}, several{b, 2}, several{c, 2})` nests pairs from the right.
+template <class First, class Second>
+expert_pair<First, Second> expert_tuple(several<First> first, several<Second> second)
+{
+    return {first, second};
+}
+template <class First, class Second, class... Rest>
+    requires(sizeof...(Rest) > 0)
+auto expert_tuple(several<First> first, several<Second> second, several<Rest>... rest)
+{
+    const int64_t others = second.count + (rest.count + ...);
+    return expert_tuple(first, several{expert_tuple(second, rest...), others});
+}
+
+} // namespace fastmoe::inline FASTMOE_ABI

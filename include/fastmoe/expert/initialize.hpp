@@ -1,0 +1,58 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// First values of weights: uniform draws that depend on the seed and the element alone, and zeros.
+#pragma once
+
+#include <fastmoe/exec/random.hpp>
+#include <fastmoe/gemm/grouped_gemm.hpp>
+
+namespace fastmoe::inline FASTMOE_ABI {
+
+namespace detail {
+
+template <class T>
+struct draw_uniform {
+    weight_view<T> w; // (E,out,in)
+    std::uint64_t seed;
+    std::uint32_t which;
+    float bound;
+
+    FASTMOE_HOST_DEVICE void operator()(int64_t n) const
+    {
+        const int64_t matrix = w.out * w.in;
+        const auto position = static_cast<std::uint64_t>(n);
+        const random_words r = philox({{static_cast<std::uint32_t>(position), static_cast<std::uint32_t>(position >> 32),
+                                        which, static_cast<std::uint32_t>(random_stream::weights)}},
+                                      seed);
+        const float unit = (static_cast<float>(r.word[0] >> 8) + 0.5f) * 0x1p-24f; // in (0, 1)
+        w(n / matrix, n % matrix / w.in, n % w.in) = T((2.0f * unit - 1.0f) * bound);
+    }
+};
+
+template <class T>
+struct set_zero {
+    using vectorized = void;
+    T* to;
+
+    FASTMOE_HOST_DEVICE void operator()(int64_t i) const { to[i] = T(0); }
+};
+
+} // namespace detail
+
+/// Uniform in +-1/sqrt(in). The values depend on (seed, which, expert, row, column), not on strides or the executor.
+/// @param which  tells apart the matrices that one seed fills
+template <executor Executor, class T>
+void fill_uniform(Executor& ex, const weight_view<T>& w, std::uint64_t seed, std::uint32_t which)
+{
+    const float bound = w.in > 0 ? 1.0f / std::sqrt(static_cast<float>(w.in)) : 0.0f;
+    for_each(ex, w.experts * w.out * w.in, detail::draw_uniform<T>{w, seed, which, bound});
+}
+
+/// Zeros; nothing where the view has no memory.
+template <executor Executor, class T>
+void fill_zero(Executor& ex, matrix_view<T> m)
+{
+    if (m.data_handle()) for_each(ex, m.extent(0) * m.extent(1), detail::set_zero<T>{m.data_handle()});
+}
+
+} // namespace fastmoe::inline FASTMOE_ABI

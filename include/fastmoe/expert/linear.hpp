@@ -1,0 +1,97 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// One matrix an expert: y = x W^T (+ b).
+#pragma once
+
+#include <concepts>
+
+#include <fastmoe/expert/expert.hpp>
+#include <fastmoe/expert/initialize.hpp>
+#include <fastmoe/gemm/portable.hpp>
+
+namespace fastmoe::inline FASTMOE_ABI {
+
+template <class T>
+struct linear_weights {
+    weight_view<T> weight; // (E,out,in)
+    matrix_view<T> bias;   // (E,out)  without memory: none
+
+    template <std::same_as<const T> U>
+    operator linear_weights<U>() const noexcept
+    {
+        return {weight, bias};
+    }
+};
+
+/// y[s] = x[s] W[e(s)]^T + b[e(s)]. Keeps nothing: its backward reads x. Input and output width are the layer's.
+template <class Gemm = gemm::portable>
+struct linear {
+    int64_t width = 0; ///< D
+    bool biases = false;
+    Gemm gemm = {};
+
+    static constexpr bool applies_weights = false;
+    static constexpr bool weighs_output() noexcept { return true; }
+    /// D, for those who size a layer by its expert.
+    int64_t model_width() const noexcept { return width; }
+    template <class T>
+    using weights = linear_weights<T>;
+
+    template <class T>
+    linear_weights<T> reserve_weights(arena& memory, int64_t experts) const
+    {
+        expects(width >= 0, "linear.width", width, "zero or more");
+        auto* w = memory.vector<T>(experts * width * width).data_handle();
+        return {stacked(tensor_view<T, 3>(w, experts, width, width)),
+                biases ? memory.matrix<T>(experts, width) : matrix_view<T>{}};
+    }
+    /// Uniform in +-1/sqrt(D); biases zero.
+    template <class Executor, class T>
+    void initialize(Executor& ex, const linear_weights<T>& w, std::uint64_t seed) const
+    {
+        fill_uniform(ex, w.weight, seed, 0);
+        fill_zero(ex, w.bias);
+    }
+    template <class T>
+    nothing_saved reserve_saved(arena&, int64_t) const
+    {
+        return {};
+    }
+    template <class T>
+    nothing_saved reserve_pending(arena&, int64_t) const
+    {
+        return {};
+    }
+
+    template <class Executor, class T>
+    void forward(Executor& ex, const expert_input<T>& in, const linear_weights<const T>& w, const nothing_saved&,
+                 matrix_view<T> y, arena& scratch) const
+    {
+        gemm.forward(ex, in.groups, in.x, w.weight, w.bias, y, no_epilogue{}, scratch);
+    }
+    template <class Executor, class T>
+    void infer(Executor& ex, const expert_input<T>& in, const linear_weights<const T>& w, matrix_view<T> y,
+               arena& scratch) const
+    {
+        forward(ex, in, w, {}, y, scratch);
+    }
+    /// @param dy  gradient of the rows            // (S,D)
+    /// @param dx  overwritten, padding untouched  // (S,D)
+    template <class Executor, class T>
+    void backward(Executor& ex, const expert_input<T>& in, const linear_weights<const T>& w, const nothing_saved&,
+                  const indexed_rows<T>& dy, const nothing_saved&, matrix_view<T> dx, vector_view<accumulate_t<T>>,
+                  arena& scratch) const
+    {
+        gemm.dgrad(ex, in.groups, dy, w.weight, dx, no_epilogue{}, scratch);
+    }
+    template <class Executor, class T, class G>
+    void weight_gradients(Executor& ex, const expert_input<T>& in, const nothing_saved&, const indexed_rows<T>& dy,
+                          const nothing_saved&, const linear_weights<G>& gradients, write_mode mode, arena& scratch) const
+    {
+        gemm.wgrad(ex, in.groups, dy, in.x, gradients.weight, mode, scratch);
+        if (gradients.bias.data_handle() && !scratch.measuring())
+            sum_groups(ex, dy, in.groups.counts, in.groups.offsets, unit_scale<accumulate_t<T>>{}, gradients.bias, mode);
+    }
+};
+
+} // namespace fastmoe::inline FASTMOE_ABI

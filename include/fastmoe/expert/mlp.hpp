@@ -1,0 +1,302 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// The expert of a Transformer: two matrices with an activation between them, gated or not.
+#pragma once
+
+#include <concepts>
+
+#include <fastmoe/expert/expert.hpp>
+#include <fastmoe/expert/initialize.hpp>
+#include <fastmoe/gemm/portable.hpp>
+#include <fastmoe/ops/activate.hpp>
+#include <fastmoe/ops/rows.hpp>
+
+namespace fastmoe::inline FASTMOE_ABI {
+
+/// Where a row's routing weight is multiplied in: on the expert's output (most models), on the activation between its
+/// matrices, or on its input (Llama 4). With biases the three differ; without them only rounding does, as long as the
+/// activation is not involved.
+enum class weigh_at : std::uint8_t { output, activation, input };
+
+/// H' is 2H for a gated activation and H otherwise.
+template <class T>
+struct mlp_weights {
+    weight_view<T> up;         // (E,H',D)
+    weight_view<T> down;       // (E,D,H)
+    matrix_view<T> up_bias;    // (E,H')  without memory: none
+    matrix_view<T> down_bias;  // (E,D)   without memory: none
+
+    template <std::same_as<const T> U>
+    operator mlp_weights<U>() const noexcept
+    {
+        return {up, down, up_bias, down_bias};
+    }
+};
+
+/// What the forward pass of an mlp keeps: the pre-activation and nothing else.
+template <class T>
+struct mlp_saved {
+    matrix_view<T> pre; // (S,H')
+};
+
+/// What the backward pass leaves for the weight gradients.
+template <class T>
+struct mlp_pending {
+    matrix_view<T> dpre;       // (S,H')  gradient of the pre-activation
+    matrix_view<T> activation; // (S,H)   weighted, recomputed
+};
+
+namespace detail {
+
+/// After the first GEMM: a(s) = weight * activation(pre(s)).
+template <class Activation, class T>
+struct activate {
+    using vectorized = void;
+    using real = accumulate_t<T>;
+    matrix_view<const T> pre; // (S,H')
+    matrix_view<T> a;         // (S,H)
+    gated_columns columns;
+    expert_input<T> in;
+    bool weighted;
+
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t, int64_t s) const
+    {
+        const real w = weighted ? in.weight(s) : real(1);
+        activate_row<Activation, real>(team, pre.data_handle() + s * pre.extent(1), a.data_handle() + s * a.extent(1),
+                                       a.extent(1), columns, w);
+    }
+};
+
+/// After the second GEMM's dgrad: from d = dy W2 in `a`, the gradient of the pre-activation, the weighted activation
+/// over `a`, and the weight's gradient <d, activation> (+ <dy, b2> where the output is weighted).
+template <class Activation, class T>
+struct activate_backward {
+    using vectorized = void;
+    using real = accumulate_t<T>;
+    matrix_view<const T> pre;        // (S,H')
+    matrix_view<T> a;                // (S,H)
+    matrix_view<T> dpre;             // (S,H')
+    indexed_rows<T> dy;              // (S,D)
+    matrix_view<const T> down_bias;  // (E,D), or without memory
+    vector_view<real> dweights;      // (C)
+    gated_columns columns;
+    expert_input<T> in;
+    weigh_at where;
+
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t e, int64_t s) const
+    {
+        const real w = where == weigh_at::input ? real(1) : in.weight(s);
+        real product = activate_row_backward<Activation, real>(
+            team, pre.data_handle() + s * pre.extent(1), a.data_handle() + s * a.extent(1),
+            dpre.data_handle() + s * dpre.extent(1), a.extent(1), columns, w);
+        if (where == weigh_at::output && down_bias.data_handle()) product += dot(team, dy.row(s), row(down_bias, e));
+        const int64_t c = in.choice_of(s);
+        if (where != weigh_at::input && team.lane() == 0 && c >= 0) dweights(c) = product;
+    }
+
+    template <class Team>
+    FASTMOE_HOST_DEVICE static real dot(Team& team, const T* left, vector_view<const T> right)
+    {
+        const T* b = right.data_handle();
+        return team.reduce(
+            right.extent(0), real(0), [](real x, real y) { return x + y; },
+            [=](int64_t j) { return left ? real(left[j]) * real(b[j]) : real(0); });
+    }
+};
+
+/// After the first GEMM's dgrad when the input was weighted: dw = <dx', x>, dx = w dx'.
+template <class T>
+struct unweigh_input {
+    using vectorized = void;
+    using real = accumulate_t<T>;
+    matrix_view<T> dx;          // (S,D)
+    vector_view<real> dweights; // (C)
+    expert_input<T> in;
+
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t, int64_t s) const
+    {
+        const int64_t c = in.choice_of(s);
+        const T* x = in.x.row(s);
+        if (c < 0 || !x) return;
+        T* d = dx.data_handle() + s * dx.extent(1);
+        const real w = in.weights(c);
+        const real product = team.reduce(
+            dx.extent(1), real(0), [](real a, real b) { return a + b; },
+            [=](int64_t j) {
+                const real value = real(d[j]);
+                d[j] = T(w * value);
+                return value * real(x[j]);
+            });
+        if (team.lane() == 0) dweights(c) = product;
+    }
+};
+
+template <class T>
+struct input_weight {
+    expert_input<T> in;
+    FASTMOE_HOST_DEVICE accumulate_t<T> operator()(int64_t s) const noexcept { return in.weight(s); }
+};
+
+} // namespace detail
+
+/// y = act(x W1^T + b1) W2^T + b2 with the routing weight where `weigh` says. Keeps the pre-activation only; its backward
+/// recomputes the activation, and takes the weight's gradient from <dy W2, activation>, so no output is kept.
+template <activation Activation = swiglu, class Gemm = gemm::portable>
+struct mlp {
+    int64_t width = 0;  ///< D
+    int64_t hidden = 0; ///< H
+    bool biases = false;
+    weigh_at weigh = weigh_at::output;
+    gated_layout layout = gated_layout::concatenated;
+    Gemm gemm = {};
+
+    static constexpr bool applies_weights = true;
+    /// D, for those who size a layer by its expert.
+    int64_t model_width() const noexcept { return width; }
+    template <class T>
+    using weights = mlp_weights<T>;
+
+    /// Whether combine() is to apply the routing weights.
+    bool weighs_output() const noexcept { return weigh == weigh_at::output; }
+    /// H': columns of the pre-activation.
+    int64_t up_width() const noexcept { return Activation::gated ? 2 * hidden : hidden; }
+
+    template <class T>
+    mlp_weights<T> reserve_weights(arena& memory, int64_t experts) const
+    {
+        expects(width >= 0, "mlp.width", width, "zero or more");
+        expects(hidden >= 0, "mlp.hidden", hidden, "zero or more");
+        auto* up = memory.matrix<T>(experts * up_width(), width).data_handle();
+        auto* down = memory.matrix<T>(experts * width, hidden).data_handle();
+        mlp_weights<T> w{stacked(tensor_view<T, 3>(up, experts, up_width(), width)),
+                         stacked(tensor_view<T, 3>(down, experts, width, hidden)), {}, {}};
+        if (biases) w.up_bias = memory.matrix<T>(experts, up_width());
+        if (biases) w.down_bias = memory.matrix<T>(experts, width);
+        return w;
+    }
+    /// Uniform in +-1/sqrt(fan in); biases zero.
+    template <class Executor, class T>
+    void initialize(Executor& ex, const mlp_weights<T>& w, std::uint64_t seed) const
+    {
+        fill_uniform(ex, w.up, seed, 0);
+        fill_uniform(ex, w.down, seed, 1);
+        fill_zero(ex, w.up_bias);
+        fill_zero(ex, w.down_bias);
+    }
+    template <class T>
+    mlp_saved<T> reserve_saved(arena& memory, int64_t slots) const
+    {
+        return {memory.matrix<T>(slots, up_width())};
+    }
+    template <class T>
+    mlp_pending<T> reserve_pending(arena& memory, int64_t slots) const
+    {
+        return {memory.matrix<T>(slots, up_width()), memory.matrix<T>(slots, hidden)};
+    }
+
+    /// @param y  overwritten for the rows of every expert, padding untouched. Carries the routing weight unless it is
+    ///           to be applied on the output, which is combine()'s work    // (S,D)
+    template <class Executor, class T>
+    void forward(Executor& ex, const expert_input<T>& in, const mlp_weights<const T>& w, const mlp_saved<T>& saved,
+                 matrix_view<T> y, arena& scratch) const
+    {
+        if (!scratch.measuring()) expects_weights<T>(in, w);
+        const int64_t mark = scratch.used();
+        const auto a = scratch.matrix<T>(in.groups.slots, hidden);
+        with_input(ex, in, scratch, [&](const indexed_rows<T>& x) {
+            gemm.forward(ex, in.groups, x, w.up, w.up_bias, saved.pre,
+                         detail::activate<Activation, T>{saved.pre, a, columns(), in, weigh == weigh_at::activation},
+                         scratch);
+        });
+        gemm.forward(ex, in.groups, plain_rows<T>{a}, w.down, w.down_bias, y, no_epilogue{}, scratch);
+        scratch.rewind(mark);
+    }
+
+    template <class Executor, class T>
+    void infer(Executor& ex, const expert_input<T>& in, const mlp_weights<const T>& w, matrix_view<T> y,
+               arena& scratch) const
+    {
+        const int64_t mark = scratch.used();
+        forward(ex, in, w, reserve_saved<T>(scratch, in.groups.slots), y, scratch);
+        scratch.rewind(mark);
+    }
+
+    /// @param dy        gradient of the combined output, by token; not weighted      // (S,D)
+    /// @param pending   overwritten                                                  // see mlp_pending
+    /// @param dx        overwritten for the rows of every expert, padding untouched   // (S,D)
+    /// @param dweights  written for the choices that have a row, the others untouched  // (C)
+    template <class Executor, class T>
+    void backward(Executor& ex, const expert_input<T>& in, const mlp_weights<const T>& w, const mlp_saved<T>& saved,
+                  const indexed_rows<T>& dy, const mlp_pending<T>& pending, matrix_view<T> dx,
+                  vector_view<accumulate_t<T>> dweights, arena& scratch) const
+    {
+        if (!scratch.measuring()) expects_weights<T>(in, w);
+        gemm.dgrad(ex, in.groups, dy, w.down, pending.activation,
+                   detail::activate_backward<Activation, T>{saved.pre, pending.activation, pending.dpre, dy, w.down_bias,
+                                                            dweights, columns(), in, weigh},
+                   scratch);
+        const plain_rows<T> dpre{pending.dpre};
+        if (weigh == weigh_at::input)
+            gemm.dgrad(ex, in.groups, dpre, w.up, dx, detail::unweigh_input<T>{dx, dweights, in}, scratch);
+        else gemm.dgrad(ex, in.groups, dpre, w.up, dx, no_epilogue{}, scratch);
+    }
+
+    /// Gradients of both matrices and biases, from what forward and backward kept.
+    /// @param gradients  overwritten or added to; exact zeros for experts without rows. T or a wider type
+    template <class Executor, class T, class G>
+    void weight_gradients(Executor& ex, const expert_input<T>& in, const mlp_saved<T>&, const indexed_rows<T>& dy,
+                          const mlp_pending<T>& pending, const mlp_weights<G>& gradients, write_mode mode,
+                          arena& scratch) const
+    {
+        using real = accumulate_t<T>;
+        const auto& g = in.groups;
+        const plain_rows<T> dpre{pending.dpre};
+        gemm.wgrad(ex, g, dy, plain_rows<T>{pending.activation}, gradients.down, mode, scratch);
+        with_input(ex, in, scratch,
+                   [&](const indexed_rows<T>& x) { gemm.wgrad(ex, g, dpre, x, gradients.up, mode, scratch); });
+        if (scratch.measuring()) return;
+        if (gradients.up_bias.data_handle())
+            sum_groups(ex, dpre, g.counts, g.offsets, unit_scale<real>{}, gradients.up_bias, mode);
+        if (gradients.down_bias.data_handle() && weigh == weigh_at::output)
+            sum_groups(ex, dy, g.counts, g.offsets, detail::input_weight<T>{in}, gradients.down_bias, mode);
+        else if (gradients.down_bias.data_handle())
+            sum_groups(ex, dy, g.counts, g.offsets, unit_scale<real>{}, gradients.down_bias, mode);
+    }
+
+private:
+    detail::gated_columns columns() const noexcept { return detail::gated_columns::of(layout, hidden); }
+
+    template <class T>
+    void expects_weights(const expert_input<T>& in, const mlp_weights<const T>& w) const
+    {
+        const int64_t experts = in.groups.experts();
+        expects(in.x.extent(1) == width, "x (T,D)", in.x.extent(1), "mlp.width = ", width, " columns");
+        detail::expects_weights(w.up, "weights.up (E,H',D)", experts, up_width(), width);
+        detail::expects_weights(w.down, "weights.down (E,D,H)", experts, width, hidden);
+        if (w.up_bias.data_handle()) expects_shape(w.up_bias, "weights.up_bias (E,H')", experts, up_width());
+        if (w.down_bias.data_handle()) expects_shape(w.down_bias, "weights.down_bias (E,D)", experts, width);
+    }
+
+    /// f(x): the input rows, gathered by the GEMM, or weighted into a copy where the weight belongs on the input.
+    template <class Executor, class T, class F>
+    void with_input(Executor& ex, const expert_input<T>& in, arena& scratch, F f) const
+    {
+        if (weigh != weigh_at::input) return f(in.x);
+        const int64_t mark = scratch.used();
+        const auto rows = scratch.matrix<T>(in.groups.slots, width);
+        const auto same = scratch.vector<int32_t>(in.groups.slots);
+        if (!scratch.measuring()) {
+            using scale = detail::input_weight<T>;
+            for_each_row(ex, in.groups.slots, detail::gather_rows<accumulate_t<T>, T, scale>{in.x, rows, scale{in}},
+                         {.width = width});
+            for_each(ex, in.groups.slots, detail::count_up{same.data_handle()});
+        }
+        f(indexed_rows<T>{rows, same});
+        scratch.rewind(mark);
+    }
+};
+
+} // namespace fastmoe::inline FASTMOE_ABI

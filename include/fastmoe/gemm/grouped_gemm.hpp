@@ -1,0 +1,179 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// The grouped GEMM concept: three products over the experts' row ranges, and the policy that decides their speed.
+///
+///     forward   Y[s] = X[s] W[e(s)]^T          rows vary per expert
+///     dgrad     dX[s] = dY[s] W[e(s)]
+///     wgrad     dW[e] (+)= dY_e^T X_e           depth varies per expert; an expert with no rows gets exact zeros
+#pragma once
+
+#include <concepts>
+#include <cstddef>
+
+#include <fastmoe/core/dtype.hpp>
+#include <fastmoe/core/indexed_rows.hpp>
+#include <fastmoe/exec/memory.hpp>
+#include <fastmoe/ops/reduce.hpp>
+
+namespace fastmoe::inline FASTMOE_ABI {
+
+/// Which rows belong to which expert: expert e has rows [offset(e), offset(e) + count(e)). Rows between the end of one
+/// expert and the start of the next are padding: never read, never written.
+struct row_groups {
+    vector_view<const int32_t> counts;  // (E)
+    vector_view<const int64_t> offsets; // (E+1)
+    int64_t slots = 0;                  ///< S, the rows that the buffers have room for
+
+    FASTMOE_HOST_DEVICE constexpr int64_t experts() const noexcept { return counts.extent(0); }
+};
+
+/// The experts' matrices W[e], (out, in) each: E of them at a fixed distance, or anywhere through an array of pointers.
+/// Element (o, i) of expert e is base(e)[o * row_stride + i * col_stride]; one of the two strides is 1, so that row_stride
+/// = 1 is the transposed layout of checkpoints that store (E,in,out).
+template <class T>
+struct weight_view {
+    T* data = nullptr;            ///< expert 0, unless `pointers` is set
+    T* const* pointers = nullptr; // (E)
+    int64_t experts = 0;          ///< E
+    int64_t out = 0;              ///< rows of a matrix
+    int64_t in = 0;               ///< columns of a matrix
+    int64_t expert_stride = 0;    ///< elements from an expert to the next
+    int64_t row_stride = 0;
+    int64_t col_stride = 1;
+
+    FASTMOE_HOST_DEVICE constexpr T* base(int64_t e) const noexcept
+    {
+        return pointers ? pointers[e] : data + e * expert_stride;
+    }
+    FASTMOE_HOST_DEVICE constexpr T& operator()(int64_t e, int64_t o, int64_t i) const noexcept
+    {
+        return base(e)[o * row_stride + i * col_stride];
+    }
+    template <std::same_as<const T> U>
+    FASTMOE_HOST_DEVICE constexpr operator weight_view<U>() const noexcept
+    {
+        return {data, pointers, experts, out, in, expert_stride, row_stride, col_stride};
+    }
+};
+
+/// (E,out,in), contiguous.
+template <class T>
+constexpr weight_view<T> stacked(tensor_view<T, 3> w) noexcept
+{
+    return {w.data_handle(), nullptr, w.extent(0), w.extent(1), w.extent(2), w.extent(1) * w.extent(2), w.extent(2), 1};
+}
+
+/// (E,in,out), contiguous: each matrix transposed.
+template <class T>
+constexpr weight_view<T> stacked_transposed(tensor_view<T, 3> w) noexcept
+{
+    return {w.data_handle(), nullptr, w.extent(0), w.extent(2), w.extent(1), w.extent(1) * w.extent(2), 1, w.extent(2)};
+}
+
+/// E matrices (out,in) held apart, as inference engines do.
+template <class T>
+constexpr weight_view<T> separate(vector_view<T* const> matrices, int64_t out, int64_t in) noexcept
+{
+    return {nullptr, matrices.data_handle(), matrices.extent(0), out, in, 0, in, 1};
+}
+
+/// One matrix as the weights of one expert.
+template <class T>
+constexpr weight_view<T> single(matrix_view<T> w) noexcept
+{
+    return {w.data_handle(), nullptr, 1, w.extent(0), w.extent(1), 0, w.extent(1), 1};
+}
+
+/// An epilogue that does nothing. An epilogue is called once for every row of a group, as f(team, expert, row), after
+/// all columns of that row are stored and by the team that owns them; it may read and write the row, and whatever else
+/// belongs to the row alone. Whether it runs while the row is still in cache is the policy's business.
+struct no_epilogue {
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team&, int64_t, int64_t) const noexcept
+    {
+    }
+};
+
+/// Checks that every verb of every policy makes at its door.
+namespace detail {
+
+struct fill_one_group {
+    int32_t* counts;
+    int64_t* offsets;
+    int64_t rows;
+
+    FASTMOE_HOST_DEVICE void operator()(int64_t) const
+    {
+        counts[0] = static_cast<int32_t>(rows);
+        offsets[0] = 0;
+        offsets[1] = rows;
+    }
+};
+
+template <class T>
+void expects_weights(const weight_view<T>& w, const char* name, int64_t experts, int64_t out, int64_t in)
+{
+    expects(w.experts == experts, name, w.experts, experts, " experts");
+    expects(w.out == out, name, w.out, out, " output features (rows of a matrix)");
+    expects(w.in == in, name, w.in, in, " input features (columns of a matrix)");
+    expects(w.row_stride == 1 || w.col_stride == 1, name, w.row_stride, "a row or a column stride of 1");
+    const bool empty = experts == 0 || out == 0 || in == 0;
+    expects(empty || w.data || w.pointers, name, "a null pointer", "memory");
+    expects(reinterpret_cast<std::uintptr_t>(w.data) % alignof(T) == 0, name, static_cast<const void*>(w.data),
+            "a pointer aligned to ", alignof(T), " bytes");
+}
+
+inline void expects_groups(const row_groups& g, int64_t rows)
+{
+    expects(g.offsets.extent(0) == g.experts() + 1, "offsets (E+1)", g.offsets.extent(0), g.experts() + 1, " elements");
+    expects(rows == g.slots, "rows (S,.)", rows, "S = ", g.slots, " rows");
+}
+
+} // namespace detail
+
+/// All rows as one group: a dense product through the same verbs. Takes the two small arrays from the arena.
+template <executor Executor>
+row_groups one_group(Executor& ex, int64_t rows, arena& memory)
+{
+    expects(rows >= 0 && rows <= INT32_MAX, "rows", rows, "0 to 2^31 - 1");
+    const auto counts = memory.vector<int32_t>(1);
+    const auto offsets = memory.vector<int64_t>(2);
+    if (!memory.measuring()) for_each(ex, 1, detail::fill_one_group{counts.data_handle(), offsets.data_handle(), rows});
+    return {counts, offsets, rows};
+}
+
+/// What a policy must offer for an executor: the three verbs, a workspace query for each, and what it can fuse.
+///
+///     g.forward(ex, groups, rows, weights, bias, y, epilogue, arena);   rows: plain_rows or indexed_rows   // (S,in)
+///                                                                       bias: without memory means none    // (E,out)
+///     g.dgrad(ex, groups, rows, weights, dx, epilogue, arena);       rows of dY                            // (S,out)
+///     g.wgrad(ex, groups, dy_rows, x_rows, dw, mode, arena);         dw: weight_view<G>                    // (E,out,in)
+///
+/// Each takes its scratch from the arena and gives it back (rewinds) before it returns; on a measuring arena it only
+/// counts. Accumulates in accumulate_t and rounds once.
+template <class G, class Executor, class T>
+concept multiplies_rows = requires(const G& g, Executor& ex, row_groups groups, plain_rows<T> rows,
+                                   weight_view<const T> w, matrix_view<const T> bias, matrix_view<T> y, arena& a) {
+    g.forward(ex, groups, rows, w, bias, y, no_epilogue{}, a);
+    g.dgrad(ex, groups, rows, w, y, no_epilogue{}, a);
+};
+
+template <class G, class Executor, class T>
+concept multiplies_weight_gradients = requires(const G& g, Executor& ex, row_groups groups, plain_rows<T> rows,
+                                               weight_view<accumulate_t<T>> dw, arena& a) {
+    g.wgrad(ex, groups, rows, rows, dw, write_mode::overwrite, a);
+};
+
+/// gathers_rows: reads indexed_rows without a copy. fuses_epilogue: runs the epilogue while the row is in cache.
+/// needs_host_counts: reads counts and offsets on the host, so it cannot be captured in a graph.
+template <class G>
+concept states_abilities = requires {
+    { G::gathers_rows } -> std::convertible_to<bool>;
+    { G::fuses_epilogue } -> std::convertible_to<bool>;
+    { G::needs_host_counts } -> std::convertible_to<bool>;
+};
+
+template <class G, class Executor, class T>
+concept grouped_gemm = states_abilities<G> && multiplies_rows<G, Executor, T> && multiplies_weight_gradients<G, Executor, T>;
+
+} // namespace fastmoe::inline FASTMOE_ABI

@@ -1,0 +1,133 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// Writes a file so that its path always shows either the whole old content or the whole new one. POSIX.
+#pragma once
+
+#include <cerrno>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <string>
+#include <utility>
+
+#include <fcntl.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <fastmoe/core/error.hpp>
+
+namespace fastmoe::inline FASTMOE_ABI {
+namespace io {
+
+/// The new content of a path: written beside it as `path + ".partial"`, synced, and renamed over it by commit().
+/// Without commit() the destructor removes the partial file, and the path is as it was. A process that is killed
+/// leaves at most the partial file, which the next writer of the same path overwrites.
+class replace_file {
+public:
+    /// @throws invalid_argument if path is a folder, a device or anything else that is no regular file
+    /// @throws error if the partial file cannot be made, or another process is writing the same path
+    explicit replace_file(std::string path) : path_(std::move(path)), partial_(path_ + ".partial")
+    {
+        struct stat there;
+        const bool regular = ::stat(path_.c_str(), &there) != 0 || S_ISREG(there.st_mode);
+        expects(regular, "path", "'" + path_ + "', a folder or a device", "a regular file or a new name");
+        file_ = ::open(partial_.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0666);
+        if (file_ < 0) fail("cannot create");
+        // The lock keeps a second writer out; the same inode says that nobody renamed the file before we had it.
+        struct stat mine;
+        struct stat named;
+        if (::flock(file_, LOCK_EX | LOCK_NB) != 0 || ::fstat(file_, &mine) != 0 ||
+            ::stat(partial_.c_str(), &named) != 0 || mine.st_ino != named.st_ino) {
+            ::close(file_);
+            raise<error>("cannot write '" + path_ + "': another process is writing it now");
+        }
+        if (::ftruncate(file_, 0) != 0) fail("cannot empty");
+    }
+
+    replace_file(const replace_file&) = delete;
+    replace_file& operator=(const replace_file&) = delete;
+
+    ~replace_file()
+    {
+        if (file_ < 0) return;
+        ::unlink(partial_.c_str());
+        ::close(file_);
+    }
+
+    /// Appends bytes to the new content.
+    /// @throws error on a full disk or a broken device; the path is as it was
+    void write(const void* data, std::size_t bytes)
+    {
+        const char* p = static_cast<const char*>(data);
+        while (bytes > 0) {
+            // One call takes at most about 2 GiB on Linux.
+            const ssize_t n = ::write(file_, p, bytes < (1u << 30) ? bytes : (1u << 30));
+            if (n < 0 && errno == EINTR) continue;
+            if (n <= 0) fail("cannot write");
+            p += n;
+            bytes -= static_cast<std::size_t>(n);
+        }
+    }
+
+    void write(const std::string& text) { write(text.data(), text.size()); }
+
+    /// Puts the new content in place and returns once the disk has it.
+    /// @param keep_previous_as  where the old content stays readable, if any; empty = it is let go
+    /// @throws error if the disk refuses; the path then shows the old content, whole
+    void commit(const std::string& keep_previous_as = {})
+    {
+        if (::fsync(file_) != 0) fail("cannot sync");
+        if (!keep_previous_as.empty()) keep_previous(keep_previous_as);
+        if (::rename(partial_.c_str(), path_.c_str()) != 0) fail("cannot rename");
+        ::close(file_);
+        file_ = -1;
+        sync_folder();
+    }
+
+private:
+    /// A second link to the old content, so that the path itself is never without a file.
+    void keep_previous(const std::string& name)
+    {
+        const std::string link = name + ".partial";
+        ::unlink(link.c_str());
+        if (::link(path_.c_str(), link.c_str()) != 0) {
+            if (errno == ENOENT) return;
+            fail("cannot keep the previous content of");
+        }
+        if (::rename(link.c_str(), name.c_str()) != 0) fail("cannot keep the previous content of");
+        ::unlink(link.c_str()); // still there if both names were one file already: rename then does nothing
+    }
+
+    void sync_folder() const
+    {
+        const std::size_t slash = path_.rfind('/');
+        const std::string folder = slash == std::string::npos ? "." : path_.substr(0, slash + 1);
+        const int f = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+        const bool synced =
+            f >= 0 && (::fsync(f) == 0 || errno == EINVAL); // EINVAL: this file system has no such thing
+        const int why = errno;
+        if (f >= 0) ::close(f);
+        if (!synced) raise<error>("wrote '" + path_ + "', but cannot sync its folder: " + std::strerror(why));
+    }
+
+    /// Reports errno and leaves the path alone.
+    [[noreturn]] void fail(const char* what)
+    {
+        const int why = errno;
+        if (file_ >= 0) {
+            ::unlink(partial_.c_str());
+            ::close(file_);
+            file_ = -1;
+        }
+        raise<error>(std::string(what) + " '" + path_ + "': " + std::strerror(why) + "; what stood there is unchanged");
+    }
+
+    std::string path_;
+    std::string partial_;
+    int file_ = -1;
+};
+
+} // namespace io
+} // namespace fastmoe::inline FASTMOE_ABI

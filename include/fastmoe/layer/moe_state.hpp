@@ -1,0 +1,102 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// The values that a layer's passes hand to each other: weights, what forward keeps, what the weight gradients wait for.
+#pragma once
+
+#include <concepts>
+#include <cstddef>
+#include <utility>
+
+#include <fastmoe/expert/expert.hpp>
+#include <fastmoe/routing/gate.hpp>
+#include <fastmoe/routing/plan.hpp>
+
+namespace fastmoe::inline FASTMOE_ABI {
+
+/// All parameters of a layer, or their gradients, as views.
+template <class T, class Expert>
+struct moe_weights {
+    matrix_view<T> gate;                           // (E,D)  router; not read by gates without logits
+    vector_view<T> gate_bias;                      // (E)    without memory: none
+    typename Expert::template weights<T> expert{}; //        see the expert
+
+    template <std::same_as<const T> U>
+    operator moe_weights<U, Expert>() const noexcept
+    {
+        return {gate, gate_bias, expert};
+    }
+};
+
+/// What a call may bring besides tokens.
+struct gate_options {
+    vector_view<const int32_t> token_ids;  // (T)  for gates that read them
+    vector_view<const std::uint8_t> mask;  // (T)  zero: a padding token, which chooses nothing
+    const std::uint64_t* random = nullptr; // (2)  seed and step, in the executor's memory
+};
+
+struct backward_options {
+    write_mode gradients = write_mode::overwrite; ///< of the weights; dx is always overwritten
+    double loss_scale = 1;                        ///< factor of the gate's own losses, e.g. 1 / microbatches
+};
+
+template <class Gate, class T>
+using gate_state_of = gate_state_t<Gate, accumulate_t<T>>;
+
+/// What forward keeps, as views: x by reference, the routing, the plan, and what the expert declares.
+template <class T, class Gate, class Expert>
+struct moe_parts {
+    matrix_view<const T> x;              // (T,D)
+    gate_options options;
+    matrix_view<accumulate_t<T>> logits; // (T,E)
+    gate_state_of<Gate, T> gate;
+    plan slots;
+    saved_of<Expert, T> expert;
+    matrix_view<T> rows;                 // (S,D)  outputs; only for an expert that does not apply the weights
+
+    gate_input<T> gate_view(gate_mode mode) const
+    {
+        return {x, logits, options.token_ids, options.mask, mode, options.random};
+    }
+    expert_input<T> expert_view() const
+    {
+        return {{x, slots.token_of}, slots.groups(), gate.routing.weights, slots.choice_of};
+    }
+};
+
+/// What forward() returns and backward() takes. Owns its memory if the caller gave none. The layer's x must outlive it.
+template <class T, class Gate, class Expert, class Executor>
+class moe_saved {
+public:
+    moe_saved(const moe_parts<T, Gate, Expert>& parts, buffer<std::byte, Executor> storage)
+        : parts_(parts), storage_(std::move(storage))
+    {
+    }
+
+    matrix_view<const T> x() const noexcept { return parts_.x; }
+    const fastmoe::routing<accumulate_t<T>>& routing() const noexcept { return parts_.gate.routing; }
+    const fastmoe::plan& plan() const noexcept { return parts_.slots; }
+    matrix_view<const accumulate_t<T>> logits() const noexcept { return parts_.logits; }
+    /// The gate's own losses, scaled by their coefficients, in the order that the gate documents.
+    auto losses() const noexcept
+        requires requires(const gate_state_of<Gate, T>& s) { s.losses; }
+    {
+        return parts_.gate.losses;
+    }
+    const moe_parts<T, Gate, Expert>& parts() const noexcept { return parts_; }
+
+private:
+    moe_parts<T, Gate, Expert> parts_;
+    buffer<std::byte, Executor> storage_;
+};
+
+/// What the weight gradients still need after the input's gradient is done.
+template <class T, class Expert>
+struct moe_pending {
+    indexed_rows<T> dy;                   // (S,D)  what the expert got as gradient
+    matrix_view<T> rows;                  // (S,D)  its memory, if the expert does not apply the weights
+    vector_view<int32_t> row_numbers;     // (S)
+    matrix_view<accumulate_t<T>> dlogits; // (T,E)
+    pending_of<Expert, T> expert;
+};
+
+} // namespace fastmoe::inline FASTMOE_ABI

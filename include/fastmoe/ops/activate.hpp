@@ -1,0 +1,181 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// Activations of an expert and their derivatives, and the row functors that apply them after a GEMM.
+#pragma once
+
+#include <fastmoe/core/dtype.hpp>
+#include <fastmoe/core/math.hpp>
+#include <fastmoe/core/tensor.hpp>
+
+namespace fastmoe::inline FASTMOE_ABI {
+
+/// max(x, 0); the derivative at 0 is 0.
+struct relu {
+    static constexpr bool gated = false;
+    template <class Real>
+    FASTMOE_HOST_DEVICE static Real value(Real x) noexcept
+    {
+        return x > Real(0) ? x : (x <= Real(0) ? Real(0) : x);
+    }
+    template <class Real>
+    FASTMOE_HOST_DEVICE static Real derivative(Real x) noexcept
+    {
+        return x > Real(0) ? Real(1) : Real(0);
+    }
+};
+
+/// x Phi(x), the exact GELU (Hendrycks and Gimpel 2016).
+struct gelu {
+    static constexpr bool gated = false;
+    template <class Real>
+    FASTMOE_HOST_DEVICE static Real value(Real x) noexcept
+    {
+        return x * math::normal_cdf(x);
+    }
+    template <class Real>
+    FASTMOE_HOST_DEVICE static Real derivative(Real x) noexcept
+    {
+        return math::normal_cdf(x) + x * math::normal_density(x);
+    }
+};
+
+/// The tanh approximation of GELU, 0.5 x (1 + tanh(u)) with u = sqrt(2/pi) (x + 0.044715 x^3), as x sigmoid(2u).
+struct gelu_tanh {
+    static constexpr bool gated = false;
+    template <class Real>
+    FASTMOE_HOST_DEVICE static Real value(Real x) noexcept
+    {
+        return x * math::sigmoid(twice_inner(x));
+    }
+    template <class Real>
+    FASTMOE_HOST_DEVICE static Real derivative(Real x) noexcept
+    {
+        const Real s = math::sigmoid(twice_inner(x));
+        const Real inner = Real(1.5957691216057308) * (Real(1) + Real(0.134145) * x * x);
+        return s + x * s * (Real(1) - s) * inner;
+    }
+
+private:
+    template <class Real>
+    FASTMOE_HOST_DEVICE static Real twice_inner(Real x) noexcept
+    {
+        return Real(1.5957691216057308) * (x + Real(0.044715) * x * x * x);
+    }
+};
+
+/// x sigmoid(x), also known as swish.
+struct silu {
+    static constexpr bool gated = false;
+    template <class Real>
+    FASTMOE_HOST_DEVICE static Real value(Real x) noexcept
+    {
+        return x * math::sigmoid(x);
+    }
+    template <class Real>
+    FASTMOE_HOST_DEVICE static Real derivative(Real x) noexcept
+    {
+        const Real s = math::sigmoid(x);
+        return s * (Real(1) + x * (Real(1) - s));
+    }
+};
+
+/// The gradients of a gated activation.
+template <class Real>
+struct gate_and_up {
+    Real gate, up;
+};
+
+/// Activation(gate) * up (Shazeer 2020). A user's own gated activation has the same three members.
+template <class Activation>
+struct gated_by {
+    static constexpr bool gated = true;
+    template <class Real>
+    FASTMOE_HOST_DEVICE static Real value(Real gate, Real up) noexcept
+    {
+        return Activation::value(gate) * up;
+    }
+    template <class Real>
+    FASTMOE_HOST_DEVICE static gate_and_up<Real> gradient(Real gate, Real up, Real d) noexcept
+    {
+        return {d * up * Activation::derivative(gate), d * Activation::value(gate)};
+    }
+};
+
+using swiglu = gated_by<silu>;
+using geglu = gated_by<gelu>;
+
+template <class A>
+concept plain_activation = !A::gated && requires(float x) {
+    { A::value(x) } -> std::same_as<float>;
+    { A::derivative(x) } -> std::same_as<float>;
+};
+
+template <class A>
+concept gated_activation = A::gated && requires(float x) {
+    { A::value(x, x) } -> std::same_as<float>;
+    { A::gradient(x, x, x) } -> std::same_as<gate_and_up<float>>;
+};
+
+/// One input (value, derivative) or a gate and an up half (value, gradient), elementwise.
+template <class A>
+concept activation = plain_activation<A> || gated_activation<A>;
+
+/// Where gate and up stand in a row of 2H: all gates first, or in turns.
+enum class gated_layout : std::uint8_t { concatenated, interleaved };
+
+namespace detail {
+
+/// Columns of gate and up for hidden unit j: gate at j * step, up at j * step + up_offset.
+struct gated_columns {
+    int64_t step, up_offset;
+
+    static constexpr gated_columns of(gated_layout layout, int64_t hidden) noexcept
+    {
+        return layout == gated_layout::concatenated ? gated_columns{1, hidden} : gated_columns{2, 1};
+    }
+};
+
+/// a[j] = weight * activation(pre): one row.
+template <class Activation, class Real, class Team, class T>
+FASTMOE_HOST_DEVICE void activate_row(Team& team, const T* pre, T* a, int64_t hidden, gated_columns at, Real weight)
+{
+    if constexpr (!Activation::gated) {
+        team.for_each(hidden, [=](int64_t j) { a[j] = T(weight * Activation::value(Real(pre[j]))); });
+    } else if (at.step == 1) {
+        const T* up = pre + at.up_offset;
+        team.for_each(hidden, [=](int64_t j) { a[j] = T(weight * Activation::value(Real(pre[j]), Real(up[j]))); });
+    } else {
+        team.for_each(hidden, [=](int64_t j) {
+            a[j] = T(weight * Activation::value(Real(pre[2 * j]), Real(pre[2 * j + 1])));
+        });
+    }
+}
+
+/// From d = dLoss/d(weight * a) in `da`: dpre, the weighted activation written over `da`, and <d, a> to every lane.
+template <class Activation, class Real, class Team, class T>
+FASTMOE_HOST_DEVICE Real activate_row_backward(Team& team, const T* pre, T* da, T* dpre, int64_t hidden, gated_columns at,
+                                               Real weight)
+{
+    const auto add = [](Real x, Real y) { return x + y; };
+    return team.reduce(hidden, Real(0), add, [=](int64_t j) {
+        const Real d = Real(da[j]);
+        Real a;
+        if constexpr (!Activation::gated) {
+            const Real x = Real(pre[j]);
+            a = Activation::value(x);
+            dpre[j] = T(weight * d * Activation::derivative(x));
+        } else {
+            const Real g = Real(pre[j * at.step]), u = Real(pre[j * at.step + at.up_offset]);
+            a = Activation::value(g, u);
+            const auto back = Activation::gradient(g, u, weight * d);
+            dpre[j * at.step] = T(back.gate);
+            dpre[j * at.step + at.up_offset] = T(back.up);
+        }
+        da[j] = T(weight * a);
+        return d * a;
+    });
+}
+
+} // namespace detail
+
+} // namespace fastmoe::inline FASTMOE_ABI

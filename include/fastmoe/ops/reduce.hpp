@@ -1,0 +1,100 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// Sums over the rows of each group: gradients of biases.
+#pragma once
+
+#include <fastmoe/core/dtype.hpp>
+#include <fastmoe/exec/executor.hpp>
+#include <fastmoe/exec/memory.hpp>
+
+namespace fastmoe::inline FASTMOE_ABI {
+
+/// Whether a gradient replaces what its memory holds or is added to it.
+enum class write_mode : std::uint8_t { overwrite, accumulate };
+
+namespace verbs {
+struct sum_groups;
+}
+
+namespace detail {
+
+/// Columns that one team sums at a time.
+inline constexpr int64_t sum_columns = 64;
+
+template <class Real, class Rows, class G, class Scale>
+struct sum_group_columns {
+    using vectorized = void;
+    Rows rows;                            // (S,N)
+    vector_view<const int32_t> counts;    // (E)
+    vector_view<const int64_t> offsets;   // (E+1)
+    matrix_view<G> out;                   // (E,N)
+    write_mode mode;
+    Scale scale;
+
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t task) const
+    {
+        const int64_t n = out.extent(1), tiles = (n + sum_columns - 1) / sum_columns;
+        const int64_t e = task / tiles, first = task % tiles * sum_columns;
+        const int64_t width = n - first < sum_columns ? n - first : sum_columns;
+        const int64_t begin = offsets(e), end = begin + counts(e);
+        const auto& self = *this;
+        G* to = out.data_handle() + e * n + first;
+        constexpr int64_t lane_columns = 16;
+        team.for_each((width + lane_columns - 1) / lane_columns, [=, &self](int64_t part) {
+            const int64_t at = part * lane_columns, here = width - at < lane_columns ? width - at : lane_columns;
+            Real total[lane_columns] = {};
+            for (int64_t s = begin; s < end; ++s) {
+                const auto* from = self.rows.row(s);
+                if (!from) continue;
+                const Real w = self.scale(s);
+                from += first + at;
+                if (here == lane_columns)
+                    for (int64_t j = 0; j < lane_columns; ++j) total[j] += w * Real(from[j]);
+                else
+                    for (int64_t j = 0; j < here; ++j) total[j] += w * Real(from[j]);
+            }
+            for (int64_t j = 0; j < here; ++j)
+                to[at + j] = G(self.mode == write_mode::accumulate ? Real(to[at + j]) + total[j] : total[j]);
+        });
+    }
+};
+
+} // namespace detail
+
+/// A scale of one for every row.
+template <class Real>
+struct unit_scale {
+    FASTMOE_HOST_DEVICE constexpr Real operator()(int64_t) const noexcept { return Real(1); }
+};
+
+template <class Executor>
+struct implementation<verbs::sum_groups, Executor> {
+    template <class Functor>
+    static void run(Executor& ex, int64_t tasks, const Functor& f, int64_t rows)
+    {
+        for_each_row(ex, tasks, f, {.width = rows * detail::sum_columns});
+    }
+};
+
+/// out(e) (+)= the sum of scale(s) * rows(s) over the rows of group e, in row order; zeros for a group without rows.
+/// @param rows     plain_rows or indexed_rows                                       // (S,N)
+/// @param counts   rows of each group                                               // (E)
+/// @param offsets  first row of each group                                          // (E+1)
+/// @param scale    a functor of the slot
+/// @param out      overwritten or added to; padding rows do not count               // (E,N)
+template <executor Executor, class Rows, class G, class Scale>
+void sum_groups(Executor& ex, const Rows& rows, vector_view<const int32_t> counts, vector_view<const int64_t> offsets,
+                const Scale& scale, matrix_view<G> out, write_mode mode)
+{
+    expects_shape(out, "out (E,N)", counts.extent(0), rows.extent(1));
+    expects_shape(offsets, "offsets (E+1)", counts.extent(0) + 1);
+    using Real = decltype(scale(0));
+    const int64_t tiles = (out.extent(1) + detail::sum_columns - 1) / detail::sum_columns;
+    const int64_t mean = counts.extent(0) > 0 ? rows.extent(0) / counts.extent(0) + 1 : 1;
+    implementation<verbs::sum_groups, Executor>::run(
+        ex, counts.extent(0) * tiles, detail::sum_group_columns<Real, Rows, G, Scale>{rows, counts, offsets, out, mode, scale},
+        mean);
+}
+
+} // namespace fastmoe::inline FASTMOE_ABI

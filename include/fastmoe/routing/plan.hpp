@@ -1,0 +1,195 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// What everything after the gate reads: where each choice's row stands when rows are sorted by expert.
+#pragma once
+
+#include <fastmoe/gemm/grouped_gemm.hpp>
+#include <fastmoe/ops/bucket.hpp>
+#include <fastmoe/routing/routing.hpp>
+
+namespace fastmoe::inline FASTMOE_ABI {
+
+/// A stable counting sort of choices by expert: within an expert, slots are in choice order. The same routing gives the
+/// same plan on any executor.
+struct plan {
+    vector_view<int32_t> counts;    // (E)    choices that each expert got
+    vector_view<int64_t> offsets;   // (E+1)  first slot of each expert
+    vector_view<int32_t> slot_of;   // (C)    -1: dropped
+    vector_view<int32_t> choice_of; // (S)    -1: padding
+    vector_view<int32_t> token_of;  // (S)    -1: padding
+    int64_t tokens = 0;             ///< T
+    int64_t slots = 0;              ///< S: the bound that buffers are sized by; offsets(E) are in use
+    int64_t alignment = 1;          ///< experts start at multiples of it
+
+    row_groups groups() const noexcept { return {counts, offsets, slots}; }
+};
+
+/// Room for a plan of `choices` choices. S = choices + experts * (alignment - 1).
+inline plan reserve_plan(arena& memory, int64_t tokens, int64_t choices, int64_t experts, int64_t alignment = 1)
+{
+    expects(alignment >= 1, "alignment", alignment, "1 or more");
+    expects(experts >= 0 && experts <= INT32_MAX, "experts", experts, "0 to 2^31 - 1");
+    const int64_t slots = choices + experts * (alignment - 1);
+    expects(slots <= INT32_MAX, "slots", slots, "at most 2^31 - 1");
+    plan p;
+    p.counts = memory.vector<int32_t>(experts);
+    p.offsets = memory.vector<int64_t>(experts + 1);
+    p.slot_of = memory.vector<int32_t>(choices);
+    p.choice_of = memory.vector<int32_t>(slots);
+    p.token_of = memory.vector<int32_t>(slots);
+    p.tokens = tokens;
+    p.slots = slots;
+    p.alignment = alignment;
+    return p;
+}
+
+namespace verbs {
+struct make_plan;
+}
+
+namespace detail {
+
+/// Copies ids, with -1 for those that are out of range or stand earlier in the same token, and records both.
+/// Few choices are compared with each other; many are looked up in a table of the token that last chose an expert.
+template <class Real>
+struct check_choices {
+    routing<Real> route;
+    vector_view<int32_t> ids;    // (C)
+    matrix_view<int32_t> chosen; // (blocks,E), or without memory
+    int64_t block_size;          // tokens
+    fault_recorder faults;
+
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t b) const
+    {
+        int32_t* last = chosen.data_handle() ? chosen.data_handle() + b * chosen.extent(1) : nullptr;
+        if (last) team.for_each(chosen.extent(1), [last](int64_t e) { last[e] = -1; });
+        team.sync();
+        if (team.lane() != 0) return;
+        const int64_t end = (b + 1) * block_size < route.tokens ? (b + 1) * block_size : route.tokens;
+        for (int64_t t = b * block_size; t < end; ++t) {
+            if (route.ragged()) check_first(t);
+            for (int64_t c = route.begin(t); c < route.end(t); ++c) ids(c) = check(t, c, last);
+        }
+    }
+
+    FASTMOE_HOST_DEVICE void check_first(int64_t t) const
+    {
+        const int32_t here = route.first(t), next = route.first(t + 1);
+        if (t == 0 && here != 0) faults.record(fault_kind::first_out_of_order, 0, here);
+        if (next < here || next > route.choices()) faults.record(fault_kind::first_out_of_order, t + 1, next);
+    }
+
+    FASTMOE_HOST_DEVICE int32_t check(int64_t t, int64_t c, int32_t* last) const
+    {
+        const int32_t e = route.experts(c);
+        if (e == -1) return -1;
+        if (e < -1 || e >= route.total_experts) {
+            faults.record(fault_kind::expert_out_of_range, c, e);
+            return -1;
+        }
+        bool repeated = false;
+        if (last) {
+            repeated = last[e] == t;
+            last[e] = static_cast<int32_t>(t);
+        } else {
+            for (int64_t earlier = route.begin(t); earlier < c; ++earlier) repeated |= route.experts(earlier) == e;
+        }
+        if (repeated) faults.record(fault_kind::expert_repeated, c, e);
+        return repeated ? -1 : e;
+    }
+};
+
+struct plan_offsets {
+    plan p;
+
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t) const
+    {
+        const auto& self = p;
+        const int64_t total = team.scan(
+            self.counts.extent(0), int64_t{0}, [](int64_t a, int64_t b) { return a + b; },
+            [&self](int64_t e) { return (self.counts(e) + self.alignment - 1) / self.alignment * self.alignment; },
+            [&self](int64_t e, int64_t start) { self.offsets(e) = start; });
+        if (team.lane() == 0) self.offsets(self.counts.extent(0)) = total;
+    }
+};
+
+struct clear_slots {
+    using vectorized = void;
+    int32_t* choice_of; // (S)
+    int32_t* token_of;  // (S)
+
+    FASTMOE_HOST_DEVICE void operator()(int64_t s) const { choice_of[s] = token_of[s] = -1; }
+};
+
+/// slot_of holds ranks when this begins and slots when it ends.
+template <class Real>
+struct place_choices {
+    routing<Real> route;
+    vector_view<const int32_t> ids; // (C)
+    plan p;
+
+    FASTMOE_HOST_DEVICE void operator()(int64_t t) const
+    {
+        for (int64_t c = route.begin(t); c < route.end(t); ++c) {
+            const int32_t e = ids(c);
+            if (e < 0) continue;
+            const auto s = static_cast<int32_t>(p.offsets(e) + p.slot_of(c));
+            p.slot_of(c) = s;
+            p.choice_of(s) = static_cast<int32_t>(c);
+            p.token_of(s) = static_cast<int32_t>(t);
+        }
+    }
+};
+
+} // namespace detail
+
+template <class Executor>
+struct implementation<verbs::make_plan, Executor> {
+    template <class Real>
+    static void run(Executor& ex, const routing<Real>& route, const plan& p, arena& scratch)
+    {
+        constexpr int64_t few = 16;
+        const auto ids = scratch.vector<int32_t>(route.choices());
+        const auto blocks = detail::bucket_blocks::of(route.tokens);
+        const bool table = route.k == 0 || route.k > few;
+        const auto chosen = scratch.matrix<int32_t>(table ? blocks.count : 0, route.total_experts);
+        if (!scratch.measuring())
+            for_each_row(ex, blocks.count,
+                         detail::check_choices<Real>{route, ids, table ? chosen : matrix_view<int32_t>{}, blocks.size,
+                                                     ex.faults()},
+                         {.width = blocks.size * (route.k ? route.k : few)});
+        bucket(ex, ids, p.counts, p.slot_of, scratch);
+        if (scratch.measuring()) return;
+        for_each_row(ex, 1, detail::plan_offsets{p}, {.width = route.total_experts});
+        for_each(ex, p.slots, detail::clear_slots{p.choice_of.data_handle(), p.token_of.data_handle()});
+        for_each(ex, route.tokens, detail::place_choices<Real>{route, ids, p});
+    }
+};
+
+/// Fills the plan from a routing. Ids that are out of range, or that stand twice in one token, count as dropped, so that
+/// nothing is ever read or written out of bounds, and are reported: by deliver_faults() on the host, which this calls
+/// (the plan is complete when it throws), by synchronize() elsewhere.
+/// @param route    ids and choices; `first` must not decrease and end at C
+/// @param p        from reserve_plan with the same tokens, choices and experts; overwritten
+/// @param scratch  taken and given back; on a measuring arena only counted
+/// @throws invalid_argument if shapes disagree, out_of_memory if the scratch is too small (before anything is written)
+template <executor Executor, class Real>
+void make_plan(Executor& ex, const routing<Real>& route, const plan& p, arena& scratch)
+{
+    const int64_t mark = scratch.used();
+    if (!scratch.measuring()) {
+        detail::expects_routing(route);
+        expects_shape(p.counts, "plan.counts (E)", route.total_experts);
+        expects_shape(p.slot_of, "plan.slot_of (C)", route.choices());
+        arena measure;
+        implementation<verbs::make_plan, Executor>::run(ex, route, p, measure);
+        scratch.require(measure.bytes());
+    }
+    implementation<verbs::make_plan, Executor>::run(ex, route, p, scratch);
+    scratch.rewind(mark);
+    if (!scratch.measuring()) ex.deliver_faults();
+}
+
+} // namespace fastmoe::inline FASTMOE_ABI

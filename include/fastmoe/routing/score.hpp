@@ -1,0 +1,106 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// How a router turns a token's logits into scores, and scores into weights: one row at a time, forward and backward.
+///
+/// A score policy makes a row; a row answers for each expert, and knows its scores up to a factor that the row shares:
+///
+///     auto row = score.row(team, logits, experts);     all lanes alike                                     // (E)
+///     row.empty()          no logit is finite or +Inf: the token is dropped
+///     row.selection(e)     what the choice sees: bias and noise included
+///     row.value(e)         the score of e times the row's factor: never the bias. 0 for -Inf and NaN
+///     row.slope(e)         d value(e) / d logit(e), the factor held fixed
+///     Row::sums_to_one     whether a score is value(e) / (sum of all values); else the factor is 1
+///
+/// Of that everything is made: weights over the chosen need no factor at all, probabilities for the losses are always
+/// value(e) / (sum of all values), and a gradient of the values becomes one of the logits times slope(e).
+#pragma once
+
+#include <limits>
+
+#include <fastmoe/core/math.hpp>
+#include <fastmoe/exec/team.hpp>
+
+namespace fastmoe::inline FASTMOE_ABI {
+
+namespace detail {
+
+struct add {
+    template <class Real>
+    FASTMOE_HOST_DEVICE constexpr Real operator()(Real a, Real b) const noexcept
+    {
+        return a + b;
+    }
+};
+
+/// The greater of two; NaN loses.
+struct greater_of {
+    template <class Real>
+    FASTMOE_HOST_DEVICE constexpr Real operator()(Real a, Real b) const noexcept
+    {
+        return b > a ? b : a;
+    }
+};
+
+/// The greatest logit that is not NaN; -Inf if there is none.
+template <class Team, class Real>
+FASTMOE_HOST_DEVICE Real greatest(Team& team, const Real* logits, int64_t experts)
+{
+    constexpr Real least = -std::numeric_limits<Real>::infinity();
+    return team.reduce(experts, least, greater_of{}, [logits](int64_t e) {
+        const Real l = logits[e];
+        return l > least ? l : least;
+    });
+}
+
+/// The sum of a row's values.                              value(0) + ... + value(E-1)
+template <class Team, class Row>
+FASTMOE_HOST_DEVICE auto sum_of_values(Team& team, const Row& row, int64_t experts)
+{
+    using real = decltype(row.value(0));
+    return team.reduce(experts, real(0), add{}, [row](int64_t e) { return row.value(e); });
+}
+
+} // namespace detail
+
+/// p = softmax(l). Selection is on the logits, so that underflow of the exponential makes no ties.
+/// The limit for rows that are not finite: the +Inf share 1 equally, -Inf and NaN get 0.
+struct softmax_score {
+    template <class Real>
+    struct row_scores {
+        static constexpr bool sums_to_one = true;
+        const Real* logits; // (E)
+        Real peak;          // their greatest: values are in [0, 1] and one of them is 1
+
+        FASTMOE_HOST_DEVICE bool empty() const noexcept { return peak == -std::numeric_limits<Real>::infinity(); }
+        FASTMOE_HOST_DEVICE Real selection(int64_t e) const noexcept { return logits[e]; }
+        FASTMOE_HOST_DEVICE Real value(int64_t e) const noexcept
+        {
+            const Real distance = logits[e] - peak; // NaN for +Inf of +Inf, and for NaN
+            const Real power = math::exp(distance);
+            const Real limit = logits[e] == peak ? Real(1) : Real(0);
+            return distance < Real(0) ? power : limit;
+        }
+        FASTMOE_HOST_DEVICE Real slope(int64_t e) const noexcept { return value(e); }
+    };
+
+    template <class Team, class Real>
+    FASTMOE_HOST_DEVICE row_scores<Real> row(Team& team, const Real* logits, int64_t experts) const
+    {
+        return {logits, detail::greatest(team, logits, experts)};
+    }
+};
+
+/// Weights are the chosen scores divided by their sum: after softmax_score, softmax over the chosen alone, with the same
+/// gradient. With one choice the weight is constant and the router gets no gradient, so training refuses K = 1.
+/// A weighing policy states over_chosen, and epsilon where that is true.
+struct renormalize {
+    static constexpr bool over_chosen = true;
+    double epsilon = 0; ///< added to the sum, as sigmoid routers do (1e-20)
+};
+
+/// Weights are the scores as they are (Switch, GShard, DeepSeek-V2): after softmax_score, probabilities over all experts.
+struct raw_scores {
+    static constexpr bool over_chosen = false;
+};
+
+} // namespace fastmoe::inline FASTMOE_ABI

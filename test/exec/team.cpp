@@ -1,0 +1,267 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// What every team promises, on one lane and on four real threads.
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include <doctest/doctest.h>
+
+#include <fastmoe/exec/executor.hpp>
+
+#include "support/executors.hpp"
+#include "support/poison.hpp"
+#include "support/random.hpp"
+
+namespace fm = fastmoe;
+using std::int64_t;
+
+namespace {
+
+struct plus {
+    template <class T>
+    FASTMOE_HOST_DEVICE T operator()(T a, T b) const
+    {
+        return a + b;
+    }
+};
+struct larger {
+    template <class T>
+    FASTMOE_HOST_DEVICE T operator()(T a, T b) const
+    {
+        return a > b ? a : b;
+    }
+};
+
+/// The best value and where it stands: what an argmax reduces.
+struct place {
+    float value;
+    int32_t id;
+};
+struct better {
+    FASTMOE_HOST_DEVICE place operator()(place a, place b) const
+    {
+        return a.value > b.value || (a.value == b.value && a.id < b.id) ? a : b;
+    }
+};
+
+/// Counts the visits of every element.
+struct visit {
+    fm::vector_view<int32_t> seen; // (n)
+    FASTMOE_HOST_DEVICE void operator()(int64_t i) const { std::atomic_ref<int32_t>(seen(i)).fetch_add(1); }
+};
+
+struct visit_rows {
+    fm::matrix_view<int32_t> seen; // (rows,n)
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t row) const
+    {
+        team.for_each(seen.extent(1), [&](int64_t i) { std::atomic_ref<int32_t>(seen(row, i)).fetch_add(1); });
+    }
+};
+
+/// Sum, largest and argmax of each row, as every lane sees them.
+struct summarize {
+    fm::matrix_view<const int64_t> x;    // (rows,n)
+    fm::matrix_view<int64_t> sums, tops; // (rows,lanes)
+    fm::matrix_view<int32_t> where;      // (rows,lanes)
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t row) const
+    {
+        const int64_t n = x.extent(1), lane = team.lane();
+        sums(row, lane) = team.reduce(n, int64_t{0}, plus{}, [&](int64_t i) { return x(row, i); });
+        tops(row, lane) = team.reduce(n, INT64_MIN, larger{}, [&](int64_t i) { return x(row, i); });
+        const place none{-std::numeric_limits<float>::infinity(), std::numeric_limits<int32_t>::max()};
+        const auto at = [&](int64_t i) { return place{static_cast<float>(x(row, i)), static_cast<int32_t>(i)}; };
+        where(row, lane) = team.reduce(n, none, better{}, at).id;
+    }
+};
+
+struct scan_rows {
+    fm::matrix_view<const int64_t> x; // (rows,n)
+    fm::matrix_view<int64_t> before;  // (rows,n)
+    fm::matrix_view<int64_t> totals;  // (rows,lanes)
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t row) const
+    {
+        totals(row, team.lane()) = team.scan(
+            x.extent(1), int64_t{0}, plus{}, [&](int64_t i) { return x(row, i); },
+            [&](int64_t i, int64_t sum) { before(row, i) = sum; });
+    }
+};
+
+/// Reverses a row in place by way of scratch: wrong without the two syncs, as soon as there are lanes.
+struct reverse {
+    fm::matrix_view<int32_t> x; // (rows,n)
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t row) const
+    {
+        const int64_t n = x.extent(1);
+        int32_t* copy = team.template scratch<int32_t>(n);
+        team.for_each(n, [&](int64_t i) { copy[i] = x(row, i); });
+        team.sync();
+        team.for_each(n, [&](int64_t i) { x(row, i) = copy[n - 1 - i]; });
+    }
+};
+
+/// Whether two blocks of scratch are aligned, apart, and the same for all lanes.
+struct take_scratch {
+    fm::matrix_view<int64_t> first, second; // (rows,lanes)
+    int64_t n;
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t row) const
+    {
+        first(row, team.lane()) = reinterpret_cast<int64_t>(team.template scratch<char>(n));
+        second(row, team.lane()) = reinterpret_cast<int64_t>(team.template scratch<double>(n));
+    }
+};
+
+struct count_lanes {
+    fm::matrix_view<int64_t> lanes; // (rows,8)
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t row) const
+    {
+        lanes(row, team.lane()) = team.lanes();
+    }
+};
+
+template <class T>
+struct grid {
+    grid(int64_t rows, int64_t cols) : memory(rows * cols), rows(rows), cols(cols) { support::poison(view()); }
+    fm::matrix_view<T> view() { return {memory.data(), rows, cols}; }
+    std::vector<T> memory;
+    int64_t rows, cols;
+};
+
+} // namespace
+
+TEST_CASE_TEMPLATE("for_each visits every element exactly once, for any count", Cell, FASTMOE_EXECUTORS)
+{
+    FASTMOE_EXECUTOR(ex, Cell);
+    for (const int64_t n : {0, 1, 2, 3, 4, 5, 63, 64, 65, 1000, 2047, 2048, 2049, 131072, 200003}) {
+        std::vector<int32_t> seen(n, 0);
+        fm::for_each(ex, n, visit{fm::as_vector(seen)});
+        CHECK(seen == std::vector<int32_t>(n, 1));
+    }
+    fm::for_each(ex, -5, visit{});
+}
+
+TEST_CASE_TEMPLATE("a team's for_each visits every element of every row exactly once", Cell, FASTMOE_EXECUTORS)
+{
+    FASTMOE_EXECUTOR(ex, Cell);
+    for (const int64_t rows : {0, 1, 3, 65, 130})
+        for (const int64_t n : {0, 1, 3, 4, 5, 33}) {
+            std::vector<int32_t> seen(rows * n, 0);
+            fm::for_each_row(ex, rows, visit_rows{fm::as_matrix(seen, rows, n)}, {.width = n});
+            CHECK(seen == std::vector<int32_t>(rows * n, 1));
+        }
+}
+
+TEST_CASE_TEMPLATE("every lane of a team gets the reduction of the whole row", Cell, FASTMOE_EXECUTORS)
+{
+    FASTMOE_EXECUTOR(ex, Cell);
+    FASTMOE_SEEDED(r, 3);
+    for (const int64_t n : {0, 1, 2, 3, 4, 5, 7, 15, 16, 17, 31, 32, 33, 100}) {
+        INFO("n ", n);
+        const int64_t rows = 9;
+        std::vector<int64_t> x(rows * n);
+        for (int64_t& v : x) v = r.integer(-50, 50);
+        grid<int64_t> sums(rows, 8), tops(rows, 8);
+        grid<int32_t> where(rows, 8);
+        fm::for_each_row(ex, rows, summarize{fm::as_matrix(x, rows, n), sums.view(), tops.view(), where.view()}, {.width = n});
+        for (int64_t i = 0; i < rows; ++i) {
+            int64_t sum = 0, top = INT64_MIN;
+            int32_t at = std::numeric_limits<int32_t>::max();
+            for (int64_t j = 0; j < n; ++j) {
+                sum += x[i * n + j];
+                if (x[i * n + j] > top) at = static_cast<int32_t>(j);
+                top = std::max(top, x[i * n + j]);
+            }
+            int64_t lanes = 0;
+            for (int64_t lane = 0; lane < 8; ++lane) {
+                if (sums.view()(i, lane) == -1 && tops.view()(i, lane) == -1 && where.view()(i, lane) == -1) continue;
+                ++lanes;
+                CHECK(sums.view()(i, lane) == sum);
+                CHECK(tops.view()(i, lane) == top);
+                CHECK(where.view()(i, lane) == at);
+            }
+            CHECK(lanes >= 1);
+        }
+    }
+}
+
+TEST_CASE_TEMPLATE("a scan gives every element the sum of those before it and every lane the total", Cell, FASTMOE_EXECUTORS)
+{
+    FASTMOE_EXECUTOR(ex, Cell);
+    FASTMOE_SEEDED(r, 4);
+    for (const int64_t n : {0, 1, 3, 4, 5, 8, 29}) {
+        const int64_t rows = 6;
+        std::vector<int64_t> x(rows * n);
+        for (int64_t& v : x) v = r.integer(1, 9);
+        grid<int64_t> before(rows, n), totals(rows, 8);
+        fm::for_each_row(ex, rows, scan_rows{fm::as_matrix(x, rows, n), before.view(), totals.view()}, {.width = n});
+        for (int64_t i = 0; i < rows; ++i) {
+            int64_t sum = 0;
+            for (int64_t j = 0; j < n; ++j) {
+                CHECK(before.view()(i, j) == sum);
+                sum += x[i * n + j];
+            }
+            CHECK(totals.view()(i, 0) == sum);
+            for (int64_t lane = 1; lane < 8; ++lane)
+                CHECK((totals.view()(i, lane) == sum || totals.view()(i, lane) == -1));
+        }
+    }
+}
+
+TEST_CASE_TEMPLATE("what lanes write to scratch is there for all of them after sync", Cell, FASTMOE_EXECUTORS)
+{
+    FASTMOE_EXECUTOR(ex, Cell);
+    const int64_t rows = 50, n = 37;
+    std::vector<int32_t> x(rows * n), expected(rows * n);
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < n; ++j) {
+            x[i * n + j] = static_cast<int32_t>(100 * i + j);
+            expected[i * n + n - 1 - j] = x[i * n + j];
+        }
+    fm::for_each_row(ex, rows, reverse{fm::as_matrix(x, rows, n)}, {.width = n, .scratch_bytes = n * 4});
+    CHECK(x == expected);
+}
+
+TEST_CASE_TEMPLATE("scratch is the same memory for all lanes of a row, aligned, and its blocks are apart", Cell, FASTMOE_EXECUTORS)
+{
+    FASTMOE_EXECUTOR(ex, Cell);
+    for (const int64_t n : {1, 5, 64, 100}) {
+        grid<int64_t> first(3, 8), second(3, 8);
+        fm::for_each_row(ex, 3, take_scratch{first.view(), second.view(), n}, {.scratch_bytes = (n + 63) / 64 * 64 + n * 8});
+        for (int64_t i = 0; i < 3; ++i) {
+            CHECK(first.view()(i, 0) % 64 == 0);
+            CHECK(second.view()(i, 0) % 64 == 0);
+            CHECK(second.view()(i, 0) >= first.view()(i, 0) + n);
+            for (int64_t lane = 1; lane < 8; ++lane)
+                if (first.view()(i, lane) != -1) CHECK(first.view()(i, lane) == first.view()(i, 0));
+        }
+    }
+}
+
+TEST_CASE_TEMPLATE("a hint beyond what every executor can give is refused", Cell, FASTMOE_EXECUTORS)
+{
+    FASTMOE_EXECUTOR(ex, Cell);
+    std::vector<int64_t> memory(16);
+    const count_lanes f{fm::as_matrix(memory, 2, 8)};
+    CHECK_THROWS_AS(fm::for_each_row(ex, 2, f, {.scratch_bytes = fm::team_scratch_bytes + 1}), fm::invalid_argument);
+    CHECK_NOTHROW(fm::for_each_row(ex, 2, f, {.scratch_bytes = fm::team_scratch_bytes}));
+}
+
+TEST_CASE_TEMPLATE("lanes are numbered from zero and know how many they are", Cell, FASTMOE_EXECUTORS)
+{
+    FASTMOE_EXECUTOR(ex, Cell);
+    std::vector<int64_t> memory(5 * 8, 0);
+    fm::for_each_row(ex, 5, count_lanes{fm::as_matrix(memory, 5, 8)}, {});
+    const int64_t lanes = memory[0];
+    CHECK(lanes >= 1);
+    for (int64_t i = 0; i < 5; ++i)
+        for (int64_t lane = 0; lane < 8; ++lane) CHECK(memory[i * 8 + lane] == (lane < lanes ? lanes : 0));
+}

@@ -1,0 +1,89 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// The executors and dtypes that tests are typed over. A cell is one executor with one dtype:
+///
+///     TEST_CASE_TEMPLATE("combine is the adjoint of dispatch", Cell, FASTMOE_CELLS)
+///     {
+///         using T = typename Cell::type;
+///         FASTMOE_EXECUTOR(ex, Cell);                 // declares ex, or reports the cell as skipped
+///         auto x = support::upload(ex, values);       // a buffer; download(ex, view) brings it back
+///     }
+#pragma once
+
+#include <cstring>
+#include <vector>
+
+#include <fastmoe/core/dtype.hpp>
+#include <fastmoe/exec/host_executor.hpp>
+#include <fastmoe/exec/memory.hpp>
+
+#include "lanes.hpp"
+#include "random.hpp"
+
+namespace support {
+
+/// How the tests make an executor, and whether this machine can.
+template <class Executor>
+struct column;
+
+template <>
+struct column<fastmoe::host_executor> {
+    static constexpr const char* name = "host";
+    static bool available() { return true; }
+    static fastmoe::host_executor make() { return fastmoe::host_executor({.threads = 2}); }
+};
+
+template <>
+struct column<lanes> {
+    static constexpr const char* name = "lanes";
+    static bool available() { return true; }
+    static lanes make() { return lanes(); }
+};
+
+template <class Executor, class T>
+struct cell : column<Executor> {
+    using executor = Executor;
+    using type = T;
+};
+
+template <class T, class Executor>
+fastmoe::buffer<T, Executor> upload(Executor& ex, const std::vector<T>& values)
+{
+    fastmoe::buffer<T, Executor> out(ex, static_cast<int64_t>(values.size()));
+    if (!values.empty()) std::memcpy(static_cast<void*>(out.data()), values.data(), sizeof(T) * values.size());
+    return out;
+}
+
+template <class Executor, class T, std::size_t Rank>
+std::vector<std::remove_const_t<T>> download(Executor& ex, fastmoe::tensor_view<T, Rank> view)
+{
+    ex.synchronize();
+    return std::vector<std::remove_const_t<T>>(view.data_handle(), view.data_handle() + size_of(view));
+}
+
+} // namespace support
+
+/// An executor with every dtype. A further executor is a column<> above and one line in each of the next two lists.
+#define FASTMOE_COLUMN(...)                                                                                           \
+    ::support::cell<__VA_ARGS__, double>, ::support::cell<__VA_ARGS__, float>,                                        \
+        ::support::cell<__VA_ARGS__, ::fastmoe::bfloat16>, ::support::cell<__VA_ARGS__, ::fastmoe::half>
+
+#define FASTMOE_CELLS                                                                                                 \
+    FASTMOE_COLUMN(::fastmoe::host_executor),                                                                         \
+    FASTMOE_COLUMN(::support::lanes)
+
+/// The executors alone, each in a cell with float.
+#define FASTMOE_EXECUTORS                                                                                             \
+    ::support::cell<::fastmoe::host_executor, float>,                                                                 \
+    ::support::cell<::support::lanes, float>
+
+/// The dtypes alone.
+#define FASTMOE_DTYPES double, float, ::fastmoe::bfloat16, ::fastmoe::half
+
+/// Declares the cell's executor. Without its device the test says so and ends: ctest reads the line as a skip.
+#define FASTMOE_EXECUTOR(ex, ...)                                                                                     \
+    if (!__VA_ARGS__::available()) {                                                                                  \
+        MESSAGE("skipped: no device for ", __VA_ARGS__::name);                                                        \
+        return;                                                                                                       \
+    }                                                                                                                 \
+    auto ex = __VA_ARGS__::make()
