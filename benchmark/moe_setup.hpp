@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <string>
 
+#include <fastmoe/expert/mlp.hpp>
 #include <fastmoe/layer/owned_weights.hpp>
 #include <fastmoe/routing/top_k_gate.hpp>
 

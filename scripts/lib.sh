@@ -1,5 +1,6 @@
 # SPDX-FileCopyrightText: The FastMoE authors
 # SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+# shellcheck shell=bash
 #
 # What the scripts share; for bash, to be sourced. Sets `root` and goes there.
 #
@@ -33,7 +34,7 @@ run_step() {
     mkdir -p "$logs"
     local log=$logs/$name.log
     if [[ -t 1 ]]; then
-        while :; do
+        while kill -0 $$ 2>/dev/null; do # ends with this script, however that ends
             printf '\r%s ... %d s ' "$title" $((SECONDS - start))
             sleep 1
         done &

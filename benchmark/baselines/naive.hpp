@@ -145,7 +145,7 @@ template <class T, class Gemm>
 class naive_moe {
 public:
     naive_moe(fm::host_executor& ex, int64_t tokens, int64_t k, int64_t experts, int64_t width, int64_t hidden)
-        : t_(tokens), k_(k), c_(tokens * k), e_(experts), d_(width), h_(hidden), mask_(ex, c_), choices_(ex, c_),
+        : k_(k), c_(tokens * k), e_(experts), d_(width), h_(hidden), mask_(ex, c_), choices_(ex, c_),
           x_(ex, c_ * d_), out_(ex, c_ * d_), u_(ex, c_ * h_), a_(ex, c_ * h_), da_(ex, c_ * h_), dy_(ex, c_ * d_),
           dx_(ex, c_ * d_), begin_(static_cast<std::size_t>(experts + 1), 0)
     {
@@ -282,7 +282,7 @@ private:
     template <class U>
     using memory = fm::buffer<U, fm::host_executor>;
 
-    int64_t t_, k_, c_, e_, d_, h_;
+    int64_t k_, c_, e_, d_, h_;
     memory<std::uint8_t> mask_;
     memory<int32_t> choices_;
     memory<T> x_, out_, u_, a_, da_, dy_, dx_;

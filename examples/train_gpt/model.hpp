@@ -103,14 +103,15 @@ public:
     /// The mean loss of a batch and its gradient with respect to all parameters, that of the balance losses included.
     /// @param ids      sequences of `length` tokens                                     // (T)
     /// @param targets  the token after each                                             // (T)
-    /// @param loss     overwritten with the cross entropy alone, in nats                 // (1)
+    /// @param loss     overwritten: the cross entropy in nats; the sum of the gates' own losses  // (2)
     /// @param counts   overwritten with the choices that each expert got, unless without memory  // (layers,E)
     void gradient(vector_view<const int32_t> ids, vector_view<const int32_t> targets, int64_t length,
                   vector_view<real> loss, matrix_view<int32_t> counts, fm::arena memory)
     {
+        memory.require(training_bytes(ids.extent(0) / length, length));
         auto kept = forward(shape(ids.extent(0) / length, length), ids, pass::training, memory);
         const auto dlogits = head_loss<true>(kept, targets, loss, memory);
-        report_counts(kept, counts);
+        report_gates(kept, loss, counts);
         backward(kept, ids, dlogits, memory);
     }
     /// The loss alone; counts as above.
@@ -119,7 +120,7 @@ public:
     {
         auto kept = forward(shape(ids.extent(0) / length, length), ids, pass::training, memory);
         head_loss<false>(kept, targets, loss, memory);
-        report_counts(kept, counts);
+        report_gates(kept, loss, counts);
     }
     /// Logits of the next token after each position; they stay in the workspace.                     // (T,V)
     matrix_view<const real> logits(vector_view<const int32_t> ids, int64_t length, fm::arena memory)
@@ -157,7 +158,9 @@ private:
     {
         const int64_t tokens = s.tokens(), width = config_.width;
         const bool live = !memory.measuring();
-        kept_pass p{.shape = s, .all = one_group(*ex_, tokens, memory)};
+        kept_pass p;
+        p.shape = s;
+        p.all = one_group(*ex_, tokens, memory);
         auto x = memory.matrix<real>(tokens, width);
         if (live) embed<real>(*ex_, ids, s.length, master_.tokens, master_.positions, x);
         matrix_view<T> branch;
@@ -230,7 +233,8 @@ private:
         matrix_view<T> dlogits;
         if (WithGradient) dlogits = memory.matrix<T>(p.logits.extent(0), p.logits.extent(1));
         const auto losses = memory.vector<real>(p.logits.extent(0));
-        if (!memory.measuring()) cross_entropy<T>(*ex_, p.logits, targets, losses, loss, dlogits);
+        if (!memory.measuring())
+            cross_entropy<T>(*ex_, p.logits, targets, losses, fm::slice(loss, 0, 1), dlogits);
         return dlogits;
     }
 
@@ -281,14 +285,20 @@ private:
         memory.rewind(mark);
     }
 
-    void report_counts(const kept_pass& p, matrix_view<int32_t> counts) const
+    /// What the gates chose and lost.
+    void report_gates(const kept_pass& p, vector_view<real> loss, matrix_view<int32_t> counts) const
     {
-        if (!counts.data_handle()) return;
-        fm::expects_shape(counts, "counts (layers,E)", config_.layers, config_.experts);
-        for (int64_t i = 0; i < config_.layers; ++i)
-            fm::for_each(*ex_, config_.experts,
-                         detail::copy_counts{p.blocks[static_cast<std::size_t>(i)].moe->plan().counts.data_handle(),
-                                             counts.data_handle() + i * config_.experts});
+        fm::expects_shape(loss, "loss (2)", 2);
+        if (counts.data_handle()) fm::expects_shape(counts, "counts (layers,E)", config_.layers, config_.experts);
+        fm::for_each(*ex_, 1, detail::set_elements<real>{loss.data_handle() + 1, real(0)});
+        for (int64_t i = 0; i < config_.layers; ++i) {
+            const auto& moe = *p.blocks[static_cast<std::size_t>(i)].moe;
+            fm::for_each(*ex_, 1, detail::add_losses<real>{moe.losses(), loss.data_handle() + 1});
+            if (counts.data_handle())
+                fm::for_each(*ex_, config_.experts,
+                             detail::copy_counts{moe.plan().counts.data_handle(),
+                                                 counts.data_handle() + i * config_.experts});
+        }
     }
 
     /// The weights that the products read.

@@ -12,56 +12,58 @@
 #include <fastmoe/layer/moe_layer.hpp>
 #include <fastmoe/routing/top_k_gate.hpp>
 
+#include "train_gpt/gpt_config.hpp"
 #include "train_gpt/team_math.hpp"
 
 namespace train_gpt {
 
-/// Everything that decides the shapes of the model.
-struct gpt_config {
-    int64_t vocabulary = 256;   ///< V  bytes
-    int64_t context = 128;      ///< most positions of a sequence
-    int64_t width = 128;        ///< D
-    int64_t layers = 4;
-    int64_t heads = 4;
-    int64_t experts = 8;        ///< E  1: a plain MLP
-    int64_t k = 2;              ///< K
-    int64_t hidden = 256;       ///< H  of one expert
-    double balance = 0.01;      ///< coefficient of the balance loss
+/// The gate of every layer, as a user of the library writes one: with one choice the Switch router, whose weight is the
+/// probability; with more, top-K with weights renormalized over the chosen. It forwards to whichever K asks for.
+struct gpt_gate {
+    int64_t experts = 1; ///< E
+    int64_t k = 1;       ///< K
+    double balance = 0;  ///< coefficient
 
-    /// The dense model that computes as much for a token: one MLP as wide as the K experts that a token meets.
-    gpt_config dense() const
+    template <class Real>
+    fm::top_k_state<Real> reserve(fm::arena& memory, int64_t tokens) const
     {
-        gpt_config c = *this;
-        c.hidden = k * hidden;
-        c.experts = c.k = 1;
-        c.balance = 0;
-        return c;
+        return with_choice([&](const auto& gate) { return gate.template reserve<Real>(memory, tokens); });
     }
-    void check() const
+    template <class Executor, class T, class Communicator, class State>
+    void route(Executor& ex, const fm::gate_input<T>& in, const Communicator& c, const State& state,
+               fm::arena& scratch) const
     {
-        for (const auto& [value, name] : {std::pair{vocabulary, "vocabulary"}, {context, "context"}, {width, "width"},
-                                          {layers, "layers"}, {heads, "heads"}, {experts, "experts"}, {k, "k"},
-                                          {hidden, "hidden"}})
-            fm::expects(value >= 1, name, value, "1 or more");
-        fm::expects(width % heads == 0, "width", width, "a multiple of heads = ", heads);
-        fm::expects(k <= experts, "k", k, "at most experts = ", experts);
+        with_choice([&](const auto& gate) { gate.route(ex, in, c, state, scratch); });
+    }
+    template <class Executor, class T, class Communicator, class State, class Real>
+    void backward(Executor& ex, const fm::gate_input<T>& in, const Communicator& c, const State& state,
+                  vector_view<const Real> dweights, Real loss_scale, matrix_view<Real> dlogits, fm::arena& scratch) const
+    {
+        with_choice([&](const auto& gate) { gate.backward(ex, in, c, state, dweights, loss_scale, dlogits, scratch); });
+    }
+
+private:
+    template <class F>
+    auto with_choice(const F& f) const
+    {
+        if (k == 1) return f(fm::switch_gate{.experts = experts, .k = 1, .balance = {.coefficient = balance}});
+        return f(fm::top_k_gate<>{.experts = experts, .k = k, .balance = {.coefficient = balance}});
     }
 };
 
-@GATE@
+template <class Gemm>
+using expert_of = fm::mlp<fm::gelu, Gemm>;
 
-/// The MLP of every block. The gate's weights are renormalized over the chosen; a single expert has weight 1.
+/// The MLP of every block.
 template <class Gemm>
 auto make_layer(const gpt_config& c)
 {
-    return fm::moe_layer{@MAKE@,
-                         fm::mlp<fm::gelu, Gemm>{.width = c.width, .hidden = c.hidden}, fm::self{}};
+    return fm::moe_layer{gpt_gate{.experts = c.experts, .k = c.k, .balance = c.balance},
+                         expert_of<Gemm>{.width = c.width, .hidden = c.hidden}, fm::self{}};
 }
 
 template <class Gemm>
 using layer_of = decltype(make_layer<Gemm>(gpt_config{}));
-template <class Gemm>
-using expert_of = fm::mlp<fm::gelu, Gemm>;
 
 /// One block: x += out(attention(qkv(norm1(x)))), then x += moe(norm2(x)).
 template <class W, class Gemm>
@@ -181,6 +183,18 @@ struct copy_counts {
     int32_t* to;         // (E)
 
     FASTMOE_HOST_DEVICE void operator()(int64_t e) const { to[e] = from[e]; }
+};
+
+/// total += the losses, in their order; of one element.
+template <class Real>
+struct add_losses {
+    vector_view<const Real> losses; // (any)
+    Real* total;                    // (1)
+
+    FASTMOE_HOST_DEVICE void operator()(int64_t) const
+    {
+        for (int64_t i = 0; i < losses.extent(0); ++i) *total += losses(i);
+    }
 };
 
 template <class Real>

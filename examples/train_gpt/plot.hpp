@@ -151,7 +151,7 @@ inline std::string loss_svg(const std::vector<loss_curve>& curves, const std::st
     for (const auto& c : curves)
         for (const auto& row : c.rows) tokens = std::max(tokens, static_cast<double>(row.tokens));
     for (const auto& c : curves)
-        if (!c.rows.empty()) first = std::max(first, c.rows[0].loss);
+        if (!c.rows.empty() && std::isfinite(c.rows[0].loss)) first = std::max(first, c.rows[0].loss);
     const double unit = tokens >= 2e6 ? 1e6 : tokens >= 2e3 ? 1e3 : 1;
     const auto [low, high] = loss_range(curves);
     const axis x = axis::over(0, tokens / unit, left, right, 8, false);

@@ -20,6 +20,10 @@
 namespace fm = fastmoe;
 using std::int64_t;
 
+// Sanitizers' own allocators then refuse an impossible size as the real one does.
+extern "C" const char* __asan_default_options() { return "allocator_may_return_null=1"; }
+extern "C" const char* __tsan_default_options() { return "allocator_may_return_null=1"; }
+
 namespace {
 
 /// Storage at the arena's alignment, with a byte to spare at either side.
@@ -29,7 +33,7 @@ struct workspace {
         const auto base = reinterpret_cast<std::uintptr_t>(memory.data());
         first = static_cast<int64_t>((base + fm::memory_alignment) / fm::memory_alignment * fm::memory_alignment - base);
     }
-    fm::vector_view<std::byte> view() { return {memory.data() + first, bytes}; }
+    fm::vector_view<std::byte> view() { return fm::vector_view<std::byte>(memory.data() + first, bytes); }
     bool intact() const
     {
         return memory[first - 1] == std::byte{0x5a} && memory[first + bytes] == std::byte{0x5a};

@@ -131,7 +131,7 @@ struct count_lanes {
 template <class T>
 struct grid {
     grid(int64_t rows, int64_t cols) : memory(rows * cols), rows(rows), cols(cols) { support::poison(view()); }
-    fm::matrix_view<T> view() { return {memory.data(), rows, cols}; }
+    fm::matrix_view<T> view() { return fm::matrix_view<T>(memory.data(), rows, cols); }
     std::vector<T> memory;
     int64_t rows, cols;
 };

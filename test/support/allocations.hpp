@@ -38,15 +38,35 @@ inline void* counted_or_throw(std::size_t bytes, std::size_t align)
 
 } // namespace support
 
-// The array forms, and the sized and nothrow forms of delete, call these.
-void* operator new(std::size_t n) { return support::counted_or_throw(n, 1); }
-void* operator new(std::size_t n, std::align_val_t a) { return support::counted_or_throw(n, static_cast<std::size_t>(a)); }
-void* operator new(std::size_t n, const std::nothrow_t&) noexcept { return support::counted_allocation(n, 1); }
-void* operator new(std::size_t n, std::align_val_t a, const std::nothrow_t&) noexcept
+// All forms, since a sanitizer brings its own for those that are left out. Not inlined: the compiler would see memory
+// of operator new go to free().
+#define FASTMOE_COUNTED [[gnu::noinline]]
+FASTMOE_COUNTED void* operator new(std::size_t n) { return support::counted_or_throw(n, 1); }
+FASTMOE_COUNTED void* operator new[](std::size_t n) { return support::counted_or_throw(n, 1); }
+FASTMOE_COUNTED void* operator new(std::size_t n, std::align_val_t a)
+{
+    return support::counted_or_throw(n, static_cast<std::size_t>(a));
+}
+FASTMOE_COUNTED void* operator new[](std::size_t n, std::align_val_t a)
+{
+    return support::counted_or_throw(n, static_cast<std::size_t>(a));
+}
+FASTMOE_COUNTED void* operator new(std::size_t n, const std::nothrow_t&) noexcept { return support::counted_allocation(n, 1); }
+FASTMOE_COUNTED void* operator new[](std::size_t n, const std::nothrow_t&) noexcept { return support::counted_allocation(n, 1); }
+FASTMOE_COUNTED void* operator new(std::size_t n, std::align_val_t a, const std::nothrow_t&) noexcept
 {
     return support::counted_allocation(n, static_cast<std::size_t>(a));
 }
-void operator delete(void* p) noexcept { std::free(p); }
-void operator delete(void* p, std::size_t) noexcept { std::free(p); }
-void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
-void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
+FASTMOE_COUNTED void* operator new[](std::size_t n, std::align_val_t a, const std::nothrow_t&) noexcept
+{
+    return support::counted_allocation(n, static_cast<std::size_t>(a));
+}
+FASTMOE_COUNTED void operator delete(void* p) noexcept { std::free(p); }
+FASTMOE_COUNTED void operator delete[](void* p) noexcept { std::free(p); }
+FASTMOE_COUNTED void operator delete(void* p, std::size_t) noexcept { std::free(p); }
+FASTMOE_COUNTED void operator delete[](void* p, std::size_t) noexcept { std::free(p); }
+FASTMOE_COUNTED void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
+FASTMOE_COUNTED void operator delete[](void* p, std::align_val_t) noexcept { std::free(p); }
+FASTMOE_COUNTED void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
+FASTMOE_COUNTED void operator delete[](void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
+#undef FASTMOE_COUNTED

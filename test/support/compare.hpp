@@ -116,8 +116,8 @@ verdict close(const std::vector<T>& actual, const std::vector<double>& expected,
     return out;
 }
 
-template <class T, std::size_t Rank>
-verdict close(fastmoe::tensor_view<T, Rank> actual, const std::vector<double>& expected, const tolerance& tol = {})
+template <class T, class Shape>
+verdict close(::cuda::std::mdspan<T, Shape> actual, const std::vector<double>& expected, const tolerance& tol = {})
 {
     using element = std::remove_const_t<T>;
     return close(std::vector<element>(actual.data_handle(), actual.data_handle() + size_of(actual)), expected, tol);

@@ -54,8 +54,8 @@ fastmoe::buffer<T, Executor> upload(Executor& ex, const std::vector<T>& values)
     return out;
 }
 
-template <class Executor, class T, std::size_t Rank>
-std::vector<std::remove_const_t<T>> download(Executor& ex, fastmoe::tensor_view<T, Rank> view)
+template <class Executor, class T, class Shape>
+std::vector<std::remove_const_t<T>> download(Executor& ex, ::cuda::std::mdspan<T, Shape> view)
 {
     ex.synchronize();
     return std::vector<std::remove_const_t<T>>(view.data_handle(), view.data_handle() + size_of(view));

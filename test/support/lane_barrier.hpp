@@ -43,9 +43,13 @@ public:
     {
     }
 
+    /// Forgets how the last loop went; called while no lane runs.
     void reset() noexcept
     {
+        std::uint32_t exchanges = 0;
+        for (const record& r : seen_) exchanges = r.exchanges > exchanges ? r.exchanges : exchanges;
         for (record& r : seen_) {
+            r.exchanges = exchanges; // lanes that failed may have stopped at different counts
             r.history.store(0, relaxed);
             r.calls.store(0, relaxed);
             r.name.store("nothing", relaxed);

@@ -133,7 +133,7 @@ public:
     void* allocate(int64_t bytes)
     {
         void* out = heap_.allocate(bytes);
-        std::memset(out, poison_bits, static_cast<std::size_t>(bytes));
+        if (bytes > 0) std::memset(out, poison_bits, static_cast<std::size_t>(bytes));
         return out;
     }
     void deallocate(void* memory, int64_t bytes) noexcept { heap_.deallocate(memory, bytes); }

@@ -19,8 +19,8 @@ namespace support {
 /// All bits set: NaN in every floating type, -1 in every signed integer.
 inline constexpr unsigned char poison_byte = 0xff;
 
-template <class T, std::size_t Rank>
-void poison(fastmoe::tensor_view<T, Rank> v)
+template <class T, class Shape>
+void poison(::cuda::std::mdspan<T, Shape> v)
 {
     if (size_of(v) > 0) std::memset(static_cast<void*>(v.data_handle()), poison_byte, sizeof(T) * size_of(v));
 }
@@ -36,8 +36,8 @@ bool is_poison(const T& value)
 }
 
 /// How many elements still are poison.
-template <class T, std::size_t Rank>
-int64_t poisoned(fastmoe::tensor_view<T, Rank> v)
+template <class T, class Shape>
+int64_t poisoned(::cuda::std::mdspan<T, Shape> v)
 {
     int64_t n = 0;
     for (int64_t i = 0; i < size_of(v); ++i) n += is_poison(v.data_handle()[i]);

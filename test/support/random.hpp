@@ -96,11 +96,11 @@ T narrow(double v)
     else return static_cast<T>(v);
 }
 
-template <class T, std::size_t Rank>
-int64_t size_of(fastmoe::tensor_view<T, Rank> v)
+template <class T, class Shape>
+int64_t size_of(::cuda::std::mdspan<T, Shape> v)
 {
     int64_t n = 1;
-    for (std::size_t i = 0; i < Rank; ++i) n *= v.extent(i);
+    for (std::size_t i = 0; i < Shape::rank(); ++i) n *= v.extent(i);
     return n;
 }
 
@@ -119,28 +119,28 @@ std::vector<double> widened(const std::vector<T>& values)
 {
     return std::vector<double>(values.begin(), values.end());
 }
-template <class T, std::size_t Rank>
-std::vector<double> widened(fastmoe::tensor_view<T, Rank> v)
+template <class T, class Shape>
+std::vector<double> widened(::cuda::std::mdspan<T, Shape> v)
 {
     return std::vector<double>(v.data_handle(), v.data_handle() + size_of(v));
 }
 
 /// Writes random numbers into a view and returns what it then holds, exactly, for the oracle.
-template <class T, std::size_t Rank>
-std::vector<double> fill_normal(random& r, fastmoe::tensor_view<T, Rank> v, double deviation = 1)
+template <class T, class Shape>
+std::vector<double> fill_normal(random& r, ::cuda::std::mdspan<T, Shape> v, double deviation = 1)
 {
     for (int64_t i = 0; i < size_of(v); ++i) v.data_handle()[i] = narrow<T>(r.normal(deviation));
     return widened(v);
 }
-template <class T, std::size_t Rank>
-std::vector<double> fill_uniform(random& r, fastmoe::tensor_view<T, Rank> v, double low, double high)
+template <class T, class Shape>
+std::vector<double> fill_uniform(random& r, ::cuda::std::mdspan<T, Shape> v, double low, double high)
 {
     for (int64_t i = 0; i < size_of(v); ++i) v.data_handle()[i] = narrow<T>(r.uniform(low, high));
     return widened(v);
 }
 /// Writes given values, rounded to T, and returns what it then holds.
-template <class T, std::size_t Rank>
-std::vector<double> fill(fastmoe::tensor_view<T, Rank> v, const std::vector<double>& values)
+template <class T, class Shape>
+std::vector<double> fill(::cuda::std::mdspan<T, Shape> v, const std::vector<double>& values)
 {
     for (int64_t i = 0; i < size_of(v); ++i) v.data_handle()[i] = narrow<T>(values.at(static_cast<std::size_t>(i)));
     return widened(v);

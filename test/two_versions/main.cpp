@@ -16,7 +16,7 @@ TEST_CASE("Two versions run in one program and share no name")
     const witness other = use_v9_9();
     CHECK(here.first_output == other.first_output);
     CHECK(here.first_output != 0.0);
-    CHECK(*here.type_of_library != *other.view_of_library);
+    CHECK(*here.type_of_library != *other.type_of_library);
     CHECK(here.address_of_inline != other.address_of_inline);
 }
 
@@ -25,6 +25,6 @@ TEST_CASE("Two files that include one version agree on its types and its variabl
     const witness first = use_from_first();
     const witness second = use_from_second();
     CHECK(first.first_output == second.first_output);
-    CHECK(*first.type_of_library == *second.view_of_library);
+    CHECK(*first.type_of_library == *second.type_of_library);
     CHECK(first.address_of_inline == second.address_of_inline);
 }

@@ -74,8 +74,9 @@ template <class Container>
 constexpr auto as_matrix(Container&& c, int64_t rows, int64_t cols)
 {
     auto* p = raw_pointer(c.data());
-    expects(rows >= 0 && cols >= 0 && static_cast<int64_t>(c.size()) == rows * cols, "container size",
-            static_cast<int64_t>(c.size()), "rows * cols = ", rows, " * ", cols);
+    const auto size = static_cast<int64_t>(c.size());
+    const bool fits = rows >= 0 && cols >= 0 && (cols == 0 || rows <= size / cols); // so that the product cannot overflow
+    expects(fits && rows * cols == size, "container size", size, "rows * cols = ", rows, " * ", cols);
     return matrix_view<std::remove_pointer_t<decltype(p)>>(p, rows, cols);
 }
 

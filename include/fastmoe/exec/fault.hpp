@@ -69,7 +69,8 @@ inline bool first_fault(const fault_words& words, fault& out) noexcept
 
 [[noreturn]] inline void raise_fault(const fault& f, location where = location::current())
 {
-    const std::string at = "(" + std::to_string(f.position) + ")";
+    std::string at = "("; // not "(" + text: g++ 12 warns of an overlap in its own operator
+    at += std::to_string(f.position) + ")";
     const std::string value = std::to_string(f.value);
     switch (f.kind) {
     case fault_kind::expert_out_of_range:

@@ -100,6 +100,7 @@ private:
         expects(cols == 0 || rows <= limit / cols, "extent", rows, "a product with ", cols, " that fits in memory");
         const int64_t bytes = rows * cols * static_cast<int64_t>(sizeof(T));
         const int64_t padded = (bytes + memory_alignment - 1) / memory_alignment * memory_alignment;
+        expects(padded <= INT64_MAX - used_, "extent", rows, "blocks whose sum fits in memory");
         require(padded);
         T* out = measuring_ ? nullptr : reinterpret_cast<T*>(storage_ + used_);
         used_ += padded;
@@ -149,7 +150,8 @@ public:
     /// The first rows * cols elements as a matrix. @throws invalid_argument if there are fewer
     matrix_view<T> matrix(int64_t rows, int64_t cols)
     {
-        expects(rows >= 0 && cols >= 0 && rows * cols <= count_, "rows * cols", rows * cols, "at most ", count_);
+        expects(rows >= 0 && cols >= 0 && (cols == 0 || rows <= count_ / cols), "rows", rows, "rows * ", cols,
+                " of at most ", count_, " elements");
         return matrix_view<T>(data_, rows, cols);
     }
 

@@ -1,6 +1,6 @@
 // SPDX-FileCopyrightText: The FastMoE authors
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-/// A tensor of a safetensors file: its element type, its shape and where it lies. The reader gives it, the writer takes it.
+/// A tensor as the safetensors reader gives it and the writer takes it: element type, shape, and where it lies.
 #pragma once
 
 #include <cstddef>

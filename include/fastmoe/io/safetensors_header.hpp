@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <map>
 #include <string>
 #include <string_view>
@@ -251,6 +252,8 @@ inline safetensors parse_safetensors(const std::byte* data, std::size_t size, co
                                 std::to_string(most) + ": it is truncated or no safetensors file");
     const char* header = reinterpret_cast<const char*>(data + 8);
     if (length == 0 || header[0] != '{') detail::refuse_file(file, {}, "the header does not begin with '{'");
+    // The parser takes a zero byte for the end of its input, which would let anything hide behind it.
+    if (std::memchr(header, 0, length) != nullptr) detail::refuse_file(file, {}, "the header holds a zero byte");
 
     detail::header_reader reader;
     if (!nlohmann::json::sax_parse(header, header + length, &reader))

@@ -29,9 +29,9 @@ struct moe_weights {
 
 /// What a call may bring besides tokens.
 struct gate_options {
-    vector_view<const int32_t> token_ids;  // (T)  for gates that read them
-    vector_view<const std::uint8_t> mask;  // (T)  zero: a padding token, which chooses nothing
-    const std::uint64_t* random = nullptr; // (2)  seed and step, in the executor's memory
+    vector_view<const int32_t> token_ids = {};  // (T)  for gates that read them
+    vector_view<const std::uint8_t> mask = {};  // (T)  zero: a padding token, which chooses nothing
+    const std::uint64_t* random = nullptr;      // (2)  seed and step, in the executor's memory
 };
 
 struct backward_options {

@@ -41,6 +41,19 @@ router_losses<Real> reserve_router_losses(arena& memory, int64_t experts)
     return {memory.vector<Real>(2), memory.vector<Real>(experts + 1)};
 }
 
+/// The part of a gate's input that losses read.
+template <class Real>
+struct gate_logits {
+    matrix_view<const Real> logits;       // (T,E)
+    vector_view<const std::uint8_t> mask; // (T), or empty
+
+    void check() const
+    {
+        expects_shape(logits, "logits (T,E)", logits.extent(0), logits.extent(1));
+        if (mask.extent(0) != 0) expects_shape(mask, "mask (T)", logits.extent(0));
+    }
+};
+
 namespace verbs {
 struct router_losses;
 struct router_losses_backward;
@@ -59,21 +72,25 @@ struct token_blocks {
     }
 };
 
-/// Writes row.value(e) for every e; returns one over their sum.
+/// Writes every expert's value; returns their sum.
 template <class Team, class Row, class Real>
-FASTMOE_HOST_DEVICE Real write_values(Team& team, const Row& row, int64_t experts, Real* values)
+FASTMOE_HOST_DEVICE Real write_values(Team& team, const Row& row, const Real* logits, int64_t experts, Real* values)
 {
-    team.for_each(experts, [values, row](int64_t e) { values[e] = row.value(e); });
+    team.for_each(experts, [=](int64_t e) { values[e] = row.value(logits[e]); });
     team.sync();
-    return Real(1) / team.reduce(experts, Real(0), add{}, [values](int64_t e) { return values[e]; });
+    return team.reduce(experts, Real(0), adds{}, [values](int64_t e) { return values[e]; });
 }
 
-/// log sum exp of a row of logits, or 0 where it is not finite. `values` is left with the softmax times the sum.
-template <class Team, class Row, class Real>
-FASTMOE_HOST_DEVICE Real log_sum_exp(const Row& row, Real inverse_sum, Team&)
+inline void expects_coefficients(const balance_loss& balance, const z_loss& z)
 {
-    return math::is_finite(row.peak) ? row.peak - math::log(inverse_sum) : Real(0);
+    const auto sound = [](double c) { return c >= 0 && c < std::numeric_limits<double>::infinity(); };
+    expects(sound(balance.coefficient), "balance.coefficient", balance.coefficient, "a finite number from 0 on");
+    expects(sound(z.coefficient), "z.coefficient", z.coefficient, "a finite number from 0 on");
 }
+
+/// Rows of a softmax, whose values serve both losses.
+template <class Row>
+concept has_log_sum_exp = requires(const Row& row) { row.log_sum_exp(row.peak); };
 
 /// Partial sums of a block of tokens: p by expert, choices by expert, the squares for z, and the tokens that count.
 template <class Real, class Score>
@@ -131,12 +148,17 @@ struct router_sums {
         const Real* l = logits.data_handle() + t * experts;
         const auto row = score.row(team, l, experts);
         if (row.empty()) return Real(0);
-        const Real inverse = write_values(team, row, experts, values);
+        const Real total = write_values(team, row, l, experts, values), inverse = Real(1) / total;
         team.for_each(experts, [=](int64_t e) { sum[e] += values[e] * inverse; });
         team.sync();
         if (!with_z) return Real(0);
-        const auto soft = softmax_score{}.row(team, l, experts);
-        const Real z = log_sum_exp(soft, Real(1) / sum_of_values(team, soft, experts), team);
+        Real z;
+        if constexpr (has_log_sum_exp<decltype(row)>) {
+            z = row.log_sum_exp(total);
+        } else {
+            const auto soft = softmax_score{}.row(team, l, experts);
+            z = soft.log_sum_exp(sum_of_values(team, soft, l, experts));
+        }
         return z * z;
     }
 };
@@ -179,7 +201,7 @@ struct router_loss_values {
         const double each = tokens > 0 ? balance * static_cast<double>(n) / (static_cast<double>(k) * tokens * tokens) : 0;
         Real* slopes = out.slopes.data_handle();
         team.for_each(n, [=](int64_t e) { slopes[e] = static_cast<Real>(each * sums[e]); });
-        const double loss = team.reduce(n, 0.0, add{}, [=](int64_t e) { return each * sums[e] * sums[n + e]; });
+        const double loss = team.reduce(n, 0.0, adds{}, [=](int64_t e) { return each * sums[e] * sums[n + e]; });
         if (team.lane() != 0) return;
         slopes[n] = static_cast<Real>(tokens > 0 ? 2 * z / tokens : 0);
         out.losses(0) = static_cast<Real>(loss);
@@ -207,36 +229,119 @@ struct router_loss_gradient {
         const Real* l = logits.data_handle() + t * experts;
         Real* values = team.template scratch<Real>(experts);
         Real* out = dlogits + t * experts;
-        if (with_balance) add_balance(team, score.row(team, l, experts), values, out);
-        if (with_z) add_z(team, softmax_score{}.row(team, l, experts), values, out);
+        const auto row = score.row(team, l, experts);
+        if constexpr (has_log_sum_exp<decltype(row)>) {
+            add(team, row, l, values, out, with_balance, with_z);
+        } else {
+            if (with_balance) add(team, row, l, values, out, true, false);
+            if (with_z) add(team, softmax_score{}.row(team, l, experts), l, values, out, false, true);
+        }
     }
 
     template <class Team, class Row>
-    FASTMOE_HOST_DEVICE void add_balance(Team& team, const Row& row, Real* values, Real* out) const
+    FASTMOE_HOST_DEVICE void add(Team& team, const Row& row, const Real* l, Real* values, Real* out, bool balance, bool z) const
     {
         if (row.empty()) return;
         const int64_t experts = logits.extent(1);
         const Real* s = slopes;
-        const Real inverse = write_values(team, row, experts, values);
-        const Real mean =
-            inverse * team.reduce(experts, Real(0), add{}, [=](int64_t e) { return s[e] * values[e]; });
-        const Real factor = scale * inverse;
-        if constexpr (Row::sums_to_one) // value is its own slope
-            team.for_each(experts, [=](int64_t e) { out[e] += factor * values[e] * (s[e] - mean); });
-        else
-            team.for_each(experts, [=](int64_t e) { out[e] += factor * row.slope(e) * (s[e] - mean); });
-        team.sync();
-    }
-
-    template <class Team, class Row>
-    FASTMOE_HOST_DEVICE void add_z(Team& team, const Row& row, Real* values, Real* out) const
-    {
-        if (!math::is_finite(row.peak)) return;
-        const int64_t experts = logits.extent(1);
-        const Real inverse = write_values(team, row, experts, values);
-        const Real factor = scale * slopes[experts] * log_sum_exp(row, inverse, team) * inverse;
-        team.for_each(experts, [=](int64_t e) { out[e] += factor * values[e]; });
+        const Real total = write_values(team, row, l, experts, values), factor = scale / total;
+        if (balance) {
+            const Real dot = team.reduce(experts, Real(0), adds{}, [=](int64_t e) { return s[e] * values[e]; });
+            const Real mean = dot / total;
+            team.for_each(experts, [=](int64_t e) { out[e] += factor * row.slope(l[e], values[e]) * (s[e] - mean); });
+        }
+        if constexpr (has_log_sum_exp<Row>) {
+            const Real zeta = z ? factor * s[experts] * row.log_sum_exp(total) : Real(0);
+            if (z) team.for_each(experts, [=](int64_t e) { out[e] += zeta * values[e]; });
+        }
+        team.sync(); // before the values are written again
     }
 };
 
 } // namespace detail
+
+template <class Executor>
+struct implementation<verbs::router_losses, Executor> {
+    template <class Real, class Score, class Communicator>
+    static void run(Executor& ex, const Score& score, const gate_logits<Real>& in, vector_view<const int32_t> chosen,
+                    int64_t k, balance_loss balance, z_loss z, const Communicator& communicator,
+                    const router_losses<Real>& out, arena& scratch)
+    {
+        const int64_t tokens = in.logits.extent(0), experts = in.logits.extent(1), width = 2 * experts + 2;
+        const auto blocks = detail::token_blocks::of(tokens);
+        const auto partial = scratch.matrix<Real>(blocks.count, width);
+        const auto totals = scratch.vector<double>(width);
+        if (scratch.measuring()) return;
+        using sums = detail::router_sums<Real, Score>;
+        for_each_row(ex, blocks.count,
+                     sums{in.logits, in.mask.data_handle(), chosen.data_handle(), partial.data_handle(), score, tokens, k, blocks.size,
+                          z.coefficient != 0},
+                     {.width = blocks.size * experts, .scratch_bytes = sums::scratch_bytes(experts)});
+        for_each_row(ex, (width + 63) / 64,
+                     detail::router_totals<Real>{partial.data_handle(), totals.data_handle(), blocks.count, width},
+                     {.width = 64 * blocks.count});
+        communicator.all_reduce(ex, totals);
+        for_each_row(ex, 1,
+                     detail::router_loss_values<Real>{totals.data_handle(), out, experts, k, balance.coefficient,
+                                                      z.coefficient},
+                     {.width = experts});
+    }
+};
+
+template <class Executor>
+struct implementation<verbs::router_losses_backward, Executor> {
+    template <class Real, class Score>
+    static void run(Executor& ex, const Score& score, const gate_logits<Real>& in, balance_loss balance, z_loss z,
+                    vector_view<const Real> slopes, Real loss_scale, matrix_view<Real> dlogits)
+    {
+        const int64_t experts = in.logits.extent(1);
+        for_each_row(ex, in.logits.extent(0),
+                     detail::router_loss_gradient<Real, Score>{in.logits, in.mask.data_handle(), slopes.data_handle(),
+                                                               dlogits.data_handle(), score, loss_scale,
+                                                               balance.coefficient != 0, z.coefficient != 0},
+                     {.width = 8 * experts, .scratch_bytes = experts * static_cast<int64_t>(sizeof(Real)) + 64});
+    }
+};
+
+/// Both losses of the router, and what their backward needs.
+/// @param chosen  the choices before any is dropped for capacity; -1 counts for none          // (T*K)
+/// @param c       sums over the ranks
+/// @param out     overwritten: losses (2) and slopes (E+1), from reserve_router_losses
+/// @param scratch taken and given back; on a measuring arena only counted
+/// @throws invalid_argument if shapes disagree or a coefficient is not a finite number from 0 on, out_of_memory
+template <executor Executor, class Real, class Score, class Communicator>
+void router_losses_forward(Executor& ex, const Score& score, const gate_logits<Real>& in,
+                           type_identity_t<vector_view<const int32_t>> chosen, int64_t k, balance_loss balance, z_loss z,
+                           const Communicator& c, const router_losses<Real>& out, arena& scratch)
+{
+    detail::expects_coefficients(balance, z);
+    expects(k > 0, "k", k, "1 or more");
+    if (!scratch.measuring()) {
+        in.check();
+        expects_shape(chosen, "chosen (T*K)", in.logits.extent(0) * k);
+        expects_shape(out.losses, "losses (2)", 2);
+        expects_shape(out.slopes, "slopes (E+1)", in.logits.extent(1) + 1);
+    }
+    const int64_t mark = scratch.used();
+    implementation<verbs::router_losses, Executor>::run(ex, score, in, chosen, k, balance, z, c, out, scratch);
+    scratch.rewind(mark);
+}
+
+/// dlogits += loss_scale * the gradient of both losses.
+/// @param slopes   what router_losses_forward left                                            // (E+1)
+/// @param dlogits  added to                                                                   // (T,E)
+/// @throws invalid_argument if shapes disagree
+template <executor Executor, class Real, class Score>
+void router_losses_backward(Executor& ex, const Score& score, const type_identity_t<gate_logits<Real>>& in,
+                            balance_loss balance, z_loss z, type_identity_t<vector_view<const Real>> slopes,
+                            type_identity_t<Real> loss_scale, matrix_view<Real> dlogits)
+{
+    detail::expects_coefficients(balance, z);
+    in.check();
+    expects_shape(slopes, "slopes (E+1)", in.logits.extent(1) + 1);
+    expects_shape(dlogits, "dlogits (T,E)", in.logits.extent(0), in.logits.extent(1));
+    if (balance.coefficient == 0 && z.coefficient == 0) return;
+    implementation<verbs::router_losses_backward, Executor>::run(ex, score, in, balance, z, slopes, loss_scale, dlogits);
+}
+
+} // namespace fastmoe::inline FASTMOE_ABI

@@ -32,7 +32,7 @@
 
 namespace fastmoe::inline FASTMOE_ABI {
 
-/// Losses, noise and capacity may act in training alone.
+/// Losses and noise act in training alone.
 enum class gate_mode : std::uint8_t { training, inference };
 
 /// What a gate may look at.

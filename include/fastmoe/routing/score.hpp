@@ -7,12 +7,14 @@
 ///     auto row = score.row(team, logits, experts);     all lanes alike                                     // (E)
 ///     row.empty()          no logit is finite or +Inf: the token is dropped
 ///     row.selection(e)     what the choice sees: bias and noise included
-///     row.value(e)         the score of e times the row's factor: never the bias. 0 for -Inf and NaN
-///     row.slope(e)         d value(e) / d logit(e), the factor held fixed
-///     Row::sums_to_one     whether a score is value(e) / (sum of all values); else the factor is 1
+///     row.value(l)         the score of a logit l times the row's factor: never the bias. 0 for -Inf and NaN
+///     row.slope(l, v)      d value / d l, the factor held fixed; v is value(l)
+///     Row::sums_to_one     whether a score is value / (sum of all values); else the factor is 1
+///
+/// A score that is greatest where the logit is may also offer score.row_of_best(logits, e), which is handed that e.
 ///
 /// Of that everything is made: weights over the chosen need no factor at all, probabilities for the losses are always
-/// value(e) / (sum of all values), and a gradient of the values becomes one of the logits times slope(e).
+/// value / (sum of all values), and a gradient of the values becomes one of the logits times slope.
 #pragma once
 
 #include <limits>
@@ -24,7 +26,7 @@ namespace fastmoe::inline FASTMOE_ABI {
 
 namespace detail {
 
-struct add {
+struct adds {
     template <class Real>
     FASTMOE_HOST_DEVICE constexpr Real operator()(Real a, Real b) const noexcept
     {
@@ -41,6 +43,13 @@ struct greater_of {
     }
 };
 
+/// A row whose selection scores are the logits.
+template <class Real>
+struct plain_logits {
+    const Real* logits; // (E)
+    FASTMOE_HOST_DEVICE Real selection(int64_t e) const noexcept { return logits[e]; }
+};
+
 /// The greatest logit that is not NaN; -Inf if there is none.
 template <class Team, class Real>
 FASTMOE_HOST_DEVICE Real greatest(Team& team, const Real* logits, int64_t experts)
@@ -52,12 +61,11 @@ FASTMOE_HOST_DEVICE Real greatest(Team& team, const Real* logits, int64_t expert
     });
 }
 
-/// The sum of a row's values.                              value(0) + ... + value(E-1)
-template <class Team, class Row>
-FASTMOE_HOST_DEVICE auto sum_of_values(Team& team, const Row& row, int64_t experts)
+/// The sum of a row's values.
+template <class Team, class Row, class Real>
+FASTMOE_HOST_DEVICE Real sum_of_values(Team& team, const Row& row, const Real* logits, int64_t experts)
 {
-    using real = decltype(row.value(0));
-    return team.reduce(experts, real(0), add{}, [row](int64_t e) { return row.value(e); });
+    return team.reduce(experts, Real(0), adds{}, [row, logits](int64_t e) { return row.value(logits[e]); });
 }
 
 } // namespace detail
@@ -73,20 +81,32 @@ struct softmax_score {
 
         FASTMOE_HOST_DEVICE bool empty() const noexcept { return peak == -std::numeric_limits<Real>::infinity(); }
         FASTMOE_HOST_DEVICE Real selection(int64_t e) const noexcept { return logits[e]; }
-        FASTMOE_HOST_DEVICE Real value(int64_t e) const noexcept
+        FASTMOE_HOST_DEVICE Real value(Real l) const noexcept
         {
-            const Real distance = logits[e] - peak; // NaN for +Inf of +Inf, and for NaN
+            const Real distance = l - peak; // NaN for +Inf of +Inf, and for NaN
             const Real power = math::exp(distance);
-            const Real limit = logits[e] == peak ? Real(1) : Real(0);
+            const Real limit = l == peak ? Real(1) : Real(0);
             return distance < Real(0) ? power : limit;
         }
-        FASTMOE_HOST_DEVICE Real slope(int64_t e) const noexcept { return value(e); }
+        FASTMOE_HOST_DEVICE Real slope(Real, Real value) const noexcept { return value; }
+        /// log sum_e exp l_e, given the sum of the values; 0 where it is not finite. Only rows of a softmax have it.
+        FASTMOE_HOST_DEVICE Real log_sum_exp(Real sum) const noexcept
+        {
+            return math::is_finite(peak) ? peak + math::log(sum) : Real(0);
+        }
     };
 
     template <class Team, class Real>
     FASTMOE_HOST_DEVICE row_scores<Real> row(Team& team, const Real* logits, int64_t experts) const
     {
         return {logits, detail::greatest(team, logits, experts)};
+    }
+
+    template <class Real>
+    FASTMOE_HOST_DEVICE row_scores<Real> row_of_best(const Real* logits, int64_t best) const noexcept
+    {
+        const Real peak = logits[best];
+        return {logits, peak == peak ? peak : -std::numeric_limits<Real>::infinity()};
     }
 };
 

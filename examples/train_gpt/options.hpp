@@ -1,0 +1,97 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// The command line. Only main.cpp includes this: the rest of the program knows no CLI11.
+#pragma once
+
+#include <map>
+#include <optional>
+#include <string>
+
+#include <CLI/CLI.hpp>
+
+#include "train_gpt/program.hpp"
+
+namespace train_gpt {
+
+namespace detail {
+
+/// Takes over the configuration of a checkpoint. What the command line says must agree with it.
+inline void resume_config(run_config& asked, const std::map<std::string, CLI::Option*>& options, const run_state& state)
+{
+    run_config stored = parse_config(state.config);
+    const auto before = to_json(stored), now = to_json(asked);
+    for (const auto& [name, option] : options)
+        fm::expects(option->count() == 0 || before.at(name) == now.at(name), ("--" + name).c_str(), now.at(name).dump(),
+                    before.at(name).dump(), ", as in the run that is resumed");
+    asked = stored;
+}
+
+inline std::map<std::string, CLI::Option*> add_config(CLI::App& app, run_config& c)
+{
+    std::map<std::string, CLI::Option*> out;
+    for_each_field(c, [&](const char* name, auto& field, const char* help) {
+        const std::string flag = std::string("--") + name;
+        using type = std::remove_reference_t<decltype(field)>;
+        if constexpr (std::is_same_v<type, bool>) out[name] = app.add_flag(flag, field, help);
+        else if constexpr (std::is_same_v<type, dtype>)
+            out[name] = app.add_option(flag, field, help)
+                            ->transform(CLI::CheckedTransformer(
+                                std::map<std::string, dtype>{{"float32", dtype::float32}, {"bfloat16", dtype::bfloat16}}))
+                            ->default_str("float32");
+        else out[name] = app.add_option(flag, field, help)->capture_default_str();
+    });
+    return out;
+}
+
+} // namespace detail
+
+/// Reads the command line. @return the exit status where there is nothing left to do (help, a wrong option)
+inline std::optional<int> parse_options(int argc, char** argv, program_options& o)
+{
+    CLI::App app("Trains a small GPT, whose MLPs are mixtures of experts, on bytes of text.");
+    app.option_defaults()->group("Model, text and training");
+    const auto options = detail::add_config(app, o.config);
+
+    app.option_defaults()->group("This run");
+    app.add_option("--out", o.loop.out, "Folder for the checkpoint, the log and the report")->capture_default_str();
+    app.add_option("--log", o.loop.log, "CSV of all steps; by default log.csv in the folder");
+    std::string path;
+    auto* resume = app.add_option("--resume", path, "Go on from a checkpoint, by default the folder's, bit for bit as if "
+                                                    "never stopped")->expected(0, 1);
+    app.add_option("--checkpoint-every", o.loop.checkpoint_every, "Steps; 0: at the end only")->capture_default_str();
+    app.add_option("--validate-every", o.loop.validate_every, "Steps; 0: at the end only")->capture_default_str();
+    app.add_option("--validation-windows", o.loop.validation_windows, "Windows of text that a validation reads; the last "
+                                                                      "one reads eight times as many")->capture_default_str();
+    app.add_option("--stop-at", o.loop.stop_at, "Stop after this step as if interrupted");
+    app.add_option("--seconds", o.loop.seconds, "Stop as if interrupted when the steps have taken this long");
+    app.add_option("--threads", o.threads, "Threads; 0: all. The numbers do not depend on it")->capture_default_str();
+
+    app.option_defaults()->group("Text from the model");
+    std::string prompt;
+    auto* sample = app.add_option("--sample", prompt, "At the end, continue this text (may be empty)")->expected(0, 1);
+    app.add_option("--sample-length", o.sample.length, "Bytes, at most")->capture_default_str();
+    app.add_option("--temperature", o.sample.temperature, "0: always the likeliest byte")->capture_default_str();
+
+    auto* demo = app.add_subcommand("demo", "Trains the model and its dense twin on the same text and compares them");
+    app.fallthrough();
+    demo->fallthrough();
+    try {
+        app.parse(argc, argv);
+    } catch (const CLI::ParseError& e) {
+        return app.exit(e);
+    }
+    o.demo = demo->parsed();
+    if (sample->count() > 0) o.prompt = prompt;
+    if (resume->count() > 0) {
+        fm::expects(!o.demo, "--resume", "given to the demo", "a run of one model");
+        o.resume.emplace(path.empty() ? o.loop.checkpoint_path() : path);
+        detail::resume_config(o.config, options, o.resume->state());
+    } else if (o.config.text.empty()) {
+        o.config.text = default_text_path();
+        fm::expects(!o.config.text.empty(), "--text", "not given", "a path: this machine has no C++ standard library headers");
+    }
+    o.sample.seed = o.config.seed;
+    return std::nullopt;
+}
+
+} // namespace train_gpt

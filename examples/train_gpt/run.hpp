@@ -1,0 +1,57 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// The program's body for one type, and the library's policy for its products: oneDNN where the build has found it.
+#pragma once
+
+#include <cstdio>
+
+#if defined(TRAIN_GPT_ONEDNN)
+#include <fastmoe/gemm/onednn.hpp>
+#else
+#include <fastmoe/gemm/portable.hpp>
+#endif
+
+#include "train_gpt/demo.hpp"
+
+namespace train_gpt {
+
+#if defined(TRAIN_GPT_ONEDNN)
+using products = fm::gemm::onednn;
+#else
+using products = fm::gemm::portable;
+#endif
+
+/// Trains one model, from the start or from a checkpoint.
+template <class T>
+int run_training(fm::host_executor& ex, program_options& o, const corpus& text)
+{
+    trainer<T, fm::host_executor, products> t(ex, o.config, text);
+    introduce(t, o.config.dense ? "dense" : "MoE");
+    if (o.resume) {
+        t.load(*o.resume);
+        o.resume.reset(); // its file is mapped or held no longer than needed
+        std::printf("resumed after step %lld\n", static_cast<long long>(t.steps_done()));
+    }
+    train(t, o.loop);
+    if (caught_signal != 0 || !t.finished())
+        std::printf("stopped after step %lld of %lld; --resume goes on\n", static_cast<long long>(t.steps_done()),
+                    static_cast<long long>(o.config.steps));
+    if (caught_signal != 0) return 128 + caught_signal;
+    const auto measured = t.validate(8 * o.loop.validation_windows);
+    std::printf("validation loss %.4f nats per byte\n", measured.loss);
+    if (!o.config.dense) std::printf("%s", load_bars(measured.load).c_str());
+    if (o.prompt)
+        std::printf("----\n%s%s\n----\n", printable(*o.prompt).c_str(),
+                    printable(generate(ex, t.model(), *o.prompt, o.sample)).c_str());
+    return 0;
+}
+
+/// @return the exit status
+template <class T>
+int run(fm::host_executor& ex, program_options& o, const corpus& text)
+{
+    catch_signals();
+    return o.demo ? run_demo<T, products>(ex, std::move(o), text) : run_training<T>(ex, o, text);
+}
+
+} // namespace train_gpt

@@ -1,0 +1,8 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+#include "train_gpt/run.hpp"
+
+int train_gpt::run_bfloat16(fm::host_executor& ex, program_options& o, const corpus& text)
+{
+    return run<fm::bfloat16>(ex, o, text);
+}

@@ -1,0 +1,290 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// The grouped GEMM that needs no library and runs on every executor: the default of the experts. The functors here are
+/// its plain source, one row a team; on the host, tiles for the machine's instruction set replace them.
+#pragma once
+
+#include <fastmoe/gemm/grouped_gemm.hpp>
+#include <fastmoe/gemm/portable_host.hpp>
+
+namespace fastmoe::inline FASTMOE_ABI {
+
+namespace verbs {
+struct multiply_rows;
+struct multiply_weight_gradients;
+} // namespace verbs
+
+namespace detail::portable {
+
+/// Calls the epilogue for the rows of groups and passes over padding.
+FASTMOE_HOST_DEVICE constexpr int64_t expert_of_row(const row_groups& groups, int64_t row) noexcept
+{
+    int64_t low = 0, high = groups.experts(); // offsets(low) <= row, if any group holds the row
+    while (high - low > 1) {
+        const int64_t middle = (low + high) / 2;
+        (groups.offsets(middle) <= row ? low : high) = middle;
+    }
+    const bool inside = high > 0 && row >= groups.offsets(low) && row - groups.offsets(low) < groups.counts(low);
+    return inside ? low : -1;
+}
+
+template <class Rows, class W, class B, class Y, class Epilogue>
+struct multiply_row {
+    using Real = product_total_t<row_element_t<Rows>, W>;
+    row_groups groups;
+    Rows x;                    // (S,K)
+    weight_view<const W> w;    // (E,N,K)
+    matrix_view<const B> bias; // (E,N), or no memory
+    matrix_view<Y> y;          // (S,N)
+    Epilogue epilogue;
+
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t row) const
+    {
+        const int64_t e = expert_of_row(groups, row);
+        if (e < 0) return;
+        const auto* from = x.row(row);
+        const auto& self = *this;
+        team.for_each(y.extent(1), [&self, from, e, row](int64_t n) {
+            Real sum = self.bias.data_handle() ? static_cast<Real>(self.bias(e, n)) : Real(0);
+            for (int64_t k = 0; from && k < self.w.in; ++k)
+                sum += static_cast<Real>(from[k]) * static_cast<Real>(self.w(e, n, k));
+            self.y(row, n) = static_cast<Y>(sum);
+        });
+        team.sync();
+        epilogue(team, e, row);
+    }
+};
+
+template <class DyRows, class XRows, class G>
+struct multiply_weight_row {
+    using Real = product_total_t<row_element_t<DyRows>, row_element_t<XRows>>;
+    row_groups groups;
+    DyRows dy;         // (S,O)
+    XRows x;           // (S,I)
+    weight_view<G> dw; // (E,O,I)
+    write_mode mode;
+
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t task) const
+    {
+        const int64_t e = task / dw.out, o = task % dw.out;
+        const int64_t begin = groups.offsets(e), end = begin + groups.counts(e);
+        if (begin == end && mode == write_mode::accumulate) return;
+        const auto& self = *this;
+        team.for_each(dw.in, [&self, e, o, begin, end](int64_t i) {
+            Real sum = 0;
+            for (int64_t s = begin; s < end; ++s) {
+                const auto *dy_row = self.dy.row(s), *x_row = self.x.row(s);
+                if (dy_row && x_row) sum += static_cast<Real>(dy_row[o]) * static_cast<Real>(x_row[i]);
+            }
+            G& to = self.dw(e, o, i);
+            to = static_cast<G>(self.mode == write_mode::accumulate ? static_cast<Real>(to) + sum : sum);
+        });
+    }
+};
+
+} // namespace detail::portable
+
+template <class Executor>
+struct implementation<verbs::multiply_rows, Executor> {
+    template <class Rows, class W, class B, class Y, class Epilogue>
+    static void run(Executor& ex, const row_groups& groups, const Rows& x, const weight_view<const W>& w,
+                    matrix_view<const B> bias, matrix_view<Y> y, const Epilogue& epilogue, arena& memory)
+    {
+        if (memory.measuring()) return;
+        for_each_row(ex, groups.slots, detail::portable::multiply_row<Rows, W, B, Y, Epilogue>{groups, x, w, bias, y, epilogue},
+                     {.width = w.out});
+    }
+};
+
+template <class Executor>
+struct implementation<verbs::multiply_weight_gradients, Executor> {
+    template <class DyRows, class XRows, class G>
+    static void run(Executor& ex, const row_groups& groups, const DyRows& dy, const XRows& x, const weight_view<G>& dw,
+                    write_mode mode, arena& memory)
+    {
+        if (memory.measuring()) return;
+        for_each_row(ex, groups.experts() * dw.out,
+                     detail::portable::multiply_weight_row<DyRows, XRows, G>{groups, dy, x, dw, mode}, {.width = dw.in});
+    }
+};
+
+template <>
+struct implementation<verbs::multiply_rows, host_executor> {
+    template <class Rows, class W, class B, class Y, class Epilogue>
+    static void run(host_executor& ex, const row_groups& groups, const Rows& x, const weight_view<const W>& w,
+                    matrix_view<const B> bias, matrix_view<Y> y, const Epilogue& epilogue, arena& memory)
+    {
+        using X = detail::portable::row_element_t<Rows>;
+        if constexpr (detail::portable::both_bfloat16<X, W>)
+            if (ex.best() >= instruction_set::avx512_bf16)
+                return run_units(detail::portable::row_product<detail::portable::bfloat16_pair, Rows, W, B, Y>{ex, x, w, bias, y}, groups,
+                                 epilogue, memory);
+        run_units(detail::portable::row_product<detail::portable::product_total_t<X, W>, Rows, W, B, Y>{ex, x, w, bias, y}, groups, epilogue,
+                  memory);
+    }
+
+private:
+    template <class Product, class Epilogue>
+    static void run_units(const Product& product, const row_groups& groups, const Epilogue& epilogue, arena& memory)
+    {
+        arena one_worker;
+        product.reserve(one_worker);
+        const detail::portable::row_cut cut{groups, memory.vector<int64_t>(groups.experts() + 1)};
+        const auto scratch = memory.matrix<std::byte>(product.ex.threads(), one_worker.bytes());
+        if (memory.measuring() || groups.experts() == 0) return;
+        cut.count();
+        constexpr auto sizes = detail::portable::blocks_of_host;
+        const int64_t blocks = cut.blocks(), columns = product.y.extent(1);
+        if (blocks == 0) return;
+        // Rows whose columns are done by one task get their epilogue while they are in its cache.
+        const int64_t wanted = detail::portable::least(detail::portable::ceil_div(sizes.tasks, blocks), columns / sizes.least_columns);
+        const int64_t parts = blocks >= sizes.tasks || wanted < 2 ? 1 : wanted;
+        const int64_t part = detail::portable::round_up(detail::portable::ceil_div(columns, parts), 16);
+        const auto finish = [&](int worker, const detail::portable::row_block& b) {
+            if constexpr (!std::is_same_v<Epilogue, no_epilogue>)
+                product.ex.run_rows(worker, b.first, b.first + b.count, detail::portable::expert_rows<Epilogue>{b.expert, epilogue});
+        };
+        product.ex.for_each_task(blocks * parts, [&](int worker, int64_t task) {
+            const detail::portable::row_block b = cut(task / parts);
+            const int64_t begin = task % parts * part;
+            arena mine(row(scratch, worker));
+            product.block(worker, b, begin, detail::portable::least(begin + part, columns), mine);
+            if (parts == 1) finish(worker, b);
+        });
+        if constexpr (!std::is_same_v<Epilogue, no_epilogue>)
+            if (parts > 1) product.ex.for_each_task(blocks, [&](int worker, int64_t task) { finish(worker, cut(task)); });
+    }
+};
+
+template <>
+struct implementation<verbs::multiply_weight_gradients, host_executor> {
+    template <class DyRows, class XRows, class G>
+    static void run(host_executor& ex, const row_groups& groups, const DyRows& dy, const XRows& x, const weight_view<G>& dw,
+                    write_mode mode, arena& memory)
+    {
+        // The lanes of a tile lie along the side on which dW is contiguous.
+        if (dw.col_stride == 1) run_sides(ex, groups, x, dy, dw, mode, memory);
+        else run_sides(ex, groups, dy, x, detail::portable::transposed(dw), mode, memory);
+    }
+
+private:
+    template <class Lanes, class Scalars, class G>
+    static void run_sides(host_executor& ex, const row_groups& groups, const Lanes& lanes, const Scalars& scalars,
+                          const weight_view<G>& dw, write_mode mode, arena& memory)
+    {
+        using A = detail::portable::row_element_t<Lanes>;
+        using B = detail::portable::row_element_t<Scalars>;
+        if constexpr (detail::portable::both_bfloat16<A, B>)
+            if (ex.best() >= instruction_set::avx512_bf16)
+                return run_units(detail::portable::gradient_product<detail::portable::bfloat16_pair, Lanes, Scalars, G>{ex, groups, lanes,
+                                                                                                    scalars, dw, mode},
+                                 memory);
+        run_units(detail::portable::gradient_product<detail::portable::product_total_t<A, B>, Lanes, Scalars, G>{ex, groups, lanes, scalars, dw,
+                                                                                             mode},
+                  memory);
+    }
+
+    template <class Product>
+    static void run_units(const Product& product, arena& memory)
+    {
+        arena one_worker;
+        product.reserve(one_worker);
+        const auto scratch = memory.matrix<std::byte>(product.ex.threads(), one_worker.bytes());
+        if (memory.measuring()) return;
+        product.ex.for_each_task(product.tasks(), [&](int worker, int64_t task) {
+            arena mine(row(scratch, worker));
+            product.task(worker, task, mine);
+        });
+    }
+};
+
+namespace gemm {
+
+/// The grouped GEMM without dependencies. Sums in fp32, in double if an operand is double, and rounds once; fp32 is fp32.
+/// On the host two bfloat16 operands meet in the machine's bfloat16 dot product where it has one, which takes subnormal
+/// numbers as zeros. Forward and dgrad take scratch for each thread, a plan of at most E + 1 numbers, and nothing else.
+struct portable {
+    static constexpr bool gathers_rows = true;
+    static constexpr bool fuses_epilogue = true;
+    static constexpr bool needs_host_counts = true;
+
+    /// Y[s] = X[s] W[e(s)]^T + bias[e(s)] for the rows of groups, then epilogue(team, e, s).
+    /// @param x       plain_rows or indexed_rows                        // (S,in)
+    /// @param w       stored (out,in) or transposed                     // (E,out,in)
+    /// @param bias    added before the rounding; without memory: none   // (E,out)
+    /// @param y       overwritten; rows outside of groups untouched     // (S,out)
+    /// @param memory  scratch, given back; only counted on a measuring arena
+    /// @throws invalid_argument if shapes disagree or a group lies outside of S, out_of_memory; then nothing is written
+    template <executor Executor, class Rows, class W, class B, class Y, class Epilogue>
+    void forward(Executor& ex, const row_groups& groups, const Rows& x, const weight_view<W>& w, matrix_view<B> bias,
+                 matrix_view<Y> y, const Epilogue& epilogue, arena& memory) const
+    {
+        if (!memory.measuring() && bias.data_handle()) expects_shape(bias, "bias (E,out)", groups.experts(), w.out);
+        rows<Executor>(ex, groups, x, weight_view<const std::remove_const_t<W>>(w),
+                       matrix_view<const std::remove_const_t<B>>(bias), y, epilogue, memory);
+    }
+
+    /// dX[s] = dY[s] W[e(s)] for the rows of groups, then epilogue(team, e, s).
+    /// @param dy  plain_rows or indexed_rows                            // (S,out)
+    /// @param w   as forward takes it                                   // (E,out,in)
+    /// @param dx  overwritten; rows outside of groups untouched         // (S,in)
+    /// @throws as forward
+    template <executor Executor, class Rows, class W, class Y, class Epilogue>
+    void dgrad(Executor& ex, const row_groups& groups, const Rows& dy, const weight_view<W>& w, matrix_view<Y> dx,
+               const Epilogue& epilogue, arena& memory) const
+    {
+        rows<Executor>(ex, groups, dy, detail::portable::transposed(weight_view<const std::remove_const_t<W>>(w)),
+                       matrix_view<const float>{}, dx, epilogue, memory);
+    }
+
+    /// dW[e] (+)= dY_e^T X_e. Overwriting, an expert without rows gets zeros; accumulating, it is left alone.
+    /// @param dy  plain_rows or indexed_rows                            // (S,out)
+    /// @param x   plain_rows or indexed_rows                            // (S,in)
+    /// @param dw  overwritten, or read, added to and rounded once       // (E,out,in)
+    /// @throws as forward
+    template <executor Executor, class DyRows, class XRows, class G>
+    void wgrad(Executor& ex, const row_groups& groups, const DyRows& dy, const XRows& x, const weight_view<G>& dw,
+               write_mode mode, arena& memory) const
+    {
+        using verb = implementation<verbs::multiply_weight_gradients, Executor>;
+        if (!memory.measuring()) {
+            detail::expects_groups(groups, x.extent(0));
+            expects(dy.extent(0) == x.extent(0), "rows of dY", dy.extent(0), "S = ", x.extent(0));
+            detail::expects_weights(dw, "dW (E,out,in)", groups.experts(), dy.extent(1), x.extent(1));
+            arena needed;
+            verb::run(ex, groups, dy, x, dw, mode, needed);
+            memory.require(needed.bytes());
+        }
+        const int64_t mark = memory.used();
+        verb::run(ex, groups, dy, x, dw, mode, memory);
+        memory.rewind(mark);
+    }
+
+private:
+    template <class Executor, class Rows, class W, class B, class Y, class Epilogue>
+    static void rows(Executor& ex, const row_groups& groups, const Rows& x, const weight_view<const W>& w,
+                     matrix_view<const B> bias, matrix_view<Y> y, const Epilogue& epilogue, arena& memory)
+    {
+        using verb = implementation<verbs::multiply_rows, Executor>;
+        if (!memory.measuring()) {
+            detail::expects_groups(groups, x.extent(0));
+            detail::expects_weights(w, "W (E,out,in)", groups.experts(), y.extent(1), x.extent(1));
+            expects_shape(y, "output rows (S,.)", groups.slots, w.out);
+            arena needed;
+            verb::run(ex, groups, x, w, bias, y, epilogue, needed);
+            memory.require(needed.bytes());
+        }
+        const int64_t mark = memory.used();
+        verb::run(ex, groups, x, w, bias, y, epilogue, memory);
+        memory.rewind(mark);
+    }
+};
+
+} // namespace gemm
+
+static_assert(grouped_gemm<gemm::portable, host_executor, float>);
+static_assert(grouped_gemm<gemm::portable, host_executor, bfloat16>);
+
+} // namespace fastmoe::inline FASTMOE_ABI

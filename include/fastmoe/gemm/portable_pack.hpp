@@ -1,0 +1,291 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// What the portable GEMM on the host moves around its tiles: rows are converted, gathered, paired and transposed on the
+/// way in, and sums are transposed, rounded and added on the way out. All functors run through host_executor::run_rows,
+/// which compiles them for each instruction set.
+#pragma once
+
+#include <cstring>
+
+#include <fastmoe/core/indexed_rows.hpp>
+#include <fastmoe/gemm/portable_tile.hpp>
+#include <fastmoe/ops/reduce.hpp>
+
+namespace fastmoe::inline FASTMOE_ABI::detail::portable {
+
+/// Rows [first, first + count) of plain_rows or indexed_rows; null for a row of zeros and past the end.
+template <class Rows>
+struct row_window {
+    Rows rows; // (S,width)
+    int64_t first, count;
+
+    auto* row(int64_t i) const noexcept { return i < count ? rows.row(first + i) : nullptr; }
+};
+
+/// Rows at a fixed distance; null past the end.
+template <class T>
+struct strided_rows {
+    const T* data; // (count,width)
+    int64_t step, count;
+
+    const T* row(int64_t i) const noexcept { return i < count ? data + i * step : nullptr; }
+};
+
+template <class Source>
+using source_t = std::remove_cvref_t<decltype(*std::declval<const Source&>().row(0))>;
+
+template <class Real, class T>
+void convert(Real* __restrict to, const T* __restrict from, int64_t n)
+{
+    constexpr int64_t step = 16; // a known count, so that the loop vectorizes at every level of optimization
+    int64_t i = 0;
+    for (; i + step <= n; i += step)
+        for (int64_t j = 0; j < step; ++j) to[i + j] = static_cast<Real>(from[i + j]);
+    for (; i < n; ++i) to[i] = static_cast<Real>(from[i]);
+}
+
+template <class T>
+void fill_zero(T* to, int64_t n)
+{
+    if (n > 0) std::memset(static_cast<void*>(to), 0, static_cast<std::size_t>(n) * sizeof(T));
+}
+
+/// Units whose pairs lie along a row: unit row i is source row i.
+template <class Unit, class Source>
+struct units_along {
+    Source source;
+    int64_t width; ///< elements of a source row
+
+    /// Units [first, first + count) of a row; zeros past its end.
+    void load(Unit* to, int64_t row, int64_t first, int64_t count) const
+    {
+        constexpr int64_t elements = unit_elements<Unit>;
+        const auto* from = source.row(row);
+        const int64_t left = width - first * elements, wanted = count * elements;
+        const int64_t n = !from || left < 0 ? 0 : (left < wanted ? left : wanted);
+        if constexpr (elements == 2) {
+            auto* out = reinterpret_cast<bfloat16*>(to);
+            if (n > 0) std::memcpy(static_cast<void*>(out), from + first * elements, static_cast<std::size_t>(n) * sizeof(bfloat16));
+            fill_zero(out + n, wanted - n);
+        } else {
+            convert(to, from + first, n);
+            fill_zero(to + n, wanted - n);
+        }
+    }
+};
+
+/// Units whose pairs lie across rows: unit row i is made of source rows 2i and 2i + 1, or of row i where units are single.
+template <class Unit, class Source>
+struct units_across {
+    Source source;
+    int64_t width;
+
+    void load(Unit* to, int64_t row, int64_t first, int64_t count) const
+    {
+        if constexpr (unit_elements<Unit> == 1) {
+            units_along<Unit, Source>{source, width}.load(to, row, first, count);
+        } else {
+            const bfloat16 *a = source.row(2 * row), *b = source.row(2 * row + 1);
+            const int64_t left = width - first, n = left < 0 ? 0 : (left < count ? left : count);
+            constexpr int64_t step = 16;
+            int64_t i = 0;
+            if (a && b)
+                for (; i + step <= n; i += step) {
+                    std::uint32_t both[step];
+                    for (int64_t j = 0; j < step; ++j)
+                        both[j] = a[first + i + j].bits | static_cast<std::uint32_t>(b[first + i + j].bits) << 16;
+                    std::memcpy(static_cast<void*>(to + i), both, sizeof both);
+                }
+            for (; i < n; ++i) to[i] = {a ? a[first + i] : bfloat16(0.0f), b ? b[first + i] : bfloat16(0.0f)};
+            fill_zero(to + n, count - n);
+        }
+    }
+};
+
+/// to[j * to_step + i] = from[i * from_step + j] for a block of 4 x 4 elements of 4 bytes, or 2 x 2 of 8.
+template <class T>
+inline void transpose_small(const T* from, int64_t from_step, T* to, int64_t to_step)
+{
+    if constexpr (sizeof(T) == 4) {
+        typedef std::uint32_t vector __attribute__((vector_size(16), may_alias, aligned(4)));
+        const auto in = [=](int i) { return *reinterpret_cast<const vector*>(from + i * from_step); };
+        const auto out = [=](int j) { return reinterpret_cast<vector*>(to + j * to_step); };
+        const vector a = in(0), b = in(1), c = in(2), d = in(3);
+        const vector ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+        const vector cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+        *out(0) = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
+        *out(1) = __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7);
+        *out(2) = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
+        *out(3) = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
+    } else {
+        const T a = from[0], b = from[1], c = from[from_step], d = from[from_step + 1];
+        to[0] = a, to[1] = c, to[to_step] = b, to[to_step + 1] = d;
+    }
+}
+
+/// The same for a square of one vector's lanes.
+template <class T>
+inline void transpose_square(const T* from, int64_t from_step, T* to, int64_t to_step)
+{
+    constexpr int64_t small = 16 / sizeof(T), lanes = vector_lanes<T>;
+    for (int64_t i = 0; i < lanes; i += small)
+        for (int64_t j = 0; j < lanes; j += small)
+            transpose_small(from + i * from_step + j, from_step, to + j * to_step + i, to_step);
+}
+
+/// Rows become lanes: to[k * step + i] = unit k of row i. Task g does one vector of lanes.
+template <class Unit, class Units>
+struct pack_transposed {
+    using vectorized = void;
+    Units units;
+    int64_t first, depth; ///< units of a row
+    Unit* to;             // (depth,step)
+    int64_t step;
+
+    template <class Team>
+    void operator()(Team&, int64_t g) const
+    {
+        constexpr int64_t lanes = vector_lanes<Unit>;
+        alignas(64) Unit square[lanes * lanes], last[lanes * lanes];
+        Unit* out = to + g * lanes;
+        for (int64_t k = 0; k < depth; k += lanes, out += lanes * step) {
+            for (int64_t i = 0; i < lanes; ++i) units.load(square + i * lanes, g * lanes + i, first + k, lanes);
+            if (depth - k >= lanes) {
+                transpose_square(square, lanes, out, step);
+            } else {
+                transpose_square(square, lanes, last, lanes);
+                for (int64_t j = 0; j < depth - k; ++j) std::memcpy(static_cast<void*>(out + j * step), last + j * lanes, 64);
+            }
+        }
+    }
+};
+
+/// Rows stay rows: to[i * step + k] = unit k of row i. Task i does one row.
+template <class Unit, class Units>
+struct pack_rows {
+    using vectorized = void;
+    Units units;
+    int64_t first, depth; ///< units of a row
+    Unit* to;             // (rows,step)
+    int64_t step;
+
+    template <class Team>
+    void operator()(Team&, int64_t i) const
+    {
+        units.load(to + i * step, i, first, depth);
+    }
+};
+
+/// A block of rows becomes panels: full ones, then a narrower one that ends at a multiple of a vector's lanes.
+/// Task k does unit row k.
+template <class Unit, class Units>
+struct pack_panels {
+    using vectorized = void;
+    Units units;
+    int64_t first, width; ///< lanes to pack
+    int64_t depth;        ///< unit rows
+    Unit* to;             // (panels, depth, lanes of the panel)
+
+    template <class Team>
+    void operator()(Team&, int64_t k) const
+    {
+        constexpr int64_t full = panel_lanes<Unit>, lanes = vector_lanes<Unit>;
+        for (int64_t at = 0; at < width; at += full) {
+            const int64_t left = (width - at + lanes - 1) / lanes * lanes, here = left < full ? left : full;
+            units.load(to + at * depth + k * here, k, first + at, here);
+        }
+    }
+};
+
+/// Sums out, rounded once: to[i * to_step + j] (+)= from[i * from_step + j]. Task i does one row.
+template <class Real, class T>
+struct store_rows {
+    using vectorized = void;
+    const Real* from; // (rows,width)
+    int64_t from_step;
+    T* to;            // (rows,width)
+    int64_t to_step, width;
+    write_mode mode = write_mode::overwrite;
+
+    template <class Team>
+    void operator()(Team&, int64_t i) const
+    {
+        const Real* __restrict in = from + i * from_step;
+        T* __restrict out = to + i * to_step;
+        if (mode == write_mode::overwrite) return convert(out, in, width);
+        constexpr int64_t step = 16;
+        int64_t j = 0;
+        for (; j + step <= width; j += step)
+            for (int64_t l = 0; l < step; ++l) out[j + l] = static_cast<T>(static_cast<Real>(out[j + l]) + in[j + l]);
+        for (; j < width; ++j) out[j] = static_cast<T>(static_cast<Real>(out[j]) + in[j]);
+    }
+};
+
+/// Sums out, transposed and rounded once: to[i * to_step + j] = from[j * from_step + i]. Task g does one vector of rows.
+template <class Real, class T>
+struct store_transposed {
+    using vectorized = void;
+    const Real* from; // (width rounded up, rows rounded up)
+    int64_t from_step;
+    T* to;            // (rows,width)
+    int64_t to_step, rows, width;
+
+    template <class Team>
+    void operator()(Team&, int64_t g) const
+    {
+        constexpr int64_t lanes = vector_lanes<Real>;
+        alignas(64) Real square[lanes * lanes] = {};
+        const int64_t first = g * lanes, count = rows - first < lanes ? rows - first : lanes;
+        for (int64_t j = 0; j < width; j += lanes) {
+            transpose_square(from + j * from_step + first, from_step, square, lanes);
+            const int64_t n = width - j < lanes ? width - j : lanes;
+            for (int64_t i = 0; i < count; ++i) convert(to + (first + i) * to_step + j, square + i * lanes, n);
+        }
+    }
+};
+
+/// Column n of a few rows of Y, with lanes along the reduction: for decoding, where reading W once is all that counts.
+template <class Real, class W, class B, class Y>
+struct dot_columns {
+    using vectorized = void;
+    const Real* x; // (rows,x_step), zeros past depth
+    int64_t x_step, rows;
+    const W* w;    // (N,depth)
+    int64_t w_step, depth;
+    const B* bias; // (N) or null
+    Y* y;          // (rows,N)
+    int64_t y_step;
+
+    template <class Team>
+    void operator()(Team&, int64_t n) const
+    {
+        int64_t i = 0;
+        for (; i + 4 <= rows; i += 4) some<4>(i, n);
+        for (; i + 2 <= rows; i += 2) some<2>(i, n);
+        if (i < rows) some<1>(i, n);
+    }
+
+private:
+    template <int Rows>
+    void some(int64_t i, int64_t n) const
+    {
+        constexpr int64_t lanes = 16;
+        const W* __restrict in = w + n * w_step;
+        const Real* __restrict from = x + i * x_step;
+        Real sum[Rows][lanes] = {};
+        int64_t k = 0;
+        for (; k + lanes <= depth; k += lanes)
+            for (int r = 0; r < Rows; ++r)
+                for (int64_t l = 0; l < lanes; ++l) sum[r][l] += static_cast<Real>(in[k + l]) * from[r * x_step + k + l];
+        for (int64_t l = 0; k < depth; ++k, ++l)
+            for (int r = 0; r < Rows; ++r) sum[r][l] += static_cast<Real>(in[k]) * from[r * x_step + k];
+        for (int r = 0; r < Rows; ++r) {
+            for (int64_t half = lanes / 2; half > 0; half /= 2)
+                for (int64_t l = 0; l < half; ++l) sum[r][l] += sum[r][l + half];
+            const Real start = bias ? static_cast<Real>(bias[n]) : Real(0);
+            y[(i + r) * y_step + n] = static_cast<Y>(start + sum[r][0]);
+        }
+    }
+};
+
+} // namespace fastmoe::inline FASTMOE_ABI::detail::portable

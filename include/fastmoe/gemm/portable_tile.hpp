@@ -1,0 +1,199 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// The innermost loop of the portable GEMM on the host: six rows times up to four vectors of lanes, all sums in
+/// registers, for each instruction set.
+#pragma once
+
+#include <type_traits>
+#include <utility>
+
+#include <fastmoe/core/dtype.hpp>
+#include <fastmoe/exec/instruction_set.hpp>
+
+namespace fastmoe::inline FASTMOE_ABI::detail::portable {
+
+/// Two neighbours along the reduction, as the bfloat16 dot product takes them.
+struct bfloat16_pair {
+    bfloat16 first, second;
+};
+
+/// What a product is made of: a float, a double, or a pair of bfloat16 (32 bits). Sums are kept in total_t.
+template <class Unit>
+using total_t = std::conditional_t<std::is_same_v<Unit, double>, double, float>;
+
+/// Elements along the reduction in a unit.
+template <class Unit>
+inline constexpr int64_t unit_elements = std::is_same_v<Unit, bfloat16_pair> ? 2 : 1;
+
+inline constexpr int64_t tile_rows = 6;    ///< scalars that a tile multiplies each vector with
+inline constexpr int64_t tile_vectors = 4; ///< vectors of 64 bytes in a full tile
+template <class Unit>
+inline constexpr int64_t vector_lanes = 64 / static_cast<int64_t>(sizeof(Unit));
+/// Lanes of a full panel.
+template <class Unit>
+inline constexpr int64_t panel_lanes = tile_vectors * vector_lanes<Unit>;
+
+/// total(j, l) += sum over k of row(j)[k] * panel[k * vectors * lanes + l], k in order.
+template <class Unit>
+struct tile {
+    const Unit* panel = nullptr;           ///< 64-byte aligned                              // (depth, vectors * lanes)
+    const Unit* row[tile_rows] = {};       ///< anywhere; contiguous along the reduction     // (depth) each
+    int64_t depth = 0;                     ///< units to sum over
+    int64_t vectors = 0;                   ///< 1 to 4
+    total_t<Unit>* total = nullptr;        ///< 64-byte aligned, as is each of its rows      // (tile_rows, vectors * lanes)
+    int64_t total_step = 0;                ///< elements from a row of totals to the next
+};
+
+template <class Unit>
+using tile_function = void (*)(const tile<Unit>&);
+
+template <int Count>
+using indices = std::make_integer_sequence<int, Count>;
+
+/// The sums of `Bytes` wide vectors v in [0, Count / tile_rows), starting `at` elements into the panel. Accumulator number
+/// I is row I / (Count / tile_rows), vector I % (Count / tile_rows); the packs keep each in a register of its own.
+template <class Real, int... I>
+inline void tile_baseline(const tile<Real>& t, int64_t at, std::integer_sequence<int, I...>)
+{
+    typedef Real vector __attribute__((vector_size(16), may_alias));
+    constexpr int wide = static_cast<int>(sizeof...(I) / tile_rows), lanes = 16 / sizeof(Real);
+    Real* const total = t.total + at;
+    const int64_t step = t.total_step, width = t.vectors * vector_lanes<Real>;
+    vector sum[] = {*reinterpret_cast<const vector*>(total + I / wide * step + I % wide * lanes)...};
+    const Real* panel = t.panel + at;
+    const Real *r0 = t.row[0], *r1 = t.row[1], *r2 = t.row[2], *r3 = t.row[3], *r4 = t.row[4], *r5 = t.row[5];
+    for (int64_t k = 0; k < t.depth; ++k, panel += width) {
+        const Real scalar[] = {r0[k], r1[k], r2[k], r3[k], r4[k], r5[k]};
+        ((sum[I] += *reinterpret_cast<const vector*>(panel + I % wide * lanes) * scalar[I / wide]), ...);
+    }
+    ((*reinterpret_cast<vector*>(total + I / wide * step + I % wide * lanes) = sum[I]), ...);
+}
+
+template <class Real>
+void run_tile_baseline(const tile<Real>& t)
+{
+    constexpr int64_t part = 32 / sizeof(Real);
+    for (int64_t at = 0; at < t.vectors * vector_lanes<Real>; at += part) tile_baseline<Real>(t, at, indices<2 * tile_rows>{});
+}
+
+#if FASTMOE_X86_DISPATCH
+// The same text again: a vector type wider than the target of the function that names it would be taken apart before
+// inlining, so the bodies cannot be shared.
+template <class Real, int... I>
+[[gnu::target("avx2,fma")]] inline void tile_avx2(const tile<Real>& t, int64_t at, std::integer_sequence<int, I...>)
+{
+    typedef Real vector __attribute__((vector_size(32), may_alias));
+    constexpr int wide = static_cast<int>(sizeof...(I) / tile_rows), lanes = 32 / sizeof(Real);
+    Real* const total = t.total + at;
+    const int64_t step = t.total_step, width = t.vectors * vector_lanes<Real>;
+    vector sum[] = {*reinterpret_cast<const vector*>(total + I / wide * step + I % wide * lanes)...};
+    const Real* panel = t.panel + at;
+    const Real *r0 = t.row[0], *r1 = t.row[1], *r2 = t.row[2], *r3 = t.row[3], *r4 = t.row[4], *r5 = t.row[5];
+    for (int64_t k = 0; k < t.depth; ++k, panel += width) {
+        const Real scalar[] = {r0[k], r1[k], r2[k], r3[k], r4[k], r5[k]};
+        ((sum[I] += *reinterpret_cast<const vector*>(panel + I % wide * lanes) * scalar[I / wide]), ...);
+    }
+    ((*reinterpret_cast<vector*>(total + I / wide * step + I % wide * lanes) = sum[I]), ...);
+}
+
+template <class Real>
+void run_tile_avx2(const tile<Real>& t)
+{
+    constexpr int64_t part = 64 / sizeof(Real);
+    for (int64_t at = 0; at < t.vectors * vector_lanes<Real>; at += part) tile_avx2<Real>(t, at, indices<2 * tile_rows>{});
+}
+
+template <class Real, int... I>
+[[gnu::target("avx512f")]] inline void tile_avx512(const tile<Real>& t, std::integer_sequence<int, I...>)
+{
+    typedef Real vector __attribute__((vector_size(64), may_alias));
+    constexpr int wide = static_cast<int>(sizeof...(I) / tile_rows), lanes = 64 / sizeof(Real);
+    Real* const total = t.total;
+    const int64_t step = t.total_step;
+    vector sum[] = {*reinterpret_cast<const vector*>(total + I / wide * step + I % wide * lanes)...};
+    const Real* panel = t.panel;
+    const Real *r0 = t.row[0], *r1 = t.row[1], *r2 = t.row[2], *r3 = t.row[3], *r4 = t.row[4], *r5 = t.row[5];
+    for (int64_t k = 0; k < t.depth; ++k, panel += wide * lanes) {
+        const Real scalar[] = {r0[k], r1[k], r2[k], r3[k], r4[k], r5[k]};
+        ((sum[I] += *reinterpret_cast<const vector*>(panel + I % wide * lanes) * scalar[I / wide]), ...);
+    }
+    ((*reinterpret_cast<vector*>(total + I / wide * step + I % wide * lanes) = sum[I]), ...);
+}
+
+template <class Real, int Vectors>
+void run_tile_avx512(const tile<Real>& t)
+{
+    tile_avx512<Real>(t, indices<Vectors * tile_rows>{});
+}
+
+// The dot product has no portable spelling: the compilers' builtins differ in their types.
+#define FASTMOE_AVX512_BF16 "avx512f,avx512bf16"
+typedef float float_x16 __attribute__((vector_size(64), may_alias));
+
+[[gnu::target(FASTMOE_AVX512_BF16), gnu::always_inline]] inline void add_dots(float_x16& sum, const float_x16& pairs,
+                                                                              const float_x16& scalar)
+{
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(pairs), "v"(scalar));
+}
+
+[[gnu::target(FASTMOE_AVX512_BF16), gnu::always_inline]] inline void add_dots(float_x16& sum, const float_x16& pairs,
+                                                                              const bfloat16_pair& scalar)
+{
+    __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(pairs), "m"(scalar));
+}
+
+[[gnu::target(FASTMOE_AVX512_BF16), gnu::always_inline]] inline void broadcast(float_x16& out, const bfloat16_pair& scalar)
+{
+    __asm__("vbroadcastss %1, %0" : "=v"(out) : "m"(scalar));
+}
+
+template <int... I>
+[[gnu::target(FASTMOE_AVX512_BF16)]] inline void tile_dots(const tile<bfloat16_pair>& t, std::integer_sequence<int, I...>)
+{
+    constexpr int wide = static_cast<int>(sizeof...(I) / tile_rows), lanes = 16;
+    float* const total = t.total;
+    const int64_t step = t.total_step;
+    float_x16 sum[] = {*reinterpret_cast<const float_x16*>(total + I / wide * step + I % wide * lanes)...};
+    const bfloat16_pair* panel = t.panel;
+    const bfloat16_pair *r0 = t.row[0], *r1 = t.row[1], *r2 = t.row[2], *r3 = t.row[3], *r4 = t.row[4], *r5 = t.row[5];
+    for (int64_t k = 0; k < t.depth; ++k, panel += wide * lanes) {
+        const bfloat16_pair* const scalar[] = {r0 + k, r1 + k, r2 + k, r3 + k, r4 + k, r5 + k};
+        const auto pairs = [panel](int v) { return reinterpret_cast<const float_x16*>(panel + v * lanes); };
+        if constexpr (wide == 1) {
+            (add_dots(sum[I], *pairs(0), *scalar[I]), ...);
+        } else {
+            float_x16 all = {};
+            (((I % wide == 0 ? broadcast(all, *scalar[I / wide]) : void()), add_dots(sum[I], *pairs(I % wide), all)), ...);
+        }
+    }
+    ((*reinterpret_cast<float_x16*>(total + I / wide * step + I % wide * lanes) = sum[I]), ...);
+}
+#undef FASTMOE_AVX512_BF16
+
+template <int Vectors>
+void run_tile_dots(const tile<bfloat16_pair>& t)
+{
+    tile_dots(t, indices<Vectors * tile_rows>{});
+}
+#endif
+
+/// The function for a level and a number of vectors. Pairs need avx512_bf16.
+template <class Unit>
+tile_function<Unit> best_tile([[maybe_unused]] instruction_set level, [[maybe_unused]] int64_t vectors) noexcept
+{
+#if FASTMOE_X86_DISPATCH
+    if constexpr (std::is_same_v<Unit, bfloat16_pair>) {
+        constexpr tile_function<Unit> all[] = {run_tile_dots<1>, run_tile_dots<2>, run_tile_dots<3>, run_tile_dots<4>};
+        return all[vectors - 1];
+    } else {
+        constexpr tile_function<Unit> all[] = {run_tile_avx512<Unit, 1>, run_tile_avx512<Unit, 2>, run_tile_avx512<Unit, 3>,
+                                               run_tile_avx512<Unit, 4>};
+        if (level >= instruction_set::avx512) return all[vectors - 1];
+        return level >= instruction_set::avx2 ? run_tile_avx2<Unit> : run_tile_baseline<Unit>;
+    }
+#else
+    return run_tile_baseline<Unit>;
+#endif
+}
+
+} // namespace fastmoe::inline FASTMOE_ABI::detail::portable

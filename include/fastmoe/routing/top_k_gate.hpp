@@ -1,0 +1,321 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// The gate that most models have: score every expert, choose K, weigh the chosen. Capacity and losses are values
+/// beside it. First step in the way of a token, forward and backward.
+#pragma once
+
+#include <fastmoe/ops/rows.hpp>
+#include <fastmoe/routing/balance.hpp>
+#include <fastmoe/routing/capacity.hpp>
+#include <fastmoe/routing/gate.hpp>
+#include <fastmoe/routing/score.hpp>
+#include <fastmoe/routing/select.hpp>
+
+namespace fastmoe::inline FASTMOE_ABI {
+
+/// What a top_k_gate keeps from route to backward. The balance loss and its gradient see the choices before capacity.
+template <class Real>
+struct top_k_state {
+    fastmoe::routing<Real> routing;
+    vector_view<Real> losses;    // (2)    balance, z: times their coefficients; zero in inference
+    vector_view<Real> slopes;    // (E+1)  see router_losses; without memory if there is no loss
+    vector_view<int32_t> chosen; // (T*K)  before capacity; routing.experts itself if that is not limited
+};
+
+namespace verbs {
+struct choose;
+struct choose_backward;
+} // namespace verbs
+
+namespace detail {
+
+/// weight[k] = scale * value(chosen k) / divisor: the sum over the chosen, over all, or 1, as the policies say.
+template <class Real, class Score, class Select, class Weigh>
+struct choose_row {
+    using vectorized = void;
+    matrix_view<const Real> logits; // (T,E)
+    const std::uint8_t* mask;       // (T), or null
+    int32_t* experts;               // (T,K)
+    int32_t* before;                // (T,K)  the same, for what capacity will drop; or experts itself
+    Real* weights;                  // (T,K)
+    Score score;
+    Select select;
+    Weigh weigh;
+    int64_t k;
+    Real scale;
+
+    /// The first choice is the greatest logit, so the row need not be searched for it again.
+    static constexpr bool best_is_first =
+        Select::takes_greatest && requires(const Score& s, const Real* l) { s.row_of_best(l, int64_t{}); };
+
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t t) const
+    {
+        const int64_t all = logits.extent(1);
+        int32_t *chosen = experts + t * k, *copy = before + t * k;
+        Real* weight = weights + t * k;
+        const Real* l = logits.data_handle() + t * all;
+        const bool open = !mask || mask[t] != 0;
+        if constexpr (best_is_first) {
+            if (open) {
+                select(team, plain_logits<Real>{l}, all, k, chosen);
+                const auto row = score.row_of_best(l, chosen[0]);
+                if (!row.empty()) return weigh_row(team, row, l, chosen, copy, weight);
+                team.sync(); // before the choice is taken back
+            }
+        } else if (open) {
+            const auto row = score.row(team, l, all);
+            if (!row.empty()) {
+                select(team, row, all, k, chosen);
+                return weigh_row(team, row, l, chosen, copy, weight);
+            }
+        }
+        team.for_each(k, [=](int64_t j) { chosen[j] = copy[j] = -1; });
+        team.for_each(k, [=](int64_t j) { weight[j] = Real(0); });
+    }
+
+    template <class Team, class Row>
+    FASTMOE_HOST_DEVICE void weigh_row(Team& team, const Row& row, const Real* l, const int32_t* chosen, int32_t* copy,
+                                       Real* weight) const
+    {
+        team.for_each(k, [=](int64_t j) { weight[j] = l[chosen[j]]; }); // two loops: this one does not vectorize
+        team.for_each(k, [=](int64_t j) { weight[j] = row.value(weight[j]); });
+        if (copy != chosen) team.for_each(k, [=](int64_t j) { copy[j] = chosen[j]; });
+        Real divisor = 1;
+        if constexpr (Weigh::over_chosen) {
+            team.sync();
+            divisor = static_cast<Real>(weigh.epsilon) +
+                      team.reduce(k, Real(0), adds{}, [=](int64_t j) { return weight[j]; });
+            team.sync();
+        } else if constexpr (Row::sums_to_one) {
+            divisor = sum_of_values(team, row, l, logits.extent(1));
+        }
+        const Real factor = scale / divisor;
+        team.for_each(k, [=](int64_t j) { weight[j] *= factor; });
+    }
+};
+
+/// With v the chosen values, d the divisor and g the gradient of the weights before capacity, times scale:
+///     dv[k] = (g[k] - <g, v> / d) / d      where d is a sum; over all experts, the second term goes to every expert
+///     dl[e] = slope(e) dv[e]
+/// A choice that capacity dropped is constant; rescaled weights are w[k] sum(w) / sum(kept w).
+template <class Real, class Score, class Weigh>
+struct choose_row_backward {
+    using vectorized = void;
+    matrix_view<const Real> logits; // (T,E)
+    const int32_t* chosen;          // (T,K)  before capacity
+    const int32_t* kept;            // (T,K)  after it
+    const Real* dweights;           // (T,K)
+    Real* dlogits;                  // (T,E)
+    Score score;
+    Weigh weigh;
+    int64_t k;
+    Real scale;
+    bool rescaled;
+
+    static constexpr int64_t scratch_bytes(int64_t k) noexcept { return 2 * k * static_cast<int64_t>(sizeof(Real)) + 128; }
+
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t t) const
+    {
+        const int64_t all = logits.extent(1);
+        const int32_t* ids = chosen + t * k;
+        Real* out = dlogits + t * all;
+        Real* value = team.template scratch<Real>(k);
+        Real* gradient = team.template scratch<Real>(k);
+        if (k == 0 || ids[0] < 0) { // a dropped token, or a masked one
+            team.for_each(all, [=](int64_t e) { out[e] = Real(0); });
+            return;
+        }
+        const Real* l = logits.data_handle() + t * all;
+        const auto row = score.row(team, l, all);
+        team.for_each(k, [=](int64_t j) { value[j] = row.value(l[ids[j]]); });
+        read_gradient(team, t, value, gradient);
+        team.sync();
+        constexpr bool over_all = !Weigh::over_chosen && decltype(row)::sums_to_one;
+        Real divisor = 1, common = 0;
+        if constexpr (Weigh::over_chosen)
+            divisor = static_cast<Real>(weigh.epsilon) +
+                      team.reduce(k, Real(0), adds{}, [=](int64_t j) { return value[j]; });
+        else if constexpr (over_all) divisor = sum_of_values(team, row, l, all);
+        if constexpr (Weigh::over_chosen || over_all)
+            common = team.reduce(k, Real(0), adds{}, [=](int64_t j) { return gradient[j] * value[j]; }) / divisor;
+        const Real factor = Real(1) / divisor, shared = over_all ? common * factor : Real(0);
+        if constexpr (over_all) team.for_each(all, [=](int64_t e) { out[e] = -shared * row.slope(l[e], row.value(l[e])); });
+        else team.for_each(all, [=](int64_t e) { out[e] = Real(0); });
+        team.sync();
+        team.for_each(k, [=](int64_t j) {
+            const int64_t e = ids[j];
+            out[e] = row.slope(l[e], value[j]) * (gradient[j] - common) * factor;
+        });
+    }
+
+    /// The gradient of the weights as they were before capacity, times scale.
+    template <class Team>
+    FASTMOE_HOST_DEVICE void read_gradient(Team& team, int64_t t, const Real* value, Real* gradient) const
+    {
+        const int32_t* stays = kept + t * k;
+        const Real* given = dweights + t * k;
+        const Real factor = scale;
+        team.for_each(k, [=](int64_t j) { gradient[j] = stays[j] >= 0 ? factor * given[j] : Real(0); });
+        if (!rescaled) return;
+        team.sync();
+        // Factors that weights share cancel: values stand for them.
+        const auto left = [=](int64_t j) { return stays[j] >= 0 ? value[j] : Real(0); };
+        const Real sum = team.reduce(k, Real(0), adds{}, [=](int64_t j) { return value[j]; });
+        const Real rest = team.reduce(k, Real(0), adds{}, left);
+        const Real dot = team.reduce(k, Real(0), adds{}, [=](int64_t j) { return gradient[j] * value[j]; });
+        team.sync();
+        if (!(rest > Real(0))) return;
+        const Real growth = sum / rest;
+        team.for_each(k, [=](int64_t j) {
+            const Real own = stays[j] >= 0 ? growth * (gradient[j] - dot / rest) : Real(0);
+            gradient[j] = own + dot / rest;
+        });
+    }
+};
+
+} // namespace detail
+
+template <class Executor>
+struct implementation<verbs::choose, Executor> {
+    template <class Row>
+    static void run(Executor& ex, int64_t tokens, const Row& row, int64_t scratch_bytes)
+    {
+        for_each_row(ex, tokens, row, {.width = 2 * row.logits.extent(1), .scratch_bytes = scratch_bytes});
+    }
+};
+
+template <class Executor>
+struct implementation<verbs::choose_backward, Executor> : implementation<verbs::choose, Executor> {};
+
+/// Scores, chooses K, weighs:
+///
+///     fm::top_k_gate<fm::softmax_score>{.experts = 64, .k = 2}                       softmax over the chosen
+///     fm::switch_gate{.experts = 64, .capacity = {.factor = 1.25}, .balance = {.coefficient = 0.01}}
+///
+/// Choices are written best first. A masked token, and one without a finite or +Inf logit, chooses nothing: experts -1,
+/// weights and gradients 0. Capacity acts in both modes, so that infer gives what forward gives; losses in training.
+/// @tparam Score   how a row is scored: softmax_score
+/// @tparam Select  which scores are taken: top_k
+/// @tparam Weigh   what the chosen weigh: renormalize, raw_scores
+template <class Score = softmax_score, class Select = top_k, class Weigh = renormalize>
+struct top_k_gate {
+    int64_t experts = 0; ///< E
+    int64_t k = 1;       ///< K, 1 to E; over 1 to train with renormalize
+    double scale = 1;    ///< multiplies every weight
+    fastmoe::capacity capacity{};
+    balance_loss balance{};
+    z_loss z{};
+    Score score{};
+    Select select{};
+    Weigh weigh{};
+
+    template <class Real>
+    top_k_state<Real> reserve(arena& memory, int64_t tokens) const
+    {
+        check();
+        top_k_state<Real> state;
+        state.routing = reserve_routing<Real>(memory, tokens, experts, k);
+        state.losses = memory.vector<Real>(2);
+        if (has_loss()) state.slopes = memory.vector<Real>(experts + 1);
+        state.chosen = capacity.limited() ? memory.vector<int32_t>(tokens * k) : state.routing.experts;
+        return state;
+    }
+
+    /// Fills state.routing, state.losses, and what backward reads.
+    /// @throws invalid_argument if the gate's own values or the shapes of the input make no sense, or if training would
+    ///         give the router no gradient (K = 1, renormalized); out_of_memory; nothing is written then
+    template <executor Executor, class T, class Communicator, class Real>
+    void route(Executor& ex, const gate_input<T>& in, const Communicator& c, const top_k_state<Real>& state,
+               arena& scratch) const
+    {
+        check();
+        if (in.mode == gate_mode::training) check_training();
+        if (!scratch.measuring()) {
+            detail::expects_gate_input(in, state.routing.tokens, experts);
+            detail::expects_routing(state.routing);
+            arena measure;
+            after_choice(ex, in, c, state, measure);
+            scratch.require(measure.bytes());
+            choose(ex, in, state);
+        }
+        after_choice(ex, in, c, state, scratch);
+    }
+
+    /// The gradient of <dweights, weights> + loss_scale * (sum of losses).
+    /// @param dweights  of a dropped choice: not read                       // (T*K)
+    /// @param dlogits   overwritten                                         // (T,E)
+    template <executor Executor, class T, class Communicator, class Real>
+    void backward(Executor& ex, const gate_input<T>& in, const Communicator&, const top_k_state<Real>& state,
+                  type_identity_t<vector_view<const Real>> dweights, type_identity_t<Real> loss_scale,
+                  matrix_view<Real> dlogits, arena& scratch) const
+    {
+        check();
+        check_training();
+        if (scratch.measuring()) return;
+        detail::expects_gate_input(in, state.routing.tokens, experts);
+        expects_shape(dweights, "dweights (T*K)", state.routing.choices());
+        expects_shape(dlogits, "dlogits (T,E)", state.routing.tokens, experts);
+        using row = detail::choose_row_backward<Real, Score, Weigh>;
+        implementation<verbs::choose_backward, Executor>::run(
+            ex, state.routing.tokens,
+            row{in.logits, state.chosen.data_handle(), state.routing.experts.data_handle(), dweights.data_handle(),
+                dlogits.data_handle(), score, weigh, k, static_cast<Real>(scale),
+                capacity.limited() && capacity.weights == after_drop::rescale},
+            row::scratch_bytes(k));
+        if (has_loss())
+            router_losses_backward(ex, score, {in.logits, in.mask}, balance, z, state.slopes, loss_scale, dlogits);
+    }
+
+    /// @throws invalid_argument that names the member
+    void check() const
+    {
+        expects(experts > 0 && experts <= INT32_MAX, "experts", experts, "1 to 2^31 - 1");
+        expects(k > 0, "k", k, "1 or more");
+        expects(k <= experts, "k", k, "at most the number of experts, ", experts);
+        expects(scale - scale == 0, "scale", scale, "a finite number");
+        (void)capacity.of(0, experts);
+        detail::expects_coefficients(balance, z);
+    }
+
+private:
+    bool has_loss() const noexcept { return balance.coefficient != 0 || z.coefficient != 0; }
+
+    void check_training() const
+    {
+        if constexpr (Weigh::over_chosen)
+            expects(k > 1, "k", k, "2 or more to train with renormalize: a single weight is constant and gives the router "
+                                   "no gradient; use raw_scores");
+    }
+
+    template <class Executor, class T, class Real>
+    void choose(Executor& ex, const gate_input<T>& in, const top_k_state<Real>& state) const
+    {
+        implementation<verbs::choose, Executor>::run(
+            ex, state.routing.tokens,
+            detail::choose_row<Real, Score, Select, Weigh>{in.logits, in.mask.data_handle(),
+                                                           state.routing.experts.data_handle(),
+                                                           state.chosen.data_handle(), state.routing.weights.data_handle(), score,
+                                                           select, weigh, k, static_cast<Real>(scale)},
+            select.template scratch_bytes<Real>(experts, k));
+    }
+
+    /// Losses and capacity; on a measuring arena, what they need.
+    template <class Executor, class T, class Communicator, class Real>
+    void after_choice(Executor& ex, const gate_input<T>& in, const Communicator& c, const top_k_state<Real>& state,
+                      arena& scratch) const
+    {
+        const bool live = !scratch.measuring(), training = in.mode == gate_mode::training;
+        if (training && has_loss())
+            router_losses_forward(ex, score, gate_logits<Real>{in.logits, in.mask}, state.routing.experts, k, balance, z, c,
+                                  router_losses<Real>{state.losses, state.slopes}, scratch);
+        else if (live) for_each(ex, 2, detail::fill<Real>{state.losses.data_handle(), Real(0)});
+        apply_capacity(ex, capacity, state.routing, scratch);
+    }
+};
+
+/// Switch (Fedus et al. 2021): the best expert, weighed by its probability. Jitter is of the layer's input: see jitter().
+using switch_gate = top_k_gate<softmax_score, top_k, raw_scores>;
+
+} // namespace fastmoe::inline FASTMOE_ABI

@@ -1,0 +1,104 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// Faults found in parallel work: the smallest position is the one that is reported, once.
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include <doctest/doctest.h>
+
+#include <fastmoe/exec/executor.hpp>
+#include <fastmoe/exec/fault.hpp>
+
+#include "support/executors.hpp"
+#include "support/random.hpp"
+
+namespace fm = fastmoe;
+using fm::fault_kind;
+using std::int32_t;
+using std::int64_t;
+
+namespace {
+
+/// Reports every element that is out of [-1, limit).
+struct find_faults {
+    fm::vector_view<const int32_t> ids; // (n)
+    int32_t limit;
+    fault_kind kind;
+    fm::fault_recorder faults;
+    FASTMOE_HOST_DEVICE void operator()(int64_t i) const
+    {
+        if (ids(i) < -1 || ids(i) >= limit) faults.record(kind, i, ids(i));
+    }
+};
+
+std::string delivered(auto& ex)
+{
+    try {
+        ex.deliver_faults();
+    } catch (const fm::invalid_argument& e) {
+        return e.what();
+    }
+    return "";
+}
+
+bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
+
+} // namespace
+
+TEST_CASE_TEMPLATE("the fault at the smallest position is thrown, with its value, whatever ran first", Cell, FASTMOE_EXECUTORS)
+{
+    FASTMOE_EXECUTOR(ex, Cell);
+    FASTMOE_SEEDED(r, 2);
+    for (int trial = 0; trial < 30; ++trial) {
+        const int64_t n = r.integer(1, 20000);
+        std::vector<int32_t> ids(n);
+        int64_t first = n;
+        for (int64_t i = 0; i < n; ++i) ids[i] = static_cast<int32_t>(r.integer(-1, 7));
+        for (int64_t bad = r.integer(1, 50); bad > 0; --bad) {
+            const int64_t at = r.integer(0, n - 1);
+            ids[at] = r.one_of(-2, 8, INT32_MAX, INT32_MIN);
+            first = std::min(first, at);
+        }
+        fm::for_each(ex, n, find_faults{fm::as_vector(ids), 8, fault_kind::expert_out_of_range, ex.faults()});
+        const std::string text = delivered(ex);
+        INFO(text);
+        CHECK(contains(text, "routing.experts(" + std::to_string(first) + ") is " + std::to_string(ids[first]) +
+                                 "; expected -1 or an id below E"));
+        CHECK(delivered(ex) == "");
+    }
+}
+
+TEST_CASE_TEMPLATE("without a fault nothing is thrown, and each kind has its own text", Cell, FASTMOE_EXECUTORS)
+{
+    FASTMOE_EXECUTOR(ex, Cell);
+    CHECK_NOTHROW(ex.synchronize());
+    ex.faults().record(fault_kind::expert_repeated, 5, 3);
+    CHECK(contains(delivered(ex), "routing.experts(5) is 3; expected each expert once in a token"));
+    ex.faults().record(fault_kind::token_out_of_range, 0, -9);
+    CHECK_THROWS_WITH_AS(ex.synchronize(), doctest::Contains("token_ids(0) is -9"), fm::invalid_argument);
+    CHECK_NOTHROW(ex.synchronize());
+}
+
+TEST_CASE_TEMPLATE("a later fault never hides an earlier one, and of one position the first value is a recorded one", Cell,
+                   FASTMOE_EXECUTORS)
+{
+    FASTMOE_EXECUTOR(ex, Cell);
+    ex.faults().record(fault_kind::expert_out_of_range, 4, 100);
+    ex.faults().record(fault_kind::expert_out_of_range, 9, -5);
+    ex.faults().record(fault_kind::expert_repeated, 0, 1);
+    CHECK(contains(delivered(ex), "routing.experts(4) is 100"));
+    // Delivery forgets all kinds: they belong to one verb.
+    CHECK(delivered(ex) == "");
+    ex.faults().record(fault_kind::expert_out_of_range, INT32_MAX, -2);
+    CHECK(contains(delivered(ex), "routing.experts(2147483647) is -2"));
+}
+
+TEST_CASE("two executors keep their faults apart")
+{
+    fm::host_executor a({.threads = 2}), b({.threads = 2});
+    a.faults().record(fault_kind::expert_out_of_range, 1, 50);
+    CHECK(delivered(b) == "");
+    CHECK(contains(delivered(a), "(1) is 50"));
+}

@@ -1,0 +1,8 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+#include "support/compare_mlp.hpp"
+
+using namespace fastmoe;
+
+FASTMOE_MLP_TEST("the GELU by tanh", gelu_tanh, gelu_tanh)
+FASTMOE_MLP_TEST("SiLU", silu, silu)
