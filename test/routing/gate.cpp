@@ -214,7 +214,7 @@ TEST_CASE("gradients are those of finite differences, with rescaled weights, mas
             check(fm::top_k_gate<>{.experts = 6, .k = 3, .scale = 1.5, .capacity = limit, .balance = {0.3}, .z = {0.2}});
             check(raw_gate{.experts = 6, .k = 3, .scale = 1.5, .capacity = limit, .balance = {0.3}, .z = {0.2}});
             check(raw_gate{.experts = 5, .k = 1, .capacity = limit});
-            check(fm::top_k_gate<>{.experts = 4, .k = 4, .capacity = limit, .weigh = {.epsilon = 0.1}});
+            check(fm::top_k_gate<>{.experts = 4, .k = 4, .capacity = limit});
         }
 }
 
@@ -465,7 +465,7 @@ TEST_CASE("a user's score with a bias is chosen by the bias, weighed without it,
     FASTMOE_SEEDED(rng, 9);
     const int64_t tokens = 5, experts = 7;
     const std::vector<double> bias = rng.normals(experts, 2);
-    const auto check = [&](const auto& gate) {
+    const auto check = [&](const auto& gate, double epsilon) {
         std::vector<double> logits = rng.normals(tokens * experts);
         const auto dweights = rng.normals(tokens * gate.k);
         const run first(ex, gate, tokens, logits, dweights);
@@ -474,7 +474,7 @@ TEST_CASE("a user's score with a bias is chosen by the bias, weighed without it,
             for (int e = 0; e < experts; ++e) order[e] = e;
             const auto s = [&](int e) { return 1 / (1 + std::exp(-logits[t * experts + e])); };
             std::sort(order.begin(), order.end(), [&](int a, int b) { return s(a) + bias[a] > s(b) + bias[b]; });
-            double sum = gate.k > 1 ? 1e-20 : 1;
+            double sum = gate.k > 1 ? epsilon : 1;
             if (gate.k > 1)
                 for (int64_t j = 0; j < gate.k; ++j) sum += s(order[j]);
             for (int64_t j = 0; j < gate.k; ++j) {
@@ -492,9 +492,11 @@ TEST_CASE("a user's score with a bias is chosen by the bias, weighed without it,
         for (std::size_t i = 0; i < expected.size(); ++i) CHECK(std::fabs(first.dlogits[i] - expected[i]) < 1e-8);
     };
     const biased_sigmoid score{bias.data()};
-    check(fm::top_k_gate<biased_sigmoid>{.experts = experts, .k = 3, .scale = 2.5, .balance = {0.4}, .z = {0.1}, .score = score,
-                                         .weigh = {.epsilon = 1e-20}});
-    check(fm::top_k_gate<biased_sigmoid, fm::top_k, fm::raw_scores>{.experts = experts, .k = 1, .balance = {0.4}, .score = score});
+    for (double epsilon : {1e-20, 0.1})
+        check(fm::top_k_gate<biased_sigmoid>{.experts = experts, .k = 3, .scale = 2.5, .balance = {0.4}, .z = {0.1},
+                                             .score = score, .weigh = {.epsilon = epsilon}},
+              epsilon);
+    check(fm::top_k_gate<biased_sigmoid, fm::top_k, fm::raw_scores>{.experts = experts, .k = 1, .balance = {0.4}, .score = score}, 0);
 }
 
 TEST_CASE("inference has no losses, acts without a mask, and lets K = 1 be renormalized")

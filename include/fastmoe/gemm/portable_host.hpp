@@ -157,7 +157,7 @@ private:
     matrix_view<Real> reserve_few(arena& a) const
     {
         const int64_t mark = a.used(); // shares its memory with the other paths
-        const auto out = a.matrix<Real>(least(x.extent(0), blocks_of_host.few_rows), round_up(width(), 16));
+        const auto out = a.matrix<Real>(least(x.extent(0), blocks_of_host.few_rows), round_up(width(), dot_step));
         a.rewind(mark);
         return out;
     }
@@ -360,7 +360,7 @@ public:
         const int64_t rows = least(blocks_of_host.gradient_rows, dw.out - o);
         const int64_t columns = least(blocks_of_host.wide_columns, dw.in - i), count = groups.counts(e);
         if (count == 0 && mode == write_mode::accumulate) return;
-        fill_zero(s.total.data_handle(), s.total.extent(0) * s.total.extent(1));
+        std::memset(s.total.data_handle(), 0, static_cast<std::size_t>(s.total.extent(0) * s.total.extent(1)) * sizeof(Real));
         for (int64_t first = 0; first < count; first += blocks_of_host.packed_depth * elements)
             sum(worker, groups.offsets(e) + first, least(blocks_of_host.packed_depth * elements, count - first), o, rows, i,
                 columns, s);

@@ -34,73 +34,83 @@ struct strided_rows {
 template <class Source>
 using source_t = std::remove_cvref_t<decltype(*std::declval<const Source&>().row(0))>;
 
-template <class Real, class T>
-void convert(Real* __restrict to, const T* __restrict from, int64_t n)
+/// A known count, so that the loop vectorizes at every level of optimization.
+template <int64_t Count, class Real, class T>
+inline void convert(Real* __restrict to, const T* __restrict from)
 {
-    constexpr int64_t step = 16; // a known count, so that the loop vectorizes at every level of optimization
+    for (int64_t j = 0; j < Count; ++j) to[j] = static_cast<Real>(from[j]);
+}
+
+template <class Real, class T>
+inline void convert(Real* to, const T* from, int64_t n)
+{
+    constexpr int64_t step = 16;
     int64_t i = 0;
-    for (; i + step <= n; i += step)
-        for (int64_t j = 0; j < step; ++j) to[i + j] = static_cast<Real>(from[i + j]);
+    for (; i + step <= n; i += step) convert<step>(to + i, from + i);
     for (; i < n; ++i) to[i] = static_cast<Real>(from[i]);
 }
 
-template <class T>
-void fill_zero(T* to, int64_t n)
-{
-    if (n > 0) std::memset(static_cast<void*>(to), 0, static_cast<std::size_t>(n) * sizeof(T));
-}
-
-/// Units whose pairs lie along a row: unit row i is source row i.
+/// Units whose pairs lie along a row: unit row i is source row i. Units past the end of a row, and rows that are null,
+/// are zeros.
 template <class Unit, class Source>
 struct units_along {
     Source source;
     int64_t width; ///< elements of a source row
 
-    /// Units [first, first + count) of a row; zeros past its end.
-    void load(Unit* to, int64_t row, int64_t first, int64_t count) const
+    /// Units [first, first + Count) of a row.
+    template <int64_t Count>
+    void load(Unit* to, int64_t row, int64_t first) const
     {
         constexpr int64_t elements = unit_elements<Unit>;
         const auto* from = source.row(row);
-        const int64_t left = width - first * elements, wanted = count * elements;
-        const int64_t n = !from || left < 0 ? 0 : (left < wanted ? left : wanted);
-        if constexpr (elements == 2) {
-            auto* out = reinterpret_cast<bfloat16*>(to);
-            if (n > 0) std::memcpy(static_cast<void*>(out), from + first * elements, static_cast<std::size_t>(n) * sizeof(bfloat16));
-            fill_zero(out + n, wanted - n);
-        } else {
-            convert(to, from + first, n);
-            fill_zero(to + n, wanted - n);
+        if (!from || width < (first + Count) * elements) return load_some(to, row, first, Count);
+        if constexpr (elements == 2) std::memcpy(static_cast<void*>(to), from + 2 * first, sizeof(Unit) * Count);
+        else convert<Count>(to, from + first);
+    }
+
+    /// Units [first, first + count) of a row.
+    [[gnu::noinline]] void load_some(Unit* to, int64_t row, int64_t first, int64_t count) const
+    {
+        const auto* from = source.row(row);
+        for (int64_t i = 0; i < count; ++i) {
+            if constexpr (unit_elements<Unit> == 2) {
+                const int64_t at = 2 * (first + i);
+                to[i] = {from && at < width ? from[at] : bfloat16{}, from && at + 1 < width ? from[at + 1] : bfloat16{}};
+            } else {
+                to[i] = from && first + i < width ? static_cast<Unit>(from[first + i]) : Unit(0);
+            }
         }
     }
 };
 
-/// Units whose pairs lie across rows: unit row i is made of source rows 2i and 2i + 1, or of row i where units are single.
-template <class Unit, class Source>
-struct units_across {
+/// Units whose pairs lie across rows: unit row i is made of source rows 2i and 2i + 1.
+template <class Source>
+struct pairs_across {
     Source source;
     int64_t width;
 
-    void load(Unit* to, int64_t row, int64_t first, int64_t count) const
+    template <int64_t Count>
+    void load(bfloat16_pair* to, int64_t row, int64_t first) const
     {
-        if constexpr (unit_elements<Unit> == 1) {
-            units_along<Unit, Source>{source, width}.load(to, row, first, count);
-        } else {
-            const bfloat16 *a = source.row(2 * row), *b = source.row(2 * row + 1);
-            const int64_t left = width - first, n = left < 0 ? 0 : (left < count ? left : count);
-            constexpr int64_t step = 16;
-            int64_t i = 0;
-            if (a && b)
-                for (; i + step <= n; i += step) {
-                    std::uint32_t both[step];
-                    for (int64_t j = 0; j < step; ++j)
-                        both[j] = a[first + i + j].bits | static_cast<std::uint32_t>(b[first + i + j].bits) << 16;
-                    std::memcpy(static_cast<void*>(to + i), both, sizeof both);
-                }
-            for (; i < n; ++i) to[i] = {a ? a[first + i] : bfloat16(0.0f), b ? b[first + i] : bfloat16(0.0f)};
-            fill_zero(to + n, count - n);
-        }
+        const bfloat16 *a = source.row(2 * row), *b = source.row(2 * row + 1);
+        if (!a || !b || width < first + Count) return load_some(to, row, first, Count);
+        std::uint32_t both[Count];
+        for (int64_t j = 0; j < Count; ++j) both[j] = a[first + j].bits | static_cast<std::uint32_t>(b[first + j].bits) << 16;
+        std::memcpy(static_cast<void*>(to), both, sizeof both);
+    }
+
+    [[gnu::noinline]] void load_some(bfloat16_pair* to, int64_t row, int64_t first, int64_t count) const
+    {
+        const bfloat16 *a = source.row(2 * row), *b = source.row(2 * row + 1);
+        for (int64_t i = 0; i < count; ++i)
+            to[i] = {a && first + i < width ? a[first + i] : bfloat16{}, b && first + i < width ? b[first + i] : bfloat16{}};
     }
 };
+
+/// The same for any unit: single units have nothing to pair.
+template <class Unit, class Source>
+using units_across =
+    std::conditional_t<unit_elements<Unit> == 2, pairs_across<Source>, units_along<Unit, Source>>;
 
 /// to[j * to_step + i] = from[i * from_step + j] for a block of 4 x 4 elements of 4 bytes, or 2 x 2 of 8.
 template <class T>
@@ -149,7 +159,8 @@ struct pack_transposed {
         alignas(64) Unit square[lanes * lanes], last[lanes * lanes];
         Unit* out = to + g * lanes;
         for (int64_t k = 0; k < depth; k += lanes, out += lanes * step) {
-            for (int64_t i = 0; i < lanes; ++i) units.load(square + i * lanes, g * lanes + i, first + k, lanes);
+            for (int64_t i = 0; i < lanes; ++i)
+                units.template load<lanes>(square + i * lanes, g * lanes + i, first + k);
             if (depth - k >= lanes) {
                 transpose_square(square, lanes, out, step);
             } else {
@@ -172,7 +183,10 @@ struct pack_rows {
     template <class Team>
     void operator()(Team&, int64_t i) const
     {
-        units.load(to + i * step, i, first, depth);
+        constexpr int64_t lanes = vector_lanes<Unit>;
+        int64_t k = 0;
+        for (; k + lanes <= depth; k += lanes) units.template load<lanes>(to + i * step + k, i, first + k);
+        if (k < depth) units.load_some(to + i * step + k, i, first + k, depth - k);
     }
 };
 
@@ -182,7 +196,7 @@ template <class Unit, class Units>
 struct pack_panels {
     using vectorized = void;
     Units units;
-    int64_t first, width; ///< lanes to pack
+    int64_t first, width; ///< lanes to pack, a multiple of a vector's
     int64_t depth;        ///< unit rows
     Unit* to;             // (panels, depth, lanes of the panel)
 
@@ -190,10 +204,11 @@ struct pack_panels {
     void operator()(Team&, int64_t k) const
     {
         constexpr int64_t full = panel_lanes<Unit>, lanes = vector_lanes<Unit>;
-        for (int64_t at = 0; at < width; at += full) {
-            const int64_t left = (width - at + lanes - 1) / lanes * lanes, here = left < full ? left : full;
-            units.load(to + at * depth + k * here, k, first + at, here);
-        }
+        int64_t at = 0;
+        for (; at + full <= width; at += full) units.template load<full>(to + at * depth + k * full, k, first + at);
+        const int64_t rest = width - at;
+        for (int64_t l = 0; l < rest; l += lanes)
+            units.template load<lanes>(to + at * depth + k * rest + l, k, first + at + l);
     }
 };
 
@@ -239,16 +254,43 @@ struct store_transposed {
         for (int64_t j = 0; j < width; j += lanes) {
             transpose_square(from + j * from_step + first, from_step, square, lanes);
             const int64_t n = width - j < lanes ? width - j : lanes;
-            for (int64_t i = 0; i < count; ++i) convert(to + (first + i) * to_step + j, square + i * lanes, n);
+            T* const out = to + first * to_step + j;
+            if (n == lanes)
+                for (int64_t i = 0; i < count; ++i) convert<lanes>(out + i * to_step, square + i * lanes);
+            else
+                for (int64_t i = 0; i < count; ++i) convert(out + i * to_step, square + i * lanes, n);
         }
     }
 };
 
+/// 16 bytes of Reals from W.
+template <class Real, class W>
+inline auto load_vector(const W* from)
+{
+    typedef Real vector __attribute__((vector_size(16)));
+    vector out;
+    if constexpr (std::is_same_v<Real, W>) {
+        std::memcpy(&out, from, sizeof out);
+    } else if constexpr (std::is_same_v<W, bfloat16> && std::is_same_v<Real, float>) {
+        typedef std::uint16_t narrow __attribute__((vector_size(8)));
+        typedef std::uint32_t wide __attribute__((vector_size(16)));
+        narrow bits;
+        std::memcpy(&bits, from, sizeof bits);
+        out = reinterpret_cast<vector>(__builtin_convertvector(bits, wide) << 16);
+    } else {
+        Real all[16 / sizeof(Real)];
+        convert<16 / sizeof(Real)>(all, from);
+        std::memcpy(&out, all, sizeof out);
+    }
+    return out;
+}
+
 /// Column n of a few rows of Y, with lanes along the reduction: for decoding, where reading W once is all that counts.
+/// Vectors of 16 bytes are enough to keep up with memory, and every instruction set has them.
 template <class Real, class W, class B, class Y>
 struct dot_columns {
     using vectorized = void;
-    const Real* x; // (rows,x_step), zeros past depth
+    const Real* x; // (rows,x_step), zeros past depth up to a multiple of dot_step
     int64_t x_step, rows;
     const W* w;    // (N,depth)
     int64_t w_step, depth;
@@ -260,32 +302,42 @@ struct dot_columns {
     void operator()(Team&, int64_t n) const
     {
         int64_t i = 0;
-        for (; i + 4 <= rows; i += 4) some<4>(i, n);
-        for (; i + 2 <= rows; i += 2) some<2>(i, n);
-        if (i < rows) some<1>(i, n);
+        for (; i + 4 <= rows; i += 4) some<4>(i, n, indices<8>{});
+        for (; i + 2 <= rows; i += 2) some<2>(i, n, indices<8>{});
+        if (i < rows) some<1>(i, n, indices<8>{});
     }
 
 private:
-    template <int Rows>
-    void some(int64_t i, int64_t n) const
+    /// Sum I is that of row I % Rows, vector I / Rows.
+    template <int Rows, int... I>
+    void some(int64_t i, int64_t n, std::integer_sequence<int, I...>) const
     {
-        constexpr int64_t lanes = 16;
-        const W* __restrict in = w + n * w_step;
-        const Real* __restrict from = x + i * x_step;
-        Real sum[Rows][lanes] = {};
+        constexpr int64_t lanes = 16 / sizeof(Real), step = lanes * static_cast<int64_t>(sizeof...(I)) / Rows;
+        typedef Real vector __attribute__((vector_size(16)));
+        const W* in = w + n * w_step;
+        const Real* from = x + i * x_step;
+        vector sum[] = {vector{} + Real(0 * I)...};
+        const auto add = [&](const W* w_at, int64_t k) {
+            ((sum[I] += load_vector<Real>(w_at + I / Rows * lanes) * load_vector<Real>(from + I % Rows * x_step + k + I / Rows * lanes)),
+             ...);
+        };
         int64_t k = 0;
-        for (; k + lanes <= depth; k += lanes)
-            for (int r = 0; r < Rows; ++r)
-                for (int64_t l = 0; l < lanes; ++l) sum[r][l] += static_cast<Real>(in[k + l]) * from[r * x_step + k + l];
-        for (int64_t l = 0; k < depth; ++k, ++l)
-            for (int r = 0; r < Rows; ++r) sum[r][l] += static_cast<Real>(in[k]) * from[r * x_step + k];
+        for (; k + step <= depth; k += step) add(in + k, k);
+        if (k < depth) {
+            W last[step] = {};
+            for (int64_t l = 0; l < depth - k; ++l) last[l] = in[k + l];
+            add(last, k);
+        }
         for (int r = 0; r < Rows; ++r) {
-            for (int64_t half = lanes / 2; half > 0; half /= 2)
-                for (int64_t l = 0; l < half; ++l) sum[r][l] += sum[r][l + half];
-            const Real start = bias ? static_cast<Real>(bias[n]) : Real(0);
-            y[(i + r) * y_step + n] = static_cast<Y>(start + sum[r][0]);
+            Real total = bias ? static_cast<Real>(bias[n]) : Real(0);
+            for (int v = 0; v < static_cast<int>(sizeof...(I)) / Rows; ++v)
+                for (int64_t l = 0; l < lanes; ++l) total += sum[v * Rows + r][l];
+            y[(i + r) * y_step + n] = static_cast<Y>(total);
         }
     }
 };
+
+/// What x_step of dot_columns must be a multiple of.
+inline constexpr int64_t dot_step = 32;
 
 } // namespace fastmoe::inline FASTMOE_ABI::detail::portable

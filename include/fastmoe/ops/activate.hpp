@@ -3,6 +3,9 @@
 /// Activations of an expert and their derivatives, and the row functors that apply them after a GEMM.
 #pragma once
 
+#include <concepts>
+#include <type_traits>
+
 #include <fastmoe/core/dtype.hpp>
 #include <fastmoe/core/math.hpp>
 #include <fastmoe/core/tensor.hpp>
@@ -105,20 +108,27 @@ using swiglu = gated_by<silu>;
 using geglu = gated_by<gelu>;
 
 template <class A>
-concept plain_activation = !A::gated && requires(float x) {
+concept states_gated = requires {
+    { A::gated } -> std::convertible_to<bool>;
+};
+
+template <class A>
+concept plain_activation = requires(float x) {
     { A::value(x) } -> std::same_as<float>;
     { A::derivative(x) } -> std::same_as<float>;
 };
 
 template <class A>
-concept gated_activation = A::gated && requires(float x) {
+concept gated_activation = requires(float x) {
     { A::value(x, x) } -> std::same_as<float>;
     { A::gradient(x, x, x) } -> std::same_as<gate_and_up<float>>;
 };
 
-/// One input (value, derivative) or a gate and an up half (value, gradient), elementwise.
+/// One input (value, derivative) or a gate and an up half (value, gradient), elementwise. Written without an "or", whose
+/// failure would not be explained: the form that is not meant is asked of one that has it.
 template <class A>
-concept activation = plain_activation<A> || gated_activation<A>;
+concept activation = states_gated<A> && plain_activation<std::conditional_t<A::gated, relu, A>> &&
+                     gated_activation<std::conditional_t<A::gated, A, swiglu>>;
 
 /// Where gate and up stand in a row of 2H: all gates first, or in turns.
 enum class gated_layout : std::uint8_t { concatenated, interleaved };

@@ -115,7 +115,7 @@ struct softmax_score {
 /// A weighing policy states over_chosen, and epsilon where that is true.
 struct renormalize {
     static constexpr bool over_chosen = true;
-    double epsilon = 0; ///< added to the sum, as sigmoid routers do (1e-20)
+    double epsilon = 0; ///< added to the sum, as sigmoid routers do (1e-20); not where all scores sum to one
 };
 
 /// Weights are the scores as they are (Switch, GShard, DeepSeek-V2): after softmax_score, probabilities over all experts.

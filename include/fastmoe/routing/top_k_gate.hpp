@@ -29,6 +29,13 @@ struct choose_backward;
 
 namespace detail {
 
+/// What is added to a sum of chosen values: nothing where values are known up to a factor only.
+template <class Row, class Real, class Weigh>
+FASTMOE_HOST_DEVICE constexpr Real epsilon_of(const Weigh& weigh) noexcept
+{
+    return Row::sums_to_one ? Real(0) : static_cast<Real>(weigh.epsilon);
+}
+
 /// weight[k] = scale * value(chosen k) / divisor: the sum over the chosen, over all, or 1, as the policies say.
 template <class Real, class Score, class Select, class Weigh>
 struct choose_row {
@@ -84,8 +91,7 @@ struct choose_row {
         Real divisor = 1;
         if constexpr (Weigh::over_chosen) {
             team.sync();
-            divisor = static_cast<Real>(weigh.epsilon) +
-                      team.reduce(k, Real(0), adds{}, [=](int64_t j) { return weight[j]; });
+            divisor = epsilon_of<Row, Real>(weigh) + team.reduce(k, Real(0), adds{}, [=](int64_t j) { return weight[j]; });
             team.sync();
         } else if constexpr (Row::sums_to_one) {
             divisor = sum_of_values(team, row, l, logits.extent(1));
@@ -132,10 +138,10 @@ struct choose_row_backward {
         team.for_each(k, [=](int64_t j) { value[j] = row.value(l[ids[j]]); });
         read_gradient(team, t, value, gradient);
         team.sync();
-        constexpr bool over_all = !Weigh::over_chosen && decltype(row)::sums_to_one;
+        constexpr bool over_all = !Weigh::over_chosen && std::remove_cvref_t<decltype(row)>::sums_to_one;
         Real divisor = 1, common = 0;
         if constexpr (Weigh::over_chosen)
-            divisor = static_cast<Real>(weigh.epsilon) +
+            divisor = epsilon_of<std::remove_cvref_t<decltype(row)>, Real>(weigh) +
                       team.reduce(k, Real(0), adds{}, [=](int64_t j) { return value[j]; });
         else if constexpr (over_all) divisor = sum_of_values(team, row, l, all);
         if constexpr (Weigh::over_chosen || over_all)
