@@ -10,7 +10,6 @@
 
 namespace fm = fastmoe;
 
-// [expert]
 template <class T>
 struct scale_weights {
     fm::matrix_view<T> scale; // (E,D)
@@ -22,7 +21,8 @@ struct scale_weights {
     }
 };
 
-/// out(s) = rows(s) * scale(e), for all rows of expert e.
+// [heart]
+/// out(s) = rows(s) * scale(e), for all rows of expert e: the forward pass, and with dy for x the gradient of x.
 template <class T>
 struct scale_rows {
     fm::row_groups groups;
@@ -42,6 +42,7 @@ struct scale_rows {
     }
 };
 
+// [heart]
 /// dscale(e) (+)= sum over its rows of x * dy.
 template <class T, class G>
 struct scale_gradient {
@@ -119,7 +120,6 @@ struct scale_expert {
                              scale_gradient<T, G>{in.groups, in.x, dy, gradients.scale, mode}, {.width = width});
     }
 };
-// [expert]
 
 int main()
 {

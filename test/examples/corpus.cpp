@@ -66,6 +66,22 @@ corpus counted(std::int64_t train, std::int64_t validation)
     return out;
 }
 
+/// Text that tells its place: even places hold the low digit of place / 2 in base 127, odd ones the high digit.
+corpus addressed(std::int64_t length)
+{
+    corpus out = counted(0, 1000);
+    for (std::int64_t i = 0; i < length; ++i)
+        out.train.push_back(static_cast<std::uint8_t>(i % 2 ? 128 + i / 2 / 127 : 1 + i / 2 % 127));
+    return out;
+}
+
+/// Where in that text a window of three or more bytes begins.
+std::int64_t address_of(const std::vector<std::int32_t>& window)
+{
+    const bool odd = window[0] >= 128;
+    return 2 * (127 * (window[1 + odd] - 128) + window[odd] - 1) - odd;
+}
+
 struct batch_buffer {
     std::vector<std::int32_t> data;
     fm::matrix_view<std::int32_t> view;
@@ -274,17 +290,34 @@ TEST_CASE("An epoch predicts each byte of its stretch once, and the next one in 
             if (marked >= 2 * context && marked < length - 2 * context) CHECK(seen == 1);
         }
     }
-    const corpus c = counted(255 * 40, 100);
-    const batch_source source(c, 1, 10, 3);
-    int repeated = 0;
-    for (std::int64_t n = 0; n < source.epoch(); ++n) {
-        batch_buffer a(1, 10), b(1, 10);
-        source.training(n, a.view);
-        source.training(n + source.epoch(), b.view);
-        repeated += a.data == b.data;
-        for (int j = 1; j <= 10; ++j) REQUIRE(a.view(0, j) == a.view(0, j - 1) % 255 + 1); // one stretch of the text
+}
+
+TEST_CASE("Within an epoch the windows share a phase and come in no order; the next epoch has another order and phase")
+{
+    const std::int64_t context = 20;
+    const corpus c = addressed(30000);
+    const batch_source source(c, 1, context, 3);
+    batch_buffer b(1, context);
+    std::set<std::int64_t> phases, first_starts;
+    for (int e = 0; e < 8; ++e) {
+        std::set<std::int64_t> starts;
+        std::int64_t before = -1, in_order = 0;
+        for (std::int64_t n = 0; n < source.epoch(); ++n) {
+            source.training(e * source.epoch() + n, b.view);
+            const std::int64_t start = address_of(b.data);
+            if (n == 0) first_starts.insert(start / context);
+            starts.insert(start);
+            in_order += start == before + context;
+            before = start;
+            for (int j = 0; j <= context; ++j) REQUIRE(b.view(0, j) == c.train[static_cast<std::size_t>(start + j)]);
+        }
+        CHECK(std::ssize(starts) == source.epoch());
+        CHECK(*starts.rbegin() - *starts.begin() == (source.epoch() - 1) * context);
+        CHECK(in_order < source.epoch() / 20);
+        phases.insert(*starts.begin());
     }
-    CHECK(repeated < source.epoch() / 10);
+    CHECK(phases.size() >= 5);
+    CHECK(first_starts.size() >= 6);
 }
 
 TEST_CASE("The validation windows are fixed, spread from the first byte to the last, and do not overlap")

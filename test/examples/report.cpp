@@ -439,7 +439,8 @@ TEST_CASE("The load plot has a bar for each expert of each layer, as tall as its
 {
     FASTMOE_SEEDED(draw, 2503);
     for (const auto& [layers, experts] : {std::pair{1, 4}, {2, 8}, {4, 8}, {3, 16}, {6, 128}, {12, 64}, {1, 1}}) {
-        INFO(layers, " layers of ", experts);
+        const int wide = experts, deep = layers; // clang 14 captures no structured binding
+        INFO(deep, " layers of ", wide);
         expert_load load(static_cast<std::size_t>(layers));
         for (auto& layer : load)
             for (int e = 0; e < experts; ++e) layer.push_back(draw.integer(1000, 2000));

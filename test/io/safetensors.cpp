@@ -180,7 +180,8 @@ TEST_CASE("What the writer leaves is the format, as a reader of another make fin
     CHECK(header["__metadata__"] == nlohmann::json{{"author", "\u00fcber"}, {"step", "7"}});
     const std::string data = file.substr(8 + length);
     std::size_t covered = 0;
-    for (const auto& [name, t] : content.tensors) {
+    for (const auto& [key, t] : content.tensors) {
+        const std::string name = key; // clang 14 captures no structured binding
         INFO(name);
         const auto& entry = header[name];
         CHECK(entry["dtype"] == io::name_of(t.type));

@@ -26,6 +26,14 @@
 
 namespace support {
 
+// Every member of a team is host-device, so that host-device functors compile with nvcc. This team runs on the host
+// alone, and the compiler is told not to ask.
+#if defined(__CUDACC__)
+#define FASTMOE_LANE_MEMBER _Pragma("nv_exec_check_disable")
+#else
+#define FASTMOE_LANE_MEMBER
+#endif
+
 /// A team of four threads; see fastmoe::single_lane_team for the contract of each member.
 class lane_team {
 public:
@@ -34,20 +42,23 @@ public:
     {
     }
 
-    int64_t lane() const noexcept { return lane_; }
-    static constexpr int64_t lanes() noexcept { return lane_count; }
+    FASTMOE_HOST_DEVICE int64_t lane() const noexcept { return lane_; }
+    FASTMOE_HOST_DEVICE static constexpr int64_t lanes() noexcept { return lane_count; }
 
-    void sync() const { barrier_->arrive(lane_, {"sync", 0}, meeting::publishes); }
+    FASTMOE_LANE_MEMBER
+    FASTMOE_HOST_DEVICE void sync() const { barrier_->arrive(lane_, {"sync", 0}, meeting::publishes); }
 
+    FASTMOE_LANE_MEMBER
     template <class F>
-    void for_each(int64_t n, F f) const
+    FASTMOE_HOST_DEVICE void for_each(int64_t n, F f) const
     {
         barrier_->note(lane_, {"for_each", n});
         backwards(lane_, n, f);
     }
 
+    FASTMOE_LANE_MEMBER
     template <class T, class Op, class F>
-    T reduce(int64_t n, T init, Op op, F f) const
+    FASTMOE_HOST_DEVICE T reduce(int64_t n, T init, Op op, F f) const
     {
         T part = init, all[lane_count];
         for (int64_t i = lane_; i < n; i += lane_count) part = op(part, f(i));
@@ -57,8 +68,9 @@ public:
         return total;
     }
 
+    FASTMOE_LANE_MEMBER
     template <class T, class Op, class F, class Out>
-    T scan(int64_t n, T init, Op op, F f, Out out) const
+    FASTMOE_HOST_DEVICE T scan(int64_t n, T init, Op op, F f, Out out) const
     {
         T total = init, all[lane_count];
         barrier_->note(lane_, {"scan", n});
@@ -74,33 +86,41 @@ public:
         return total;
     }
 
+    FASTMOE_LANE_MEMBER
     template <class T>
-    T* scratch(int64_t n)
+    FASTMOE_HOST_DEVICE T* scratch(int64_t n)
     {
         const int64_t bytes = n * static_cast<int64_t>(sizeof(T));
         barrier_->note(lane_, {"scratch", bytes});
-        if (n < 0 || taken_ + bytes > announced_)
-            throw misuse("scratch up to byte " + std::to_string(taken_ + bytes) + " was taken; row_hint announced " +
-                         std::to_string(announced_));
+        if (n < 0 || taken_ + bytes > announced_) refuse_scratch(bytes);
         auto* out = reinterpret_cast<T*>(scratch_ + taken_);
         taken_ += (bytes + 63) / 64 * 64;
         return out;
     }
 
     /// f(i) for the lane's share of [0, n), the last first.
+    FASTMOE_LANE_MEMBER
     template <class F>
-    static void backwards(int64_t lane, int64_t n, F& f)
+    FASTMOE_HOST_DEVICE static void backwards(int64_t lane, int64_t n, F& f)
     {
         if (n <= lane) return;
         for (int64_t i = lane + (n - 1 - lane) / lane_count * lane_count; i >= lane; i -= lane_count) f(i);
     }
 
 private:
+    [[noreturn]] void refuse_scratch(int64_t bytes) const
+    {
+        throw misuse("scratch up to byte " + std::to_string(taken_ + bytes) + " was taken; row_hint announced " +
+                     std::to_string(announced_));
+    }
+
     lane_barrier* barrier_;
     int64_t lane_;
     std::byte* scratch_;
     int64_t announced_, taken_ = 0;
 };
+
+#undef FASTMOE_LANE_MEMBER
 
 struct lanes_options {
     std::chrono::milliseconds patience{60000}; ///< how long lanes wait for one that does not come

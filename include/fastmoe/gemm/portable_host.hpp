@@ -157,7 +157,7 @@ private:
     matrix_view<Real> reserve_few(arena& a) const
     {
         const int64_t mark = a.used(); // shares its memory with the other paths
-        const auto out = a.matrix<Real>(least(x.extent(0), blocks_of_host.few_rows), round_up(width(), dot_step));
+        const auto out = a.matrix<Real>(least(x.extent(0), blocks_of_host.few_rows), round_up(width(), dot_step) + dot_step);
         a.rewind(mark);
         return out;
     }
@@ -169,9 +169,10 @@ private:
         Real* const to = packed.data_handle();
         using units = units_along<Real, row_window<Rows>>;
         ex.run_rows(worker, 0, b.count, pack_rows<Real, units>{{source, width()}, 0, step, to, step});
-        ex.run_rows(worker, begin, end,
-                    dot_columns<Real, W, B, Y>{to, step, b.count, w.base(b.expert), w.row_stride, width(), bias_of(b.expert),
-                                               &y(b.first, 0), y.extent(1)});
+        const B* from = bias_of(b.expert);
+        ex.run_rows(worker, 0, ceil_div(end - begin, dot_width),
+                    dot_columns<Real, W, B, Y>{to, step, b.count, w.base(b.expert) + begin * w.row_stride, w.row_stride, width(),
+                                               from ? from + begin : nullptr, &y(b.first, begin), y.extent(1), end - begin});
     }
 
     // 2. W's rows lie along the reduction: they are the scalars, and rows of X the lanes, so W is not packed at all.

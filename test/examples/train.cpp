@@ -1,0 +1,306 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// The training program as a user meets it: what it prints, what it leaves behind, and that no way of stopping it
+/// changes a bit of the model that comes out.
+#include <chrono>
+#include <cmath>
+#include <csignal>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include <fcntl.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <doctest/doctest.h>
+#include <nlohmann/json.hpp>
+
+#include "support/random.hpp"
+#include "train_gpt/report.hpp"
+
+namespace {
+
+namespace fs = std::filesystem;
+using words = std::vector<std::string>;
+
+/// A folder of its own for a test case, with a small text in two files.
+struct place {
+    fs::path folder;
+
+    place()
+    {
+        std::string name = (fs::temp_directory_path() / "train_gpt.XXXXXX").string();
+        REQUIRE(::mkdtemp(name.data()) != nullptr);
+        folder = name;
+        fs::create_directory(folder / "text");
+        support::random draw(1);
+        for (const char* file : {"text/a.txt", "text/b.txt"}) {
+            std::ofstream out(folder / file);
+            for (int line = 0; line < 60; ++line) {
+                for (int word = 0; word < 8; ++word) out << draw.one_of("alpha ", "beta ", "gamma ", "delta ");
+                out << '\n';
+            }
+        }
+    }
+    ~place() { fs::remove_all(folder); }
+
+    std::string at(const char* name) const { return (folder / name).string(); }
+    std::string bytes(const char* name) const
+    {
+        std::ifstream in(folder / name, std::ios::binary);
+        REQUIRE(in.is_open());
+        return {std::istreambuf_iterator<char>(in), {}};
+    }
+    /// The options of a model that trains in milliseconds.
+    words tiny(const char* out) const
+    {
+        return {"--text",  at("text"), "--out",     at(out), "--width", "16", "--layers",  "2",  "--heads",
+                "2",       "--experts", "4",        "--hidden", "24",   "--context", "16", "--batch", "3",
+                "--steps", "12",       "--warmup",  "3",     "--validate-every", "5", "--validation-windows", "2"};
+    }
+};
+
+words operator+(words a, const words& b)
+{
+    a.insert(a.end(), b.begin(), b.end());
+    return a;
+}
+
+/// The program as a child process, its output in files.
+class child {
+public:
+    child(const place& where, const words& arguments, rlim_t largest_file = RLIM_INFINITY) : where_(where)
+    {
+        words all = words{FASTMOE_TRAIN_GPT} + arguments;
+        std::vector<char*> argv;
+        for (std::string& word : all) argv.push_back(word.data());
+        argv.push_back(nullptr);
+        const std::string out = where.at("stdout"), err = where.at("stderr");
+        id_ = ::fork();
+        REQUIRE(id_ >= 0);
+        if (id_ != 0) return;
+        ::dup2(::open(out.c_str(), O_CREAT | O_TRUNC | O_WRONLY, 0600), 1);
+        ::dup2(::open(err.c_str(), O_CREAT | O_TRUNC | O_WRONLY, 0600), 2);
+        if (largest_file != RLIM_INFINITY) {
+            const rlimit limit{largest_file, largest_file};
+            ::setrlimit(RLIMIT_FSIZE, &limit);
+            ::signal(SIGXFSZ, SIG_IGN);
+        }
+        ::execv(argv[0], argv.data());
+        ::_exit(99);
+    }
+    void send(int signal) const { ::kill(id_, signal); }
+    /// Its exit status, or minus the signal that ended it.
+    int wait()
+    {
+        int status = 0;
+        REQUIRE(::waitpid(id_, &status, 0) == id_);
+        return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
+    }
+
+private:
+    const place& where_;
+    pid_t id_ = 0;
+};
+
+int run(const place& p, const words& arguments) { return child(p, arguments).wait(); }
+
+/// The log without its two columns of time.
+std::vector<std::vector<double>> numbers(const std::string& path)
+{
+    std::vector<std::vector<double>> out;
+    for (const auto& r : train_gpt::read_log(path))
+        out.push_back({double(r.step), double(r.tokens), r.loss, std::isnan(r.val_loss) ? -1 : r.val_loss, r.balance,
+                       r.learning_rate, r.gradient_norm});
+    return out;
+}
+
+constexpr const char* whole = "whole/checkpoint.safetensors";
+constexpr const char* parts = "parts/checkpoint.safetensors";
+
+} // namespace
+
+TEST_CASE("a run that was stopped and resumed has the bits of one that was not, in either type")
+{
+    for (const char* type : {"float32", "bfloat16"}) {
+        CAPTURE(type);
+        const place p;
+        REQUIRE(run(p, p.tiny("whole") + words{"--dtype", type}) == 0);
+        REQUIRE(run(p, p.tiny("parts") + words{"--dtype", type, "--stop-at", "4"}) == 0);
+        CHECK(p.bytes(parts) != p.bytes(whole));
+        REQUIRE(run(p, {"--out", p.at("parts"), "--resume", "--stop-at", "5"}) == 0);
+        REQUIRE(run(p, {"--out", p.at("parts"), "--resume"}) == 0);
+        CHECK(p.bytes(parts) == p.bytes(whole));
+        CHECK(numbers(p.at("whole/log.csv")).size() == 12);
+        // Only a run that stops elsewhere validates elsewhere: the last rows have the same validation loss.
+        CHECK(numbers(p.at("parts/log.csv")) == numbers(p.at("whole/log.csv")));
+    }
+}
+
+TEST_CASE("the number of threads does not change a bit of the model")
+{
+    const place p;
+    REQUIRE(run(p, p.tiny("whole") + words{"--threads", "1"}) == 0);
+    for (const char* threads : {"2", "4"}) {
+        REQUIRE(run(p, p.tiny("parts") + words{"--threads", threads}) == 0);
+        CHECK(p.bytes(parts) == p.bytes(whole));
+    }
+}
+
+TEST_CASE("a run that is killed again and again while it writes checkpoints ends with the bits of one that was not")
+{
+    const place p;
+    FASTMOE_SEEDED(draw, 601);
+    const words options = p.tiny("parts") + words{"--steps", "150", "--checkpoint-every", "1", "--threads", "1"};
+    REQUIRE(run(p, p.tiny("whole") + words{"--steps", "150", "--checkpoint-every", "0", "--threads", "1"}) == 0);
+    int kills = 0, status = 1;
+    for (int attempt = 0; attempt < 400 && status != 0; ++attempt) {
+        const bool begun = fs::exists(p.folder / parts);
+        child c(p, begun ? options + words{"--resume"} : options);
+        // Later attempts are given longer, so that the run ends on a slow machine too.
+        std::this_thread::sleep_for(std::chrono::microseconds(draw.integer(5000, 40000 + 1000 * attempt)));
+        c.send(SIGKILL);
+        status = c.wait();
+        CAPTURE(p.bytes("stderr"));
+        REQUIRE((status == 0 || status == -SIGKILL));
+        kills += status == -SIGKILL;
+    }
+    CHECK(status == 0);
+    CHECK(kills >= 10);
+    CHECK(p.bytes(parts) == p.bytes(whole));
+    CHECK(numbers(p.at("parts/log.csv")) == numbers(p.at("whole/log.csv")));
+}
+
+TEST_CASE("SIGINT and SIGTERM save a checkpoint, say so, and lose nothing")
+{
+    for (const int signal : {SIGINT, SIGTERM}) {
+        const place p;
+        const words options = words{"--checkpoint-every", "0", "--steps", "3000", "--validate-every", "0"};
+        child c(p, p.tiny("parts") + options);
+        while (!fs::exists(p.folder / "parts/log.csv") || p.bytes("parts/log.csv").size() < 400)
+            std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        c.send(signal);
+        REQUIRE(c.wait() == 128 + signal);
+        CHECK(p.bytes("stdout").find("--resume goes on") != std::string::npos);
+        const auto done = numbers(p.at("parts/log.csv")).back()[0];
+        CHECK(done < 3000);
+        const words stop{"--stop-at", std::to_string(static_cast<int>(done) + 3)};
+        REQUIRE(run(p, words{"--out", p.at("parts"), "--resume"} + stop) == 0);
+        REQUIRE(run(p, p.tiny("whole") + options + stop) == 0);
+        CHECK(p.bytes(parts) == p.bytes(whole));
+    }
+}
+
+TEST_CASE("a checkpoint that cannot be written is an error that says so, and the older one stays whole")
+{
+    const place p;
+    REQUIRE(run(p, p.tiny("parts") + words{"--stop-at", "4"}) == 0);
+    const std::string before = p.bytes(parts);
+    child c(p, {"--out", p.at("parts"), "--resume"}, before.size() / 2);
+    CHECK(c.wait() == 1);
+    CHECK(p.bytes("stderr").find("checkpoint.safetensors") != std::string::npos);
+    CHECK(p.bytes(parts) == before);
+    REQUIRE(run(p, {"--out", p.at("parts"), "--resume"}) == 0);
+    REQUIRE(run(p, p.tiny("whole")) == 0);
+    CHECK(p.bytes(parts) == p.bytes(whole));
+}
+
+TEST_CASE("a truncated or altered checkpoint is refused, and the one before it can be resumed from")
+{
+    const place p;
+    REQUIRE(run(p, p.tiny("whole")) == 0);
+    REQUIRE(run(p, p.tiny("parts") + words{"--checkpoint-every", "4"}) == 0);
+    const std::string good = p.bytes(parts);
+    for (const bool truncate : {true, false}) {
+        std::string bad = good;
+        if (truncate) bad.resize(bad.size() - 1);
+        else bad[bad.size() / 2] = static_cast<char>(bad[bad.size() / 2] ^ 1);
+        std::ofstream(p.folder / parts, std::ios::binary | std::ios::trunc) << bad;
+        CHECK(run(p, {"--out", p.at("parts"), "--resume"}) == 1);
+        CHECK(p.bytes("stderr").find("previous.safetensors") != std::string::npos);
+    }
+    REQUIRE(run(p, {"--out", p.at("parts"), "--resume", p.at("parts/checkpoint.previous.safetensors")}) == 0);
+    CHECK(p.bytes(parts) == p.bytes(whole));
+}
+
+TEST_CASE("an option that contradicts the resumed run, or another text, is refused by name")
+{
+    const place p;
+    REQUIRE(run(p, p.tiny("parts") + words{"--stop-at", "4"}) == 0);
+    CHECK(run(p, {"--out", p.at("parts"), "--resume", "--width", "32"}) == 1);
+    CHECK(p.bytes("stderr").find("--width is 32; expected 16") != std::string::npos);
+    CHECK(run(p, {"--out", p.at("parts"), "--resume", "--width", "16"}) == 0);
+    std::ofstream(p.folder / "text/a.txt", std::ios::app) << "one more line\n";
+    CHECK(run(p, {"--out", p.at("parts"), "--resume"}) == 1);
+    CHECK(p.bytes("stderr").find("--text is ") != std::string::npos);
+    CHECK(run(p, {"--out", p.at("nowhere"), "--resume"}) == 1);
+    CHECK(p.bytes("stderr").find("nowhere/checkpoint.safetensors") != std::string::npos);
+}
+
+TEST_CASE("wrong options and help end at once, without a run")
+{
+    const place p;
+    CHECK(run(p, {"--help"}) == 0);
+    for (const char* option : {"--text", "--width", "--layers", "--heads", "--experts", "--k", "--hidden", "--batch",
+                               "--context", "--steps", "--learning-rate", "--balance", "--seed", "--threads", "--dtype",
+                               "--dense", "--resume", "--sample", "--out", "--log", "demo"})
+        CHECK_MESSAGE(p.bytes("stdout").find(option) != std::string::npos, option);
+    CHECK(run(p, {"--no-such-option"}) != 0);
+    CHECK(run(p, p.tiny("parts") + words{"--heads", "3"}) == 1);
+    CHECK(p.bytes("stderr").find("width is 16; expected a multiple of heads = 3") != std::string::npos);
+    CHECK(run(p, {"--text", p.at("missing")}) == 1);
+    CHECK(p.bytes("stderr").find("missing") != std::string::npos);
+    CHECK(!fs::exists(p.folder / "parts"));
+}
+
+TEST_CASE("training learns the text, is silent on stderr, and continues a prompt the same way every time")
+{
+    const place p;
+    const words longer{"--steps", "120", "--learning-rate", "1e-2", "--sample", "alpha be", "--temperature", "0",
+                       "--sample-length", "30"};
+    REQUIRE(run(p, p.tiny("whole") + longer) == 0);
+    CHECK(p.bytes("stderr").empty());
+    const std::string said = p.bytes("stdout");
+    CHECK(said.find("alpha be") != std::string::npos);
+    const auto log = train_gpt::read_log(p.at("whole/log.csv"));
+    CHECK(log.front().loss == doctest::Approx(std::log(256.0)).epsilon(0.05));
+    CHECK(log.back().loss < 1.2);
+    CHECK(log.back().val_loss < 1.2);
+    REQUIRE(run(p, p.tiny("parts") + longer) == 0);
+    CHECK(p.bytes("stdout") == said);
+    REQUIRE(run(p, words{"--out", p.at("parts"), "--resume", "--sample", "alpha be", "--temperature", "0",
+                         "--sample-length", "30"}) == 0);
+    const auto sample = [](const std::string& text) { return text.substr(text.find("----")); };
+    CHECK(sample(p.bytes("stdout")) == sample(said));
+}
+
+TEST_CASE("the demo trains both models on the same tokens and writes its report")
+{
+    const place p;
+    REQUIRE(run(p, words{"demo"} + p.tiny("demo")) == 0);
+    const auto summary = nlohmann::json::parse(p.bytes("demo/summary.json"));
+    CHECK(summary.at("corpus_bytes").get<std::int64_t>() ==
+          static_cast<std::int64_t>(p.bytes("text/a.txt").size() + p.bytes("text/b.txt").size()));
+    CHECK(summary.at("tokens") == 12 * 3 * 16);
+    CHECK(summary.at("seconds") > 0);
+    CHECK(summary.at("expert_load_cv").size() == 2);
+    for (const char* model : {"moe", "dense"}) {
+        CHECK(summary.at(model).at("val_loss") > 0);
+        CHECK(summary.at(model).at("val_loss") < 6);
+        CHECK(summary.at(model).at("tokens_per_second") > 0);
+    }
+    // The twin lacks the routers but for one row each: layers * (E - 1) * D.
+    CHECK(summary["moe"]["active_params"].get<int>() - summary["dense"]["active_params"].get<int>() == 2 * 3 * 16);
+    CHECK(summary["moe"]["total_params"] > summary["dense"]["total_params"]);
+    const auto moe = numbers(p.at("demo/moe/log.csv")), dense = numbers(p.at("demo/dense/log.csv"));
+    REQUIRE(moe.size() == dense.size());
+    for (std::size_t i = 0; i < moe.size(); ++i) CHECK(moe[i][1] == dense[i][1]);
+    for (const char* plot : {"demo/loss.svg", "demo/load.svg"}) CHECK(p.bytes(plot).find("<svg") != std::string::npos);
+    CHECK(p.bytes("stdout").find("validation loss") != std::string::npos);
+    CHECK(p.bytes("stdout").find("share of choices per expert") != std::string::npos);
+}

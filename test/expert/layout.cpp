@@ -1,0 +1,82 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+#include <doctest/doctest.h>
+
+#include <fastmoe/expert/layout.hpp>
+
+#include "support/compare.hpp"
+#include "support/executors.hpp"
+
+using namespace fastmoe;
+
+namespace {
+
+/// Every element tells where it belongs.
+double code(int64_t e, int64_t o, int64_t i) { return double(e * 100 + o * 10 + i); }
+
+template <class T>
+bool holds(const weight_view<T>& w, auto row)
+{
+    for (int64_t e = 0; e < w.experts; ++e)
+        for (int64_t o = 0; o < w.out; ++o)
+            for (int64_t i = 0; i < w.in; ++i)
+                if (double(w(e, o, i)) != code(e, row(o), i)) return false;
+    return true;
+}
+
+} // namespace
+
+TEST_CASE_TEMPLATE("weights move between layouts and types without changing what they are", Cell, FASTMOE_EXECUTORS)
+{
+    FASTMOE_EXECUTOR(ex, Cell);
+    std::vector<float> values;
+    for (int64_t e = 0; e < 3; ++e)
+        for (int64_t o = 0; o < 6; ++o)
+            for (int64_t i = 0; i < 5; ++i) values.push_back(static_cast<float>(code(e, o, i)));
+    auto memory = support::upload(ex, values);
+    const auto from = stacked(tensor_view<float, 3>(memory.data(), 3, 6, 5));
+
+    auto turned = support::upload(ex, std::vector<fastmoe::half>(90));
+    const auto transposed = stacked_transposed(tensor_view<fastmoe::half, 3>(turned.data(), 3, 5, 6));
+    copy_weights(ex, from, transposed);
+    ex.synchronize();
+    CHECK(holds(transposed, [](int64_t o) { return o; }));
+    CHECK(double(turned.data()[1]) == code(0, 1, 0)); // (in,out): the next element is the next output
+
+    auto a = support::upload(ex, std::vector<double>(30)), b = support::upload(ex, std::vector<double>(30)),
+         c = support::upload(ex, std::vector<double>(30));
+    auto pointers = support::upload(ex, std::vector<double*>{c.data(), a.data(), b.data()});
+    const auto apart = separate(vector_view<double* const>(pointers.data(), 3), 6, 5);
+    copy_weights(ex, transposed, apart);
+    ex.synchronize();
+    CHECK(holds(apart, [](int64_t o) { return o; }));
+    CHECK(a.data()[0] == code(1, 0, 0));
+}
+
+TEST_CASE_TEMPLATE("gate and up rows are interleaved and put apart again", Cell, FASTMOE_EXECUTORS)
+{
+    FASTMOE_EXECUTOR(ex, Cell);
+    std::vector<double> values;
+    for (int64_t e = 0; e < 2; ++e)
+        for (int64_t o = 0; o < 8; ++o)
+            for (int64_t i = 0; i < 3; ++i) values.push_back(code(e, o, i));
+    auto memory = support::upload(ex, values), turns = support::upload(ex, std::vector<double>(48)), back = support::upload(ex, std::vector<double>(48));
+    const auto apart = stacked(tensor_view<double, 3>(memory.data(), 2, 8, 3)), mixed = stacked(tensor_view<double, 3>(turns.data(), 2, 8, 3)),
+               again = stacked(tensor_view<double, 3>(back.data(), 2, 8, 3));
+    copy_gated_weights(ex, apart, gated_layout::concatenated, mixed, gated_layout::interleaved);
+    copy_gated_weights(ex, mixed, gated_layout::interleaved, again, gated_layout::concatenated);
+    ex.synchronize();
+    CHECK(holds(mixed, [](int64_t o) { return o % 2 ? 4 + o / 2 : o / 2; })); // gate 0, up 0, gate 1, up 1, ...
+    CHECK(holds(again, [](int64_t o) { return o; }));
+}
+
+TEST_CASE("layouts that do not fit are refused by name")
+{
+    host_executor ex({.threads = 1});
+    std::vector<float> memory(1000);
+    const auto w = [&](int64_t e, int64_t o, int64_t i) { return stacked(tensor_view<float, 3>(memory.data(), e, o, i)); };
+    CHECK_THROWS_WITH_AS(copy_weights(ex, w(2, 3, 4), w(2, 4, 4)), doctest::Contains("from.out is 3; expected 4"), invalid_argument);
+    CHECK_THROWS_AS(copy_weights(ex, w(1, 3, 4), w(2, 3, 4)), invalid_argument);
+    CHECK_THROWS_WITH_AS(copy_gated_weights(ex, w(1, 3, 4), {}, w(1, 3, 4), {}), doctest::Contains("to.out is 3; expected an even number"),
+                         invalid_argument);
+}

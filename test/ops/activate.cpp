@@ -1,0 +1,68 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+#include <doctest/doctest.h>
+
+#include <fastmoe/ops/activate.hpp>
+
+#include <cmath>
+
+#include "support/executors.hpp"
+
+using namespace fastmoe;
+
+namespace {
+
+double phi(double x) { return 0.5 * std::erfc(-x / std::sqrt(2.0)); }
+double logistic(double x) { return 1 / (1 + std::exp(-x)); }
+
+/// The definitions, written independently.
+double definition(relu, double x) { return x > 0 ? x : 0; }
+double definition(gelu, double x) { return x * phi(x); }
+double definition(gelu_tanh, double x)
+{
+    return 0.5 * x * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (x + 0.044715 * x * x * x)));
+}
+double definition(silu, double x) { return x * logistic(x); }
+
+} // namespace
+
+TEST_CASE_TEMPLATE("an activation equals its definition, and its derivative the definition's slope", A, relu, gelu, gelu_tanh,
+                   silu)
+{
+    FASTMOE_SEEDED(r, 71);
+    for (int i = 0; i < 20000; ++i) {
+        const double x = r.uniform(-12, 12), h = 1e-5;
+        CAPTURE(x);
+        if (std::is_same_v<A, relu> && std::fabs(x) < 2 * h) continue;
+        const double slope = (definition(A{}, x + h) - definition(A{}, x - h)) / (2 * h);
+        REQUIRE(std::fabs(A::value(x) - definition(A{}, x)) <= 1e-14 * (1 + std::fabs(x)));
+        REQUIRE(std::fabs(A::derivative(x) - slope) <= 1e-9);
+        const float f = static_cast<float>(x);
+        const double exact = definition(A{}, f), exact_slope = A::derivative(double(f));
+        REQUIRE(std::fabs(A::value(f) - exact) <= 6e-7 * (1 + std::fabs(f)));
+        REQUIRE(std::fabs(A::derivative(f) - exact_slope) <= 4e-6);
+    }
+}
+
+TEST_CASE_TEMPLATE("activations keep their limits", A, relu, gelu, gelu_tanh, silu)
+{
+    CHECK(A::value(0.0f) == 0.0f);
+    CHECK(A::value(200.0f) == 200.0f);
+    CHECK(std::fabs(A::value(-200.0f)) < 1e-30f);
+    CHECK(A::derivative(200.0f) == 1.0f);
+    CHECK(A::derivative(-200.0f) == 0.0f);
+    CHECK(std::isnan(A::value(NAN)));
+    CHECK(std::isnan(A::value(std::nan(""))));
+}
+
+TEST_CASE_TEMPLATE("a gated activation is the product, and its gradient the product rule's", A, silu, gelu)
+{
+    FASTMOE_SEEDED(r, 72);
+    for (int i = 0; i < 2000; ++i) {
+        const double g = r.normal(2), u = r.normal(2), d = r.normal();
+        const auto back = gated_by<A>::gradient(g, u, d);
+        REQUIRE(gated_by<A>::value(g, u) == doctest::Approx(definition(A{}, g) * u));
+        REQUIRE(back.up == doctest::Approx(d * definition(A{}, g)));
+        REQUIRE(back.gate == doctest::Approx(d * u * A::derivative(g)));
+    }
+}
