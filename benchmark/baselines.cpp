@@ -37,6 +37,18 @@ public:
         moe_.layer.gate.route(moe_.ex, fm::gate_input<T>{x, logits_, {}, {}, fm::gate_mode::training, nullptr}, fm::self{},
                               state_, a);
     }
+    /// From the gradient of the weights: the gradients of the router and, added, of the tokens.
+    void backward(const memory<float>& dweights, fm::matrix_view<T> dx, fm::matrix_view<T> drouter)
+    {
+        fm::arena a(scratch_.view());
+        const fm::matrix_view<const T> x = moe_.x();
+        const fm::vector_view<const float> dw(dweights.data(), dweights.size());
+        moe_.layer.gate.backward(moe_.ex, fm::gate_input<T>{x, logits_, {}, {}, fm::gate_mode::training, nullptr}, fm::self{},
+                                 state_, dw, 1.0f, dlogits_, a);
+        const auto& w = moe_.weights.view();
+        fm::project_input_backward(moe_.ex, dlogits_, fm::matrix_view<const T>(w.gate), dx, fm::write_mode::accumulate, a);
+        fm::project_weights_backward(moe_.ex, dlogits_, x, drouter, fm::vector_view<T>{}, fm::write_mode::overwrite, a);
+    }
     const int32_t* experts() const { return state_.routing.experts.data_handle(); }
     const float* weights() const { return state_.routing.weights.data_handle(); }
 
@@ -44,16 +56,18 @@ private:
     void reserve(fm::arena& a)
     {
         logits_ = a.matrix<float>(moe_.sizes.tokens, moe_.sizes.experts);
+        dlogits_ = a.matrix<float>(moe_.sizes.tokens, moe_.sizes.experts);
         state_ = fm::reserve_gate<float>(moe_.layer.gate, a, moe_.sizes.tokens);
     }
 
     moe_setup<T, Gemm>& moe_;
-    fm::matrix_view<float> logits_; // (T,E)
+    fm::matrix_view<float> logits_, dlogits_; // (T,E)
     fm::gate_state_of<typename moe_setup<T, Gemm>::gate_type, T> state_;
     memory<std::byte> kept_, scratch_;
 };
 
-/// Forward and backward. The naive way does not run the gate's backward, which is a gift to it.
+/// Forward and backward, all gradients. The naive way keeps its activations, as a framework would; the layer recomputes
+/// them and keeps half as much.
 template <class T>
 standing hold_naive(const shape& s)
 {
@@ -71,14 +85,18 @@ standing hold_naive(const shape& s)
     const auto naive_train = [&] {
         gate();
         naive.forward(ex, moe.x(), gate.experts(), gate.weights(), w.up, w.down, y.matrix(s.tokens, s.width));
-        naive.template backward<T>(ex, moe.dy(), gate.weights(), w.up, w.down, dx.matrix(s.tokens, s.width), dweights.data(),
-                                   g.up, g.down);
+        naive.backward(ex, moe.dy(), gate.weights(), w.up, w.down, dx.matrix(s.tokens, s.width), dweights.data(), g.up, g.down);
+        gate.backward(dweights, dx.matrix(s.tokens, s.width), gradients.view().gate);
     };
     moe.train();
     naive_train();
     const int64_t all = s.experts * s.width * s.hidden;
     const auto& ours = moe.gradients.view().expert;
     same("the naive way's y", difference(y.data(), moe.y().data_handle(), size), bound<T>);
+    same("the naive way's dx", difference(dx.data(), moe.dx().data_handle(), size), bound<T>);
+    same("the naive way's gradient of the router",
+         difference(gradients.view().gate.data_handle(), moe.gradients.view().gate.data_handle(), s.experts * s.width),
+         bound<T>);
     same("the naive way's gradient of up", difference(g.up.data, ours.up.data, all), bound<T>);
     same("the naive way's gradient of down", difference(g.down.data, ours.down.data, all), bound<T>);
 

@@ -53,7 +53,7 @@ struct naive_setup {
         const auto& w = moe.weights.view().expert;
         const auto& g = gradients.view().expert;
         naive.forward(ex, moe.x(), chosen.data(), weights.data(), w.up, w.down, y.matrix(moe.sizes.tokens, moe.sizes.width));
-        naive.backward<float>(ex, moe.dy(), weights.data(), w.up, w.down, dx.matrix(moe.sizes.tokens, moe.sizes.width),
+        naive.backward(ex, moe.dy(), weights.data(), w.up, w.down, dx.matrix(moe.sizes.tokens, moe.sizes.width),
                               dweights.data(), g.up, g.down);
     }
 };

@@ -5,8 +5,8 @@
 /// what it loses, it loses by its scheme.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
-#include <numeric>
 #include <vector>
 
 #include <fastmoe/core/math.hpp>
@@ -173,10 +173,9 @@ public:
     }
 
     /// dx, dweights, dup and ddown are overwritten.
-    template <class G>
     void backward(fm::host_executor& ex, fm::matrix_view<const T> dy, const float* weights, fm::weight_view<const T> up,
-                  fm::weight_view<const T> down, fm::matrix_view<T> dx, float* dweights, fm::weight_view<G> dup,
-                  fm::weight_view<G> ddown)
+                  fm::weight_view<const T> down, fm::matrix_view<T> dx, float* dweights, fm::weight_view<T> dup,
+                  fm::weight_view<T> ddown)
     {
         zero(ex, dx);
         for (int64_t e = 0; e < e_; ++e) {
@@ -255,28 +254,29 @@ private:
         fm::arena memory(workspace_.view());
         gemm_.dgrad(ex, g.view(), rows(dout, n, w.out), w, fm::matrix_view<T>(din, n, w.in), fm::no_epilogue{}, memory);
     }
-    template <class G>
-    void weight_product(fm::host_executor& ex, int64_t n, const T* dout, const T* in, fm::weight_view<G> dw)
+    void weight_product(fm::host_executor& ex, int64_t n, const T* dout, const T* in, fm::weight_view<T> dw)
     {
         const one_group g(n);
         fm::arena memory(workspace_.view());
         gemm_.wgrad(ex, g.view(), rows(dout, n, dw.out), rows(in, n, dw.in), dw, fm::write_mode::overwrite, memory);
     }
-    /// The most that any product may take: all choices to one expert.
+    /// The most that any product may take, whatever number of choices an expert gets.
     void reserve(fm::host_executor& ex, fm::arena& measure)
     {
-        const one_group g(c_);
-        const auto w = [&](int64_t out, int64_t in) { return fm::weight_view<const T>{nullptr, nullptr, 1, out, in, 0, in, 1}; };
-        const auto dw = [&](int64_t out, int64_t in) { return fm::weight_view<float>{nullptr, nullptr, 1, out, in, 0, in, 1}; };
-        const std::pair<int64_t, int64_t> shapes[] = {{h_, d_}, {d_, h_}};
-        for (auto [out, in] : shapes) {
-            const auto none = fm::no_epilogue{};
-            gemm_.forward(ex, g.view(), rows(nullptr, c_, in), w(out, in), fm::matrix_view<const T>{},
-                          fm::matrix_view<T>(nullptr, c_, out), none, measure);
-            gemm_.dgrad(ex, g.view(), rows(nullptr, c_, out), w(out, in), fm::matrix_view<T>(nullptr, c_, in), none, measure);
-            gemm_.wgrad(ex, g.view(), rows(nullptr, c_, out), rows(nullptr, c_, in), dw(out, in), fm::write_mode::overwrite,
-                        measure);
+        for (int64_t n = 1; n < 2 * c_; n *= 2) {
+            reserve_products(ex, std::min(n, c_), h_, d_, measure);
+            reserve_products(ex, std::min(n, c_), d_, h_, measure);
         }
+    }
+    void reserve_products(fm::host_executor& ex, int64_t n, int64_t out, int64_t in, fm::arena& measure)
+    {
+        const one_group g(n);
+        const fm::weight_view<const T> w{nullptr, nullptr, 1, out, in, 0, in, 1};
+        gemm_.forward(ex, g.view(), rows(nullptr, n, in), w, fm::matrix_view<const T>{}, fm::matrix_view<T>(nullptr, n, out),
+                      fm::no_epilogue{}, measure);
+        gemm_.dgrad(ex, g.view(), rows(nullptr, n, out), w, fm::matrix_view<T>(nullptr, n, in), fm::no_epilogue{}, measure);
+        gemm_.wgrad(ex, g.view(), rows(nullptr, n, out), rows(nullptr, n, in),
+                    fm::weight_view<T>{nullptr, nullptr, 1, out, in, 0, in, 1}, fm::write_mode::overwrite, measure);
     }
 
     template <class U>

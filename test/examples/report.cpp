@@ -10,6 +10,7 @@
 #include <doctest/doctest.h>
 
 #include <fcntl.h>
+#include <poll.h>
 #include <sys/ioctl.h>
 #include <unistd.h>
 
@@ -76,12 +77,17 @@ struct terminal {
         std::fclose(out);
         ::close(master);
     }
+    /// What was written up to the end of the first line. The kernel hands it over when it gets to it, in pieces.
     std::string seen()
     {
-        std::string all(1 << 16, '\0');
-        REQUIRE(::fcntl(master, F_SETFL, O_NONBLOCK) == 0);
-        const ssize_t n = ::read(master, all.data(), all.size());
-        all.resize(n < 0 ? 0 : static_cast<std::size_t>(n));
+        std::string all;
+        pollfd wait{master, POLLIN, 0};
+        while ((all.empty() || all.back() != '\n') && ::poll(&wait, 1, 10000) == 1) {
+            char piece[4096];
+            const ssize_t n = ::read(master, piece, sizeof piece);
+            REQUIRE(n > 0);
+            all.append(piece, static_cast<std::size_t>(n));
+        }
         return all;
     }
 };

@@ -2,8 +2,10 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// Faults found in parallel work: the smallest position is the one that is reported, once.
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include <doctest/doctest.h>
@@ -93,6 +95,35 @@ TEST_CASE_TEMPLATE("a later fault never hides an earlier one, and of one positio
     CHECK(delivered(ex) == "");
     ex.faults().record(fault_kind::expert_out_of_range, INT32_MAX, -2);
     CHECK(contains(delivered(ex), "routing.experts(2147483647) is -2"));
+}
+
+TEST_CASE("the smallest position wins when two threads record at the same moment")
+{
+    const int rounds = 64 * 64 * 8;
+    std::vector<fm::fault_words> logs(rounds);
+    for (fm::fault_words& words : logs) fm::detail::clear(words);
+    // Both meet before every round and then wait for a moment of varying length, so that in some of the rounds they record
+    // within the same nanoseconds: a store of what was compared before brings the larger position back.
+    std::atomic<int> arrived{0};
+    const auto record_all = [&](int32_t position) {
+        for (int round = 0; round < rounds; ++round) {
+            ++arrived;
+            for (int tries = 0; arrived < 2 * (round + 1); ++tries)
+                if (tries > 1000) std::this_thread::yield();
+            const int moment = position == 3 ? round % 64 : round / 64 % 64;
+            for (volatile int spent = 0; spent < moment;) spent = spent + 1;
+            fm::fault_recorder{&logs[round]}.record(fault_kind::expert_repeated, position, 0);
+        }
+    };
+    std::thread larger(record_all, 7), smaller(record_all, 3);
+    larger.join();
+    smaller.join();
+    int lost = 0;
+    for (const fm::fault_words& words : logs) {
+        fm::fault found{};
+        lost += !fm::detail::first_fault(words, found) || found.position != 3;
+    }
+    CHECK(lost == 0);
 }
 
 TEST_CASE("two executors keep their faults apart")

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstdint>
+#include <mutex>
 #include <set>
 #include <stdexcept>
 #include <string>
@@ -72,6 +73,19 @@ struct throw_at_row {
     void operator()(Team&, int64_t row) const
     {
         fm::expects(row != where, "row", row, "any other");
+    }
+};
+
+/// Marks its scratch, lets others run, and looks whether the marks are still its own.
+struct keep_scratch {
+    std::atomic<int>* wrong;
+    template <class Team>
+    void operator()(Team& team, int64_t row) const
+    {
+        auto* mine = team.template scratch<int64_t>(64);
+        for (int64_t i = 0; i < 64; ++i) mine[i] = row;
+        std::this_thread::yield();
+        for (int64_t i = 0; i < 64; ++i) *wrong += mine[i] != row;
     }
 };
 
@@ -220,6 +234,27 @@ TEST_CASE("threads that share one executor each get their own work done")
                     ++wrong;
                 } catch (const std::runtime_error&) {
                 }
+            }
+        });
+    for (std::thread& t : users) t.join();
+    CHECK(wrong == 0);
+}
+
+TEST_CASE("no two rows that run at the same time share scratch, nor two tasks a worker's number")
+{
+    fm::host_executor ex({.threads = 4});
+    std::atomic<int> wrong{0};
+    std::vector<std::atomic<int>> busy(4);
+    std::vector<std::thread> users;
+    for (int u = 0; u < 2; ++u)
+        users.emplace_back([&] {
+            for (int round = 0; round < 20; ++round) {
+                fm::for_each_row(ex, 400, keep_scratch{&wrong}, {.width = 2048, .scratch_bytes = 512});
+                ex.for_each_task(50, [&](int worker, int64_t) {
+                    wrong += busy[worker].fetch_add(1) != 0;
+                    std::this_thread::yield();
+                    --busy[worker];
+                });
             }
         });
     for (std::thread& t : users) t.join();

@@ -445,7 +445,8 @@ TEST_CASE_TEMPLATE("nothing assumes that the first choice is the top one when a 
     const auto check = [&](const auto& sorted, const auto& unsorted) {
         std::vector<Real> reversed = dweights;
         for (int64_t t = 0; t < tokens; ++t) std::reverse(reversed.begin() + t * k, reversed.begin() + (t + 1) * k);
-        const run a(ex, sorted, tokens, logits, dweights), b(ex, unsorted, tokens, logits, reversed);
+        const run a(ex, sorted, tokens, logits, dweights);
+        const run b(ex, unsorted, tokens, logits, reversed);
         for (int64_t t = 0; t < tokens; ++t)
             for (int64_t j = 0; j < k; ++j) {
                 CHECK_EQ(a.experts[t * k + j], b.experts[t * k + k - 1 - j]);

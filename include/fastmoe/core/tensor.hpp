@@ -83,9 +83,9 @@ constexpr auto as_matrix(Container&& c, int64_t rows, int64_t cols)
 namespace detail {
 
 template <class View>
-std::string shape_text(const View& v)
+std::string shape_text(const View& v, const char* before = "")
 {
-    std::string out;
+    std::string out = before; // not before + shape: g++ 12 warns of an overlap in its own operator
     for (std::size_t i = 0; i < View::rank(); ++i) {
         out += i ? "," : "(";
         out += std::to_string(v.extent(i));
@@ -116,7 +116,7 @@ void expects_shape(::cuda::std::mdspan<T, Shape> v, const char* name, Extents...
             text += i ? "," : "(";
             text += std::to_string(wanted[i]);
         }
-        expects(false, name, "of shape " + detail::shape_text(v), text, ")");
+        expects(false, name, detail::shape_text(v, "of shape "), text, ")");
     }
     expects(size == 0 || v.data_handle() != nullptr, name, "a null pointer", "memory for shape ", detail::shape_text(v));
     expects(reinterpret_cast<std::uintptr_t>(v.data_handle()) % alignof(T) == 0, name,

@@ -6,7 +6,7 @@
 
 #include <fastmoe/exec/host_executor.hpp>
 #include <fastmoe/gemm/grouped_gemm.hpp>
-#include <fastmoe/gemm/portable_pack.hpp>
+#include <fastmoe/gemm/portable_dot.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI::detail::portable {
 
@@ -154,25 +154,28 @@ private:
 
     // 1. A few rows: dot products, the lanes along the reduction.
 
-    matrix_view<Real> reserve_few(arena& a) const
+    /// Pairs need W in place, which they always have; other types of W are converted as they are read.
+    matrix_view<Unit> reserve_few(arena& a) const
     {
         const int64_t mark = a.used(); // shares its memory with the other paths
-        const auto out = a.matrix<Real>(least(x.extent(0), blocks_of_host.few_rows), round_up(width(), dot_step) + dot_step);
+        // The extra step keeps rows of 4 KiB from falling on the same lines of the cache.
+        const int64_t step = round_up(units(), dot_depth<Unit>) + dot_depth<Unit>;
+        const auto out = a.matrix<Unit>(least(x.extent(0), blocks_of_host.few_rows), step);
         a.rewind(mark);
         return out;
     }
 
-    void few_rows(int worker, row_block b, int64_t begin, int64_t end, matrix_view<Real> packed) const
+    void few_rows(int worker, row_block b, int64_t begin, int64_t end, matrix_view<Unit> packed) const
     {
-        const row_window<Rows> source{x, b.first, b.count};
+        using units_of_x = units_along<Unit, row_window<Rows>>;
         const int64_t step = packed.extent(1);
-        Real* const to = packed.data_handle();
-        using units = units_along<Real, row_window<Rows>>;
-        ex.run_rows(worker, 0, b.count, pack_rows<Real, units>{{source, width()}, 0, step, to, step});
+        Unit* const to = packed.data_handle();
+        ex.run_rows(worker, 0, b.count, pack_rows<Unit, units_of_x>{{{x, b.first, b.count}, width()}, 0, step, to, step});
         const B* from = bias_of(b.expert);
-        ex.run_rows(worker, 0, ceil_div(end - begin, dot_width),
-                    dot_columns<Real, W, B, Y>{to, step, b.count, w.base(b.expert) + begin * w.row_stride, w.row_stride, width(),
-                                               from ? from + begin : nullptr, &y(b.first, begin), y.extent(1), end - begin});
+        ex.run_rows(worker, 0, ceil_div(end - begin, dot_columns),
+                    multiply_few_rows<Unit, W, B, Y>{ex.best(), to, step, b.count, w.base(b.expert) + begin * w.row_stride,
+                                                     w.row_stride, width(), from ? from + begin : nullptr,
+                                                     &y(b.first, begin), y.extent(1), end - begin});
     }
 
     // 2. W's rows lie along the reduction: they are the scalars, and rows of X the lanes, so W is not packed at all.

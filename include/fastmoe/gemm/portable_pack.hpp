@@ -263,4 +263,28 @@ struct store_transposed {
     }
 };
 
+/// 16 bytes of Reals from the start of an array of T.
+template <class Real, class T>
+inline auto load_vector(const T* from)
+{
+    typedef Real vector __attribute__((vector_size(16)));
+    vector out;
+    if constexpr (std::is_same_v<Real, T>) {
+        std::memcpy(&out, from, sizeof out);
+    } else if constexpr (std::is_same_v<T, bfloat16> && std::is_same_v<Real, float>) {
+        typedef std::uint16_t words __attribute__((vector_size(16)));
+        std::uint64_t four;
+        std::memcpy(&four, from, sizeof four);
+        typedef std::uint64_t longs __attribute__((vector_size(16)));
+        const longs bits = {four, 0};
+        out = reinterpret_cast<vector>(
+            __builtin_shufflevector(words{}, reinterpret_cast<words>(bits), 0, 8, 0, 9, 0, 10, 0, 11));
+    } else {
+        Real all[16 / sizeof(Real)];
+        convert<16 / sizeof(Real)>(all, from);
+        std::memcpy(&out, all, sizeof out);
+    }
+    return out;
+}
+
 } // namespace fastmoe::inline FASTMOE_ABI::detail::portable

@@ -71,6 +71,7 @@ public:
         }
     }
 
+    /// Appends text as it is.
     void write(const std::string& text) { write(text.data(), text.size()); }
 
     /// Puts the new content in place and returns once the disk has it.
@@ -78,6 +79,7 @@ public:
     /// @throws error if the disk refuses; the path then shows the old content, whole
     void commit(const std::string& keep_previous_as = {})
     {
+        // The content must be on the disk before the name points to it, or a power cut could leave a short file.
         if (::fsync(file_) != 0) fail("cannot sync");
         if (!keep_previous_as.empty()) keep_previous(keep_previous_as);
         if (::rename(partial_.c_str(), path_.c_str()) != 0) fail("cannot rename");
@@ -100,6 +102,7 @@ private:
         ::unlink(link.c_str()); // still there if both names were one file already: rename then does nothing
     }
 
+    /// Makes the new name last through a power cut.
     void sync_folder() const
     {
         const std::size_t slash = path_.rfind('/');

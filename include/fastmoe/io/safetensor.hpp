@@ -41,8 +41,9 @@ enum class element_type : std::uint8_t {
 
 namespace detail {
 
+/// A row of the table below, in the order of element_type.
 struct element_type_fact {
-    const char* name;
+    const char* name; ///< as headers spell it
     int bytes;
 };
 inline constexpr element_type_fact element_types[] = {
@@ -54,7 +55,10 @@ static_assert(sizeof element_types / sizeof *element_types == static_cast<std::s
 } // namespace detail
 
 /// The format's name of a type, e.g. "BF16".
+/// @param t  not count_
 inline const char* name_of(element_type t) { return detail::element_types[static_cast<int>(t)].name; }
+/// The size of one element.
+/// @param t  not count_
 inline int bytes_of(element_type t) { return detail::element_types[static_cast<int>(t)].bytes; }
 
 /// The format's type for a C++ type; count_ where there is none. BOOL has none: a file may hold bytes that are no bool.
@@ -90,10 +94,11 @@ inline constexpr element_type element_type_of<std::uint64_t> = element_type::u64
 /// A row-major tensor in host memory that it does not own.
 struct safetensor {
     element_type type{};
-    std::vector<int64_t> shape;
-    const std::byte* data = nullptr;
+    std::vector<int64_t> shape;      ///< empty for a scalar; extents may be 0
+    const std::byte* data = nullptr; ///< not null unless an extent is 0
 
-    /// Of a tensor that the reader has checked, or whose shape is that of real memory.
+    /// The size of the data. The product cannot overflow where the shape is that of real memory, and the reader gives
+    /// no other.
     int64_t bytes() const
     {
         int64_t n = bytes_of(type);
@@ -112,7 +117,7 @@ struct safetensors {
     metadata_map metadata;
 };
 
-/// A view as the writer takes it; any rank.
+/// A view of any rank as the writer takes it. The data is referenced, not copied.
 template <class T, class Shape>
 safetensor as_safetensor(::cuda::std::mdspan<T, Shape> v)
 {
@@ -132,6 +137,7 @@ inline std::string name_text(std::string_view s)
     return out + (s.size() > 120 ? "...'" : "'");
 }
 
+/// The first extents of a shape, for a message.
 inline std::string shape_text(const std::vector<int64_t>& shape)
 {
     std::string out = "(";

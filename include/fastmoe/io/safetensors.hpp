@@ -38,8 +38,11 @@ public:
         for (auto& [name, t] : content_.tensors) align(t);
     }
 
+    /// As it was given to the constructor.
     const std::string& path() const { return path_; }
+    /// All tensors by name, each aligned for its type.
     const safetensor_map& tensors() const { return content_.tensors; }
+    /// The strings of "__metadata__"; empty if the file has none.
     const metadata_map& metadata() const { return content_.metadata; }
     bool contains(std::string_view name) const { return content_.tensors.find(name) != content_.tensors.end(); }
 
@@ -86,6 +89,7 @@ private:
     };
     using mapping = std::unique_ptr<std::byte, unmap>;
 
+    /// What a tensor is, for a message.
     static std::string facts(const safetensor& t)
     {
         return std::string("is ") + name_of(t.type) + " of shape " + detail::shape_text(t.shape);
@@ -96,6 +100,7 @@ private:
         raise<invalid_argument>("path is " + detail::name_text(path_) + ": " + why + "; expected a readable file");
     }
 
+    /// Replaces a misaligned pointer by that of a copy.
     void align(safetensor& t)
     {
         if (reinterpret_cast<std::uintptr_t>(t.data) % static_cast<std::size_t>(bytes_of(t.type)) == 0) return;

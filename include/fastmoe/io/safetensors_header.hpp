@@ -34,6 +34,7 @@ public:
     using string_t = nlohmann::json::string_t;
     using binary_t = nlohmann::json::binary_t;
 
+    /// What the header says of one tensor; nothing of it is checked yet.
     struct entry {
         safetensor tensor;
         std::uint64_t offsets[2] = {0, 0};
@@ -45,6 +46,7 @@ public:
     std::string problem; ///< empty while all is well
     std::string tensor;  ///< the one being read
 
+    // The parser calls these; false ends the parse, and `problem` then says why.
     bool null() { return refuse("null"); }
     bool boolean(bool) { return refuse("true or false"); }
     bool number_integer(number_integer_t) { return refuse("a negative number"); }
@@ -149,6 +151,7 @@ public:
     }
 
 private:
+    /// Where in the grammar the parser is: what may come next.
     enum class place {
         before,
         top,
@@ -165,6 +168,7 @@ private:
         after
     };
 
+    /// A key of a tensor: each of the three exactly once.
     bool field(const std::string& k)
     {
         const int bit = k == "dtype" ? 1 : k == "shape" ? 2 : k == "data_offsets" ? 4 : 0;
@@ -176,12 +180,14 @@ private:
         return true;
     }
 
+    /// Ends the parse with this text.
     bool complain(std::string text)
     {
         problem = std::move(text);
         return false;
     }
 
+    /// Ends the parse at a value that has no business where it stands.
     bool refuse(const char* what)
     {
         static constexpr const char* wanted[] = {"an object of tensors",

@@ -26,6 +26,10 @@ namespace fastmoe::inline FASTMOE_ABI {
 
 namespace detail {
 
+/// A constant, since device code may not call std::numeric_limits.
+template <class Real>
+inline constexpr Real infinity = std::numeric_limits<Real>::infinity();
+
 struct adds {
     template <class Real>
     FASTMOE_HOST_DEVICE constexpr Real operator()(Real a, Real b) const noexcept
@@ -54,7 +58,7 @@ struct plain_logits {
 template <class Team, class Real>
 FASTMOE_HOST_DEVICE Real greatest(Team& team, const Real* logits, int64_t experts)
 {
-    constexpr Real least = -std::numeric_limits<Real>::infinity();
+    constexpr Real least = -infinity<Real>;
     return team.reduce(experts, least, greater_of{}, [logits](int64_t e) {
         const Real l = logits[e];
         return l > least ? l : least;
@@ -79,7 +83,7 @@ struct softmax_score {
         const Real* logits; // (E)
         Real peak;          // their greatest: values are in [0, 1] and one of them is 1
 
-        FASTMOE_HOST_DEVICE bool empty() const noexcept { return peak == -std::numeric_limits<Real>::infinity(); }
+        FASTMOE_HOST_DEVICE bool empty() const noexcept { return peak == -detail::infinity<Real>; }
         FASTMOE_HOST_DEVICE Real selection(int64_t e) const noexcept { return logits[e]; }
         FASTMOE_HOST_DEVICE Real value(Real l) const noexcept
         {
@@ -106,7 +110,7 @@ struct softmax_score {
     FASTMOE_HOST_DEVICE row_scores<Real> row_of_best(const Real* logits, int64_t best) const noexcept
     {
         const Real peak = logits[best];
-        return {logits, peak == peak ? peak : -std::numeric_limits<Real>::infinity()};
+        return {logits, peak == peak ? peak : -detail::infinity<Real>};
     }
 };
 
