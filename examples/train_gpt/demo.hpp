@@ -49,6 +49,9 @@ trained_model train_one(Executor& ex, const program_options& o, const corpus& te
     trainer<T, Executor, Gemm> t(ex, config, text);
     introduce(t, dense ? "dense" : "MoE");
     const auto run = train(t, loop);
+    if (!t.finished() && caught_signal == 0)
+        std::printf("%s: the time was over after step %lld of %lld\n", dense ? "dense" : "MoE",
+                    static_cast<long long>(t.steps_done()), static_cast<long long>(config.steps));
     const auto measured = t.validate(8 * loop.validation_windows);
     const auto c = t.model().config();
     trained_model out;
@@ -59,7 +62,7 @@ trained_model train_one(Executor& ex, const program_options& o, const corpus& te
     out.load = measured.load;
     out.seconds = run.seconds;
     if (!dense && caught_signal == 0) {
-        const std::string prompt = o.prompt.value_or("template <class T>\nclass ");
+        const std::string prompt = o.prompt.value_or("namespace std\n{\n  template<typename _Tp>\n    ");
         out.sample = prompt + generate(ex, t.model(), prompt, o.sample);
     }
     return out;

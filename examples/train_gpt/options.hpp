@@ -63,7 +63,8 @@ inline std::optional<int> parse_options(int argc, char** argv, program_options& 
     app.add_option("--validation-windows", o.loop.validation_windows, "Windows of text that a validation reads; the last "
                                                                       "one reads eight times as many")->capture_default_str();
     app.add_option("--stop-at", o.loop.stop_at, "Stop after this step as if interrupted");
-    app.add_option("--seconds", o.loop.seconds, "Stop as if interrupted when the steps have taken this long");
+    auto* seconds = app.add_option("--seconds", o.loop.seconds, "Stop as if interrupted when the steps have taken this "
+                                                                "long; 0: never. For the demo: each model, 120");
     app.add_option("--threads", o.threads, "Threads; 0: all. The numbers do not depend on it")->capture_default_str();
 
     app.option_defaults()->group("Text from the model");
@@ -81,6 +82,7 @@ inline std::optional<int> parse_options(int argc, char** argv, program_options& 
         return app.exit(e);
     }
     o.demo = demo->parsed();
+    if (o.demo && seconds->count() == 0) o.loop.seconds = 120;
     if (sample->count() > 0) o.prompt = prompt;
     if (resume->count() > 0) {
         fm::expects(!o.demo, "--resume", "given to the demo", "a run of one model");

@@ -19,8 +19,8 @@ struct run_config {
     gpt_config model;        ///< the MoE, also for a dense run: see shape()
     bool dense = false;      ///< train the twin instead
     dtype type = dtype::float32;
-    int64_t batch = 16;      ///< sequences a step
-    int64_t steps = 1000;
+    int64_t batch = 8;       ///< sequences a step
+    int64_t steps = 1600;
     int64_t warmup = 100;    ///< steps
     double learning_rate = 3e-3;
     double weight_decay = 0.1;

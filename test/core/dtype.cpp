@@ -95,11 +95,13 @@ TEST_CASE_TEMPLATE("every 16-bit pattern converts to its exact value and back to
     CHECK(wrong_return == 0);
 }
 
-TEST_CASE_TEMPLATE("halfway between any two neighbours the even one is taken, beside it the nearer one", T, fm::half, fm::bfloat16)
+TEST_CASE_TEMPLATE("halfway between any two neighbours the even one is taken, beside it the nearer one", T, fm::half,
+                   fm::bfloat16)
 {
     int wrong = 0;
     for (int b = 0; b < 0x7fff; ++b) {
-        const double low = meaning<T>(static_cast<std::uint16_t>(b)), high = meaning<T>(static_cast<std::uint16_t>(b + 1));
+        const double low = meaning<T>(static_cast<std::uint16_t>(b)),
+                     high = meaning<T>(static_cast<std::uint16_t>(b + 1));
         if (!std::isfinite(low)) break;
         // Beyond the largest number the next step would be where overflow begins to be decided.
         const double step = std::isfinite(high) ? high - low : low - meaning<T>(static_cast<std::uint16_t>(b - 1));
@@ -116,7 +118,9 @@ TEST_CASE_TEMPLATE("floats of every size round to the nearest, ties to even", T,
     FASTMOE_SEEDED(r, 1);
     int wrong = 0;
     for (int i = 0; i < 2000000; ++i) wrong += !rounds_well<T>(from_bits(static_cast<std::uint32_t>(r.bits())));
-    for (int i = 0; i < 2000000; ++i) wrong += !rounds_well<T>(static_cast<float>(std::ldexp(r.uniform(-1, 1), static_cast<int>(r.integer(-30, 18)))));
+    for (int i = 0; i < 2000000; ++i)
+        wrong +=
+            !rounds_well<T>(static_cast<float>(std::ldexp(r.uniform(-1, 1), static_cast<int>(r.integer(-30, 18)))));
     for (const float x : {0.0f, -0.0f, INFINITY, -INFINITY, NAN, -NAN, std::numeric_limits<float>::max(),
                           std::numeric_limits<float>::lowest(), std::numeric_limits<float>::min(),
                           std::numeric_limits<float>::denorm_min(), 65504.0f, 65519.99f, 65520.0f, 65536.0f})
@@ -133,7 +137,8 @@ TEST_CASE("conversions can be done by the compiler, and the types have the layou
     static_assert(static_cast<float>(fm::bfloat16(-2.0f)) == -2.0f);
     static_assert(fm::half(65536.0f).bits == 0x7c00);
     static_assert(fm::bfloat16(1.0f).bits == 0x3f80);
-    static_assert(sizeof(fm::half) == 2 && alignof(fm::half) == 2 && sizeof(fm::bfloat16) == 2 && alignof(fm::bfloat16) == 2);
+    static_assert(sizeof(fm::half) == 2 && alignof(fm::half) == 2 && sizeof(fm::bfloat16) == 2 &&
+                  alignof(fm::bfloat16) == 2);
     static_assert(std::is_trivial_v<fm::half> && std::is_trivial_v<fm::bfloat16>);
     static_assert(std::is_standard_layout_v<fm::half> && std::is_standard_layout_v<fm::bfloat16>);
     static_assert(!std::is_convertible_v<float, fm::half> && !std::is_convertible_v<float, fm::bfloat16>);

@@ -37,21 +37,26 @@ std::string to_text(const counted& c)
 
 TEST_CASE("a refusal reads: argument is value; expected what, and where")
 {
-    const int line = __LINE__ + 1;
-    const std::string text = message_of([] { fm::expects(false, "k", 9, "at most E = ", std::int64_t{8}, " experts"); });
+    int line = 0;
+    const std::string text = message_of([&line] {
+        line = __LINE__ + 1;
+        fm::expects(false, "k", 9, "at most E = ", std::int64_t{8}, " experts");
+    });
     CHECK(text == "fastmoe: k is 9; expected at most E = 8 experts [error.cpp:" + std::to_string(line) + "]");
 }
 
 TEST_CASE("numbers, truths, strings and pointers can stand in the text")
 {
-    CHECK(message_of([] { fm::expects(false, "scale", -0.5, "more than ", 0); }).find("scale is -0.5; expected more than 0") !=
-          std::string::npos);
+    CHECK(message_of([] {
+              fm::expects(false, "scale", -0.5, "more than ", 0);
+          }).find("scale is -0.5; expected more than 0") != std::string::npos);
     CHECK(message_of([] { fm::expects(false, "flag", true, std::string("it to be "), false); })
               .find("flag is true; expected it to be false") != std::string::npos);
     CHECK(message_of([] { fm::expects(false, "n", std::uint64_t{18446744073709551615u}, "less"); })
               .find("n is 18446744073709551615; expected less") != std::string::npos);
-    CHECK(message_of([] { fm::expects(false, "p", reinterpret_cast<const void*>(0x1234), "null"); }).find("p is 0x1234; ") !=
-          std::string::npos);
+    CHECK(message_of([] {
+              fm::expects(false, "p", reinterpret_cast<const void*>(0x1234), "null");
+          }).find("p is 0x1234; ") != std::string::npos);
 }
 
 TEST_CASE("nothing is put into words while the condition holds")

@@ -103,11 +103,12 @@ std::vector<float> floats()
 {
     support::random r(support::seed_or(17));
     std::vector<float> out;
-    for (std::uint64_t bits = 0; bits < (std::uint64_t{1} << 32); bits += 4099) out.push_back(from_bits(static_cast<std::uint32_t>(bits)));
+    for (std::uint64_t bits = 0; bits < (std::uint64_t{1} << 32); bits += 4099)
+        out.push_back(from_bits(static_cast<std::uint32_t>(bits)));
     for (int i = 0; i < 200000; ++i) out.push_back(static_cast<float>(r.uniform(-110, 95)));
     for (int i = 0; i < 200000; ++i) out.push_back(static_cast<float>(r.uniform(-6, 6)));
-    for (const float edge : {0.0f, 1.0f, 5.0f, 13.0f, 14.2f, 87.33655f, 88.0f, 88.72284f, 88.73f, 89.0f, 103.28f, 103.98f, 104.0f,
-                             std::numeric_limits<float>::max(), std::numeric_limits<float>::min(),
+    for (const float edge : {0.0f, 1.0f, 5.0f, 13.0f, 14.2f, 87.33655f, 88.0f, 88.72284f, 88.73f, 89.0f, 103.28f,
+                             103.98f, 104.0f, std::numeric_limits<float>::max(), std::numeric_limits<float>::min(),
                              std::numeric_limits<float>::denorm_min(), std::numeric_limits<float>::infinity()})
         for (const float x : {edge, std::nextafter(edge, 0.0f), std::nextafter(edge, INFINITY)}) {
             out.push_back(x);
@@ -127,14 +128,15 @@ long double badness(float x, float y)
     if (std::isinf(exact)) return y == exact ? 0 : INFINITY;
     const long double bound = Function::bound(x, exact);
     constexpr long double overflow = 0x1.ffffffp127L; // what is beyond rounds to infinity
-    if (std::isinf(y)) return std::signbit(y) == std::signbit(exact) && std::fabs(exact) + bound >= overflow ? 0 : INFINITY;
+    if (std::isinf(y))
+        return std::signbit(y) == std::signbit(exact) && std::fabs(exact) + bound >= overflow ? 0 : INFINITY;
     return y == exact ? 0 : std::fabs(y - exact) / bound;
 }
 
 } // namespace
 
-TEST_CASE_TEMPLATE("float functions keep their bounds over the whole range, with every instruction set", Function, exponential,
-                   sigmoid, softplus, normal_density, normal_cdf, error_function, logarithm)
+TEST_CASE_TEMPLATE("float functions keep their bounds over the whole range, with every instruction set", Function,
+                   exponential, sigmoid, softplus, normal_density, normal_cdf, error_function, logarithm)
 {
     const std::vector<float> x = floats();
     for (int level = 0; level <= static_cast<int>(fm::native_instruction_set()); ++level) {
@@ -154,8 +156,8 @@ TEST_CASE_TEMPLATE("float functions keep their bounds over the whole range, with
     }
 }
 
-TEST_CASE_TEMPLATE("double functions are good to a few units in the last place", Function, exponential, sigmoid, softplus,
-                   normal_density, normal_cdf, error_function, logarithm)
+TEST_CASE_TEMPLATE("double functions are good to a few units in the last place", Function, exponential, sigmoid,
+                   softplus, normal_density, normal_cdf, error_function, logarithm)
 {
     FASTMOE_SEEDED(r, 5);
     long double worst = 0;
@@ -168,8 +170,8 @@ TEST_CASE_TEMPLATE("double functions are good to a few units in the last place",
             CHECK(std::isnan(y));
             continue;
         }
-        // The argument of erfc is rounded twice, in 1 / sqrt 2 and in the product, and the tail answers with x^2 times as
-        // much; the square in the density's exponent counts for less.
+        // The argument of erfc is rounded twice, in 1 / sqrt 2 and in the product, and the tail answers with x^2 times
+        // as much; the square in the density's exponent counts for less.
         const long double roundings = 8 + 2 * static_cast<long double>(x) * x;
         const long double off = std::fabs(y - exact) / (0x1p-53L * roundings * std::fabs(exact) + 0x1p-1074L);
         if (off > worst) where = x;

@@ -15,7 +15,8 @@ namespace ref = support::reference;
 
 namespace {
 
-ref::expert random_expert(support::random& r, ref::expert_kind kind, ref::activation act, int64_t width, int64_t hidden, bool biases)
+ref::expert random_expert(support::random& r, ref::expert_kind kind, ref::activation act, int64_t width, int64_t hidden,
+                          bool biases)
 {
     ref::expert e = ref::make_expert(kind, act, width, hidden, biases);
     for (auto* part : {&e.up, &e.up_bias, &e.down, &e.down_bias})
@@ -29,7 +30,8 @@ double nearest_kink(const ref::model& m, const ref::numbers& x, const ref::routi
     double nearest = 1;
     for (const ref::choice& c : routing.choices)
         if (c.expert >= 0 && m.experts[c.expert].kind == ref::expert_kind::mlp)
-            for (double v : ref::run_expert(m.experts[c.expert], m.where, ref::row_of(x, c.token, m.width), c.weight).pre)
+            for (double v :
+                 ref::run_expert(m.experts[c.expert], m.where, ref::row_of(x, c.token, m.width), c.weight).pre)
                 nearest = std::min(nearest, std::fabs(v));
     return nearest;
 }
@@ -71,9 +73,11 @@ TEST_CASE("the oracle's gradients of every parameter and input agree with finite
         const bool tuple = r.coin(0.3) && m.where != ref::weight_at::activation;
         for (int e = 0; e < E; ++e) {
             const auto kind = tuple && e % 2 ? ref::expert_kind::linear : ref::expert_kind::mlp;
-            m.experts.push_back(random_expert(r, kind, acts[(trial + (tuple ? e : 0)) % 6], D, H + (tuple ? e : 0), biases));
+            m.experts.push_back(
+                random_expert(r, kind, acts[(trial + (tuple ? e : 0)) % 6], D, H + (tuple ? e : 0), biases));
         }
-        if (r.coin()) m.shared.push_back(random_expert(r, ref::expert_kind::mlp, ref::activation::swiglu, D, 2, biases));
+        if (r.coin())
+            m.shared.push_back(random_expert(r, ref::expert_kind::mlp, ref::activation::swiglu, D, 2, biases));
         ref::numbers x = r.normals(T * D), dy = r.normals(T * D);
         ref::outputs out = ref::forward(m, o, x, T);
         while (nearest_kink(m, x, out.routing) < 1e-2) {

@@ -132,7 +132,8 @@ TEST_CASE("a wrong shape is refused with the argument's name, its shape and the 
     CHECK_NOTHROW(fm::expects_shape(m, "x (T,D)", 2, 3));
     CHECK(contains(message_of([&] { fm::expects_shape(m, "x (T,D)", 3, int64_t{2}); }),
                    "x (T,D) is of shape (2,3); expected (3,2)"));
-    CHECK(contains(message_of([&] { fm::expects_shape(fm::as_vector(v), "ids (C)", 5); }), "ids (C) is of shape (6); expected (5)"));
+    CHECK(contains(message_of([&] { fm::expects_shape(fm::as_vector(v), "ids (C)", 5); }),
+                   "ids (C) is of shape (6); expected (5)"));
     const fm::tensor_view<const float, 3> cube(v.data(), 1, 2, 3);
     CHECK(contains(message_of([&] { fm::expects_shape(cube, "w (E,H,D)", 1, 3, 2); }),
                    "w (E,H,D) is of shape (1,2,3); expected (1,3,2)"));

@@ -49,7 +49,8 @@ bool contains(const std::string& text, const std::string& part) { return text.fi
 
 } // namespace
 
-TEST_CASE_TEMPLATE("the fault at the smallest position is thrown, with its value, whatever ran first", Cell, FASTMOE_EXECUTORS)
+TEST_CASE_TEMPLATE("the fault at the smallest position is thrown, with its value, whatever ran first", Cell,
+                   FASTMOE_EXECUTORS)
 {
     FASTMOE_EXECUTOR(ex, Cell);
     FASTMOE_SEEDED(r, 2);
@@ -83,8 +84,8 @@ TEST_CASE_TEMPLATE("without a fault nothing is thrown, and each kind has its own
     CHECK_NOTHROW(ex.synchronize());
 }
 
-TEST_CASE_TEMPLATE("a later fault never hides an earlier one, and of one position the first value is a recorded one", Cell,
-                   FASTMOE_EXECUTORS)
+TEST_CASE_TEMPLATE("a later fault never hides an earlier one, and of one position the first value is a recorded one",
+                   Cell, FASTMOE_EXECUTORS)
 {
     FASTMOE_EXECUTOR(ex, Cell);
     ex.faults().record(fault_kind::expert_out_of_range, 4, 100);
@@ -99,20 +100,21 @@ TEST_CASE_TEMPLATE("a later fault never hides an earlier one, and of one positio
 
 TEST_CASE("the smallest position wins when two threads record at the same moment")
 {
-    const int rounds = 64 * 64 * 8;
-    std::vector<fm::fault_words> logs(rounds);
+    // The threads walk along the same logs in opposite directions, so that wherever they meet they record in one log
+    // within the same nanoseconds: a store of what was compared before would bring the larger position back.
+    const int rounds = 10000, length = 48;
+    std::vector<fm::fault_words> logs(rounds * length);
     for (fm::fault_words& words : logs) fm::detail::clear(words);
-    // Both meet before every round and then wait for a moment of varying length, so that in some of the rounds they record
-    // within the same nanoseconds: a store of what was compared before brings the larger position back.
     std::atomic<int> arrived{0};
     const auto record_all = [&](int32_t position) {
         for (int round = 0; round < rounds; ++round) {
             ++arrived;
             for (int tries = 0; arrived < 2 * (round + 1); ++tries)
                 if (tries > 1000) std::this_thread::yield();
-            const int moment = position == 3 ? round % 64 : round / 64 % 64;
-            for (volatile int spent = 0; spent < moment;) spent = spent + 1;
-            fm::fault_recorder{&logs[round]}.record(fault_kind::expert_repeated, position, 0);
+            for (int i = 0; i < length; ++i) {
+                const int log = round * length + (position == 3 ? i : length - 1 - i);
+                fm::fault_recorder{&logs[log]}.record(fault_kind::expert_repeated, position, 0);
+            }
         }
     };
     std::thread larger(record_all, 7), smaller(record_all, 3);

@@ -191,8 +191,8 @@ TEST_CASE("an exception in any worker reaches the caller, and the executor works
         const int64_t n = 100000;
         for (const int64_t where : {int64_t{0}, int64_t{50000}, n - 1}) {
             std::atomic<int64_t> done{0};
-            CHECK_THROWS_WITH_AS(fm::for_each(ex, n, throw_at{where, &done}), ("element " + std::to_string(where)).c_str(),
-                                 std::runtime_error);
+            CHECK_THROWS_WITH_AS(fm::for_each(ex, n, throw_at{where, &done}),
+                                 ("element " + std::to_string(where)).c_str(), std::runtime_error);
             CHECK(done < n);
             CHECK_THROWS_AS(fm::for_each_row(ex, 1000, throw_at_row{999}, {}), fm::invalid_argument);
             std::vector<std::atomic<int>> seen(3000);
@@ -225,7 +225,8 @@ TEST_CASE("threads that share one executor each get their own work done")
             const auto expected = normalized({.threads = 1}, x, rows, n);
             for (int round = 0; round < 100; ++round) {
                 std::vector<float> y(x.size(), NAN);
-                fm::for_each_row(ex, rows, normalize_rows{fm::as_matrix(x, rows, n), fm::as_matrix(y, rows, n)}, {.width = n});
+                fm::for_each_row(ex, rows, normalize_rows{fm::as_matrix(x, rows, n), fm::as_matrix(y, rows, n)},
+                                 {.width = n});
                 wrong += !support::same_bits(y, expected);
                 try {
                     ex.for_each_task(8, [](int, int64_t t) {
@@ -271,7 +272,8 @@ TEST_CASE("all workers take part when there is work for all")
     ex.for_each_task(4, [&](int worker, int64_t) {
         ++present;
         const auto start = std::chrono::steady_clock::now();
-        while (present < 4 && std::chrono::steady_clock::now() - start < std::chrono::seconds(60)) std::this_thread::yield();
+        while (present < 4 && std::chrono::steady_clock::now() - start < std::chrono::seconds(60))
+            std::this_thread::yield();
         std::lock_guard lock(mutex);
         workers.insert(worker);
     });

@@ -68,7 +68,8 @@ TEST_CASE_TEMPLATE("floats of every size narrow in a loop to what they narrow to
         std::memcpy(&v, &word, sizeof v);
         x.push_back(v);
     }
-    for (int i = 0; i < 300000; ++i) x.push_back(static_cast<float>(std::ldexp(r.uniform(-1, 1), static_cast<int>(r.integer(-28, 17)))));
+    for (int i = 0; i < 300000; ++i)
+        x.push_back(static_cast<float>(std::ldexp(r.uniform(-1, 1), static_cast<int>(r.integer(-28, 17)))));
     for (int level = 0; level <= static_cast<int>(fm::native_instruction_set()); ++level) {
         const std::vector<T> y = converted<T>(level, x);
         int wrong = 0;

@@ -81,7 +81,11 @@ TEST_CASE("lanes refuse collectives that some lanes call and others do not, and 
         (void)team.reduce(team.lane() < 3 ? 8 : 9, 0, plus{}, [](int64_t) { return 1; });
     });
     CHECK(contains(text, "reduce(9)"));
-    text = complaint(ex, [](lane_team& team, int64_t) { team.for_each(8, [&](int64_t i) { if (i == 1) team.sync(); }); });
+    text = complaint(ex, [](lane_team& team, int64_t) {
+        team.for_each(8, [&](int64_t i) {
+            if (i == 1) team.sync();
+        });
+    });
     CHECK(contains(text, "the lanes of a team disagree"));
     text = complaint(ex, [](lane_team& team, int64_t) {
         team.scan(team.lane() == 1 ? 3 : 9, 0, plus{}, [](int64_t) { return 1; }, [](int64_t, int) {});
@@ -161,9 +165,11 @@ TEST_CASE("lanes that wait too long for one of them say where each of them is")
                            ++gave_up;
                        }});
     fm::for_each_row(ex, 1, calls{[](lane_team& team, int64_t) {
-                         while (team.lane() == 1 && gave_up == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+                         while (team.lane() == 1 && gave_up == 0)
+                             std::this_thread::sleep_for(std::chrono::milliseconds(1));
                          team.sync();
-                     }}, {});
+                     }},
+                     {});
     CHECK(gave_up > 0);
     CHECK(contains(said, "waits in vain"));
     CHECK(contains(said, "lane 1 after 0 calls: nothing"));

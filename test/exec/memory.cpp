@@ -31,7 +31,8 @@ struct workspace {
     explicit workspace(int64_t n) : bytes(n), memory(n + 2 * fm::memory_alignment, std::byte{0x5a})
     {
         const auto base = reinterpret_cast<std::uintptr_t>(memory.data());
-        first = static_cast<int64_t>((base + fm::memory_alignment) / fm::memory_alignment * fm::memory_alignment - base);
+        first =
+            static_cast<int64_t>((base + fm::memory_alignment) / fm::memory_alignment * fm::memory_alignment - base);
     }
     fm::vector_view<std::byte> view() { return fm::vector_view<std::byte>(memory.data() + first, bytes); }
     bool intact() const
@@ -59,7 +60,8 @@ struct request {
     static void touch(const fm::arena& a, View v)
     {
         if (a.measuring()) CHECK(v.data_handle() == nullptr);
-        else if (v.size() > 0) std::memset(static_cast<void*>(v.data_handle()), 0x77, v.size() * sizeof(*v.data_handle()));
+        else if (v.size() > 0)
+            std::memset(static_cast<void*>(v.data_handle()), 0x77, v.size() * sizeof(*v.data_handle()));
     }
 };
 
@@ -82,7 +84,8 @@ TEST_CASE("an arena of exactly the measured size serves the request, and one byt
     FASTMOE_SEEDED(r, 31);
     for (int trial = 0; trial < 200; ++trial) {
         request wanted;
-        for (int64_t n = r.integer(1, 8); n > 0; --n) wanted.blocks.push_back({r.one_of(1, 2, 4, 8), r.integer(0, 3000)});
+        for (int64_t n = r.integer(1, 8); n > 0; --n)
+            wanted.blocks.push_back({r.one_of(1, 2, 4, 8), r.integer(0, 3000)});
         fm::arena measure;
         wanted(measure);
         workspace exact(measure.bytes());
@@ -253,7 +256,8 @@ TEST_CASE("a resource that has no more memory makes the buffer throw, and nothin
     CHECK(contains(text, "allocation is " + std::to_string(INT64_MAX / 8)));
 }
 
-TEST_CASE_TEMPLATE("a buffer refuses negative and overflowing sizes, and matrices that it cannot hold", Cell, FASTMOE_EXECUTORS)
+TEST_CASE_TEMPLATE("a buffer refuses negative and overflowing sizes, and matrices that it cannot hold", Cell,
+                   FASTMOE_EXECUTORS)
 {
     FASTMOE_EXECUTOR(ex, Cell);
     using floats = fm::buffer<float, typename Cell::executor>;

@@ -171,7 +171,8 @@ TEST_CASE_TEMPLATE("every lane of a team gets the reduction of the whole row", C
         for (int64_t& v : x) v = r.integer(-50, 50);
         grid<int64_t> sums(rows, 8), tops(rows, 8);
         grid<int32_t> where(rows, 8);
-        fm::for_each_row(ex, rows, summarize{fm::as_matrix(x, rows, n), sums.view(), tops.view(), where.view()}, {.width = n});
+        fm::for_each_row(ex, rows, summarize{fm::as_matrix(x, rows, n), sums.view(), tops.view(), where.view()},
+                         {.width = n});
         for (int64_t i = 0; i < rows; ++i) {
             int64_t sum = 0, top = INT64_MIN;
             int32_t at = std::numeric_limits<int32_t>::max();
@@ -193,7 +194,8 @@ TEST_CASE_TEMPLATE("every lane of a team gets the reduction of the whole row", C
     }
 }
 
-TEST_CASE_TEMPLATE("a scan gives every element the sum of those before it and every lane the total", Cell, FASTMOE_EXECUTORS)
+TEST_CASE_TEMPLATE("a scan gives every element the sum of those before it and every lane the total", Cell,
+                   FASTMOE_EXECUTORS)
 {
     FASTMOE_EXECUTOR(ex, Cell);
     FASTMOE_SEEDED(r, 4);
@@ -230,12 +232,14 @@ TEST_CASE_TEMPLATE("what lanes write to scratch is there for all of them after s
     CHECK(x == expected);
 }
 
-TEST_CASE_TEMPLATE("scratch is the same memory for all lanes of a row, aligned, and its blocks are apart", Cell, FASTMOE_EXECUTORS)
+TEST_CASE_TEMPLATE("scratch is the same memory for all lanes of a row, aligned, and its blocks are apart", Cell,
+                   FASTMOE_EXECUTORS)
 {
     FASTMOE_EXECUTOR(ex, Cell);
     for (const int64_t n : {1, 5, 64, 100}) {
         grid<int64_t> first(3, 8), second(3, 8);
-        fm::for_each_row(ex, 3, take_scratch{first.view(), second.view(), n}, {.scratch_bytes = (n + 63) / 64 * 64 + n * 8});
+        fm::for_each_row(ex, 3, take_scratch{first.view(), second.view(), n},
+                         {.scratch_bytes = (n + 63) / 64 * 64 + n * 8});
         for (int64_t i = 0; i < 3; ++i) {
             CHECK(first.view()(i, 0) % 64 == 0);
             CHECK(second.view()(i, 0) % 64 == 0);

@@ -1,44 +1,21 @@
 // SPDX-FileCopyrightText: The FastMoE authors
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-#include <fastmoe/gemm/onednn.hpp>
+#include <doctest/doctest.h>
 
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <limits>
-#include <new>
 #include <random>
 #include <thread>
 #include <vector>
 
-#include <doctest/doctest.h>
+#include <fastmoe/gemm/onednn.hpp>
 
-// Counts every operator new of the program, oneDNN's included.
-static std::atomic<long> news{0};
-
-static void* counted(std::size_t bytes, std::size_t alignment)
-{
-    news.fetch_add(1, std::memory_order_relaxed);
-    return std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment + alignment);
-}
-static void* or_throw(void* memory)
-{
-    if (!memory) throw std::bad_alloc();
-    return memory;
-}
-void* operator new(std::size_t n) { return or_throw(counted(n, 16)); }
-void* operator new(std::size_t n, const std::nothrow_t&) noexcept { return counted(n, 16); }
-void* operator new(std::size_t n, std::align_val_t a) { return or_throw(counted(n, static_cast<std::size_t>(a))); }
-void* operator new(std::size_t n, std::align_val_t a, const std::nothrow_t&) noexcept
-{
-    return counted(n, static_cast<std::size_t>(a));
-}
-void operator delete(void* p) noexcept { std::free(p); }
-void operator delete(void* p, std::size_t) noexcept { std::free(p); }
-void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
-void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
+#include "support/allocations.hpp"
+#include "support/executors.hpp"
+#include "support/scratch.hpp"
 
 extern "C" int omp_get_max_threads();
 extern "C" void omp_set_num_threads(int);
@@ -150,20 +127,14 @@ struct problem {
     }
 };
 
-/// Runs a verb with a workspace of exactly the bytes that a measuring arena asks for.
+/// Runs a verb with a poisoned workspace of exactly the bytes that a measuring arena asks for.
 template <class Verb>
-void with_workspace(const Verb& verb)
+void with_workspace(fm::host_executor& ex, const Verb& verb)
 {
-    fm::arena measure;
-    verb(measure);
-    CHECK(measure.used() == 0);
-    std::vector<std::byte> memory(static_cast<std::size_t>(measure.bytes() + fm::memory_alignment));
-    void* start = memory.data();
-    std::size_t room = memory.size();
-    std::align(fm::memory_alignment, static_cast<std::size_t>(measure.bytes()), start, room);
-    fm::arena scratch(fm::vector_view<std::byte>(static_cast<std::byte*>(start), measure.bytes()));
-    verb(scratch);
-    CHECK(scratch.used() == 0);
+    support::in_workspace(ex, [&](fm::arena& memory) {
+        verb(memory);
+        CHECK(memory.used() == 0);
+    });
 }
 
 /// Copies the finished row, so that a test sees what the epilogue saw and how often.
@@ -232,7 +203,7 @@ std::vector<Y> check_rows(fm::host_executor& ex, verb v, std::vector<int32_t> co
     const fm::weight_view<const X> view = w.view;
 
     const auto run = [&](const auto& rows) {
-        with_workspace([&](fm::arena& memory) {
+        with_workspace(ex, [&](fm::arena& memory) {
             if (forward) fm::gemm::onednn{}.forward(ex, p.groups(), rows, view, bias_view, out_view, epilogue, memory);
             else fm::gemm::onednn{}.dgrad(ex, p.groups(), rows, view, out_view, epilogue, memory);
         });
@@ -245,10 +216,10 @@ std::vector<Y> check_rows(fm::host_executor& ex, verb v, std::vector<int32_t> co
     for (int64_t s = 0; s < p.slots; ++s) {
         const int64_t e = p.expert_of(s);
         if (e < 0) {
-            touched += std::memcmp(&y[s * columns], &blank[s * columns], sizeof(Y) * columns) != 0 || times[s] != 0;
+            touched += std::memcmp(y.data() + s * columns, blank.data() + s * columns, sizeof(Y) * columns) != 0 || times[s] != 0;
             continue;
         }
-        epilogues += times[s] != 1 || owner[s] != e || std::memcmp(&seen[s * columns], &y[s * columns], sizeof(Y) * columns);
+        epilogues += times[s] != 1 || owner[s] != e || std::memcmp(seen.data() + s * columns, y.data() + s * columns, sizeof(Y) * columns);
         const int64_t from = gather ? index[s] : s;
         for (int64_t n = 0; n < columns; ++n) {
             expectation wanted;
@@ -288,7 +259,7 @@ std::vector<G> check_wgrad(fm::host_executor& ex, std::vector<int32_t> counts, i
     weights<G> dw(before, p.experts, out, in, how);
 
     const auto run = [&](const auto& dy_rows, const auto& x_rows) {
-        with_workspace([&](fm::arena& m) { fm::gemm::onednn{}.wgrad(ex, p.groups(), dy_rows, x_rows, dw.view, mode, m); });
+        with_workspace(ex, [&](fm::arena& m) { fm::gemm::onednn{}.wgrad(ex, p.groups(), dy_rows, x_rows, dw.view, mode, m); });
     };
     const fm::matrix_view<const X> dy_data(dy.data(), gather_dy ? table : p.slots, out);
     const fm::matrix_view<const X> x_data(x.data(), gather_x ? table : p.slots, in);
@@ -344,6 +315,7 @@ static_assert(fm::grouped_gemm<fm::gemm::onednn, fm::host_executor, float>);
 static_assert(fm::grouped_gemm<fm::gemm::onednn, fm::host_executor, fm::bfloat16>);
 static_assert(fm::grouped_gemm<fm::gemm::onednn, fm::host_executor, fm::half>);
 static_assert(fm::grouped_gemm<fm::gemm::onednn, fm::host_executor, double>);
+static_assert(fm::grouped_gemm<fm::gemm::onednn, support::lanes, float>, "other executors run portable's source");
 static_assert(std::is_empty_v<fm::gemm::onednn>);
 
 TEST_CASE_TEMPLATE("forward and dgrad equal the sum in double for every layout, gather and bias", P, ALL_TYPES)
@@ -449,7 +421,7 @@ TEST_CASE_TEMPLATE("a gradient with gaps between its lines leaves the gaps alone
     const int64_t stride = 23, matrix = 31 * stride;
     std::vector<G> dw(static_cast<std::size_t>(3 * matrix), G(7.0f));
     const fm::weight_view<G> view{dw.data(), nullptr, 3, 30, 20, matrix, stride, 1};
-    with_workspace([&](fm::arena& memory) {
+    with_workspace(ex, [&](fm::arena& memory) {
         fm::gemm::onednn{}.wgrad(ex, p.groups(), fm::plain_rows<X>{fm::as_matrix(dy, p.slots, 30)},
                                  fm::plain_rows<X>{fm::as_matrix(x, p.slots, 20)}, view, fm::write_mode::overwrite, memory);
     });
@@ -595,11 +567,11 @@ TEST_CASE_TEMPLATE("no verb calls operator new, whatever the number of rows", P,
         fm::buffer<std::byte, fm::host_executor> workspace(ex, measure.bytes());
         fm::arena memory(workspace.view());
         all(memory); // oneDNN generates its kernels on first use
-        const long before = news;
+        const support::allocations before;
         all(memory);
-        const long after = news;
-        MESSAGE("operator new in three verbs with ", rows, " rows: ", after - before);
-        CHECK(after == before);
+        const auto count = before.since();
+        MESSAGE("operator new in three verbs with ", rows, " rows: ", count);
+        CHECK(count == 0);
     }
 }
 
@@ -609,26 +581,21 @@ TEST_CASE("what disagrees is refused by name")
     std::vector<float> x(12 * 8), w(2 * 6 * 8), y(12 * 6);
     std::vector<int32_t> counts{5, 7};
     const std::vector<int64_t> offsets{0, 5, 12};
-    fm::arena measure;
+    support::workspace memory(ex, 1 << 16);
     const auto forward = [&](int64_t slots, int64_t width, int64_t columns, int64_t stride, int64_t bias_width) {
         fm::gemm::onednn{}.forward(ex, {fm::as_vector(counts), fm::as_vector(offsets), slots},
                                    fm::plain_rows<float>{fm::matrix_view<const float>(x.data(), 12, width)},
                                    fm::weight_view<const float>{w.data(), nullptr, 2, 6, 8, 48, stride, 1},
                                    fm::matrix_view<const float>(w.data(), 2, bias_width),
-                                   fm::matrix_view<float>(y.data(), 12, columns), fm::no_epilogue{}, measure);
+                                   fm::matrix_view<float>(y.data(), 12, columns), fm::no_epilogue{}, memory);
     };
-    std::vector<std::byte> storage(1 << 20);
-    void* start = storage.data();
-    std::size_t room = storage.size();
-    std::align(fm::memory_alignment, 1 << 19, start, room);
-    measure = fm::arena(fm::vector_view<std::byte>(static_cast<std::byte*>(start), 1 << 19));
     CHECK_NOTHROW(forward(12, 8, 6, 8, 6));
     CHECK_THROWS_WITH_AS(forward(11, 8, 6, 8, 6), doctest::Contains("rows (S,.)"), fm::invalid_argument);
     CHECK_THROWS_WITH_AS(forward(12, 7, 6, 8, 6), doctest::Contains("7"), fm::invalid_argument);
-    CHECK_THROWS_WITH_AS(forward(12, 8, 5, 8, 6), doctest::Contains("y (S,out)"), fm::invalid_argument);
+    CHECK_THROWS_WITH_AS(forward(12, 8, 5, 8, 6), doctest::Contains("W (E,out,in)"), fm::invalid_argument);
     CHECK_THROWS_WITH_AS(forward(12, 8, 6, 7, 6), doctest::Contains("stride"), fm::invalid_argument);
     CHECK_THROWS_WITH_AS(forward(12, 8, 6, 8, 5), doctest::Contains("bias (E,out)"), fm::invalid_argument);
     counts[1] = 8;
     CHECK_THROWS_WITH_AS(forward(12, 8, 6, 8, 6), doctest::Contains("counts (E)"), fm::invalid_argument);
-    CHECK(measure.used() == 0);
+    CHECK(memory.arena().used() == 0);
 }

@@ -51,8 +51,14 @@ FASTMOE_COUNTED void* operator new[](std::size_t n, std::align_val_t a)
 {
     return support::counted_or_throw(n, static_cast<std::size_t>(a));
 }
-FASTMOE_COUNTED void* operator new(std::size_t n, const std::nothrow_t&) noexcept { return support::counted_allocation(n, 1); }
-FASTMOE_COUNTED void* operator new[](std::size_t n, const std::nothrow_t&) noexcept { return support::counted_allocation(n, 1); }
+FASTMOE_COUNTED void* operator new(std::size_t n, const std::nothrow_t&) noexcept
+{
+    return support::counted_allocation(n, 1);
+}
+FASTMOE_COUNTED void* operator new[](std::size_t n, const std::nothrow_t&) noexcept
+{
+    return support::counted_allocation(n, 1);
+}
 FASTMOE_COUNTED void* operator new(std::size_t n, std::align_val_t a, const std::nothrow_t&) noexcept
 {
     return support::counted_allocation(n, static_cast<std::size_t>(a));

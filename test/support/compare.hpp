@@ -87,7 +87,8 @@ verdict close(const std::vector<T>& actual, const std::vector<double>& expected,
     std::size_t beyond = 0, at = 0;
     const auto describe = [&](double bound) {
         char line[240];
-        std::snprintf(line, sizeof line, "element %zu of %zu is %.17g, expected %.17g, off by %.3g with a bound of %.3g", at,
+        std::snprintf(line, sizeof line,
+                      "element %zu of %zu is %.17g, expected %.17g, off by %.3g with a bound of %.3g", at,
                       actual.size(), static_cast<double>(actual[at]), expected[at],
                       std::fabs(static_cast<double>(actual[at]) - expected[at]), bound);
         return std::string(line);
@@ -96,8 +97,9 @@ verdict close(const std::vector<T>& actual, const std::vector<double>& expected,
         const double a = static_cast<double>(actual[i]), e = expected[i];
         const double scale = std::fmax(std::fabs(e), tol.magnitudes ? tol.magnitudes->at(i) : largest);
         const double sums = roundoff<fastmoe::accumulate_t<T>> + roundoff<double>; // the oracle's own sums as well
-        const double bound = tol.length * sums * scale +
-                             tol.roundings * (roundoff<T> * std::fmax(std::fabs(e), tol.roundings > 1 ? scale : 0) + smallest<T>);
+        const double bound =
+            tol.length * sums * scale +
+            tol.roundings * (roundoff<T> * std::fmax(std::fabs(e), tol.roundings > 1 ? scale : 0) + smallest<T>);
         double ratio = std::fabs(a - e) / bound;
         if (std::isnan(a) || std::isnan(e)) ratio = std::isnan(a) == std::isnan(e) ? 0 : INFINITY;
         else if (a == e) ratio = 0;

@@ -157,7 +157,7 @@ private:
     void wait(int64_t lane, int64_t round, std::memory_order order)
     {
         using clock = std::chrono::steady_clock;
-        // Yield first: the machine may have fewer cores than a team has lanes. Then sleep, so as not to slow a long row.
+        // Yield first: the machine may have fewer cores than a team has lanes. Then sleep, not to slow a long row.
         for (int tries = 0; tries < 2000; ++tries) {
             if (generation_.load(order) != round) return;
             if (gone_.load(std::memory_order_acquire) && generation_.load(order) == round) return fail(disagreement());

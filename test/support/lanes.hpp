@@ -134,7 +134,8 @@ public:
     {
         fastmoe::detail::clear(faults_);
         scratch_ = static_cast<std::byte*>(heap_.allocate(scratch_bytes));
-        for (int64_t lane = 1; lane < lane_count; ++lane) threads_[lane - 1] = std::thread([this, lane] { serve(lane); });
+        for (int64_t lane = 1; lane < lane_count; ++lane)
+            threads_[lane - 1] = std::thread([this, lane] { serve(lane); });
     }
     lanes(const lanes&) = delete;
     lanes& operator=(const lanes&) = delete;
@@ -209,7 +210,8 @@ private:
     {
         for (int64_t i = announced; i < announced + guard_bytes; ++i)
             if (scratch_[i] != std::byte{poison_bits})
-                return "scratch byte " + std::to_string(i) + " was written; row_hint announced " + std::to_string(announced);
+                return "scratch byte " + std::to_string(i) + " was written; row_hint announced " +
+                       std::to_string(announced);
         return "";
     }
 

@@ -55,7 +55,8 @@ public:
     {
         const int64_t align = 256, element = sizeof(T);
         guard_ = (cols * element + align) / align * align;
-        bytes_.assign(static_cast<std::size_t>(2 * guard_ + rows * cols * element + skew * element + align), poison_byte);
+        bytes_.assign(static_cast<std::size_t>(2 * guard_ + rows * cols * element + skew * element + align),
+                      poison_byte);
         const auto base = reinterpret_cast<std::uintptr_t>(bytes_.data());
         first_ = static_cast<int64_t>((base + align - 1) / align * align - base) + guard_ + skew * element;
     }

@@ -35,8 +35,8 @@ inline numbers row_of(const numbers& x, int64_t t, int64_t width)
 }
 
 /// Adds to y every choice's expert output for its token.                       // x, y (T,D)
-inline void apply(const std::vector<expert>& experts, weight_at where, const numbers& x, const std::vector<choice>& choices,
-                  numbers& y)
+inline void apply(const std::vector<expert>& experts, weight_at where, const numbers& x,
+                  const std::vector<choice>& choices, numbers& y)
 {
     for (const choice& c : choices) {
         if (c.expert < 0) continue;
@@ -123,7 +123,8 @@ inline gradients backward(const model& m, const options& o, const numbers& x, in
         apply_backward(m.shared, weight_at::output, x, all_tokens(tokens, static_cast<int>(s)), dy, g.x, g.shared);
     g.logits = route_backward(o, out.routing, g.weights, loss_scale);
     for (int64_t t = 0; t < tokens; ++t) {
-        const numbers d = affine_backward(m.gate, row_of(x, t, m.width), row_of(g.logits, t, m.count()), g.gate, g.gate_bias);
+        const numbers d =
+            affine_backward(m.gate, row_of(x, t, m.width), row_of(g.logits, t, m.count()), g.gate, g.gate_bias);
         for (int64_t i = 0; i < m.width; ++i) g.x[t * m.width + i] += d[i];
     }
     return g;

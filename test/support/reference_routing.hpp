@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The FastMoE authors
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-/// The oracle's router: choice, weights, capacity, the Switch balance loss and the z-loss, with their gradients; per token,
-/// scalar, in double. Part of reference.hpp; includes nothing of the library.
+/// The oracle's router: choice, weights, capacity, the Switch balance loss and the z-loss, with their gradients; per
+/// token, scalar, in double. Part of reference.hpp; includes nothing of the library.
 #pragma once
 
 #include <algorithm>
@@ -126,8 +126,8 @@ inline std::vector<bool> kept_by_capacity(const options& o, const routing& r)
     return kept;
 }
 
-/// Chooses, weighs, drops and takes the losses.
-/// A token with neither a finite logit nor +Inf has all its choices dropped; it adds nothing to a loss, but counts in T.
+/// Chooses, weighs, drops and takes the losses. A token with neither a finite logit nor +Inf has all its choices
+/// dropped; it adds nothing to a loss, but counts in T.
 /// @param fixed  if given, the (C) experts to use instead of choosing (-1 for a dropped token), before capacity;
 /// @param kept   if given, which of them stay instead of the capacity rule
 inline routing route(const options& o, const numbers& logits, int64_t tokens, int64_t experts,
@@ -167,7 +167,9 @@ inline routing route(const options& o, const numbers& logits, int64_t tokens, in
         double mean = 0;
         for (int64_t t = 0; t < tokens; ++t) mean += r.probabilities[t * experts + e] / count;
         const auto chose = static_cast<double>(std::count(r.chosen.begin(), r.chosen.end(), e));
-        if (o.k > 0) r.balance_loss += o.balance * static_cast<double>(experts) * mean * chose / (count * static_cast<double>(o.k));
+        if (o.k > 0)
+            r.balance_loss +=
+                o.balance * static_cast<double>(experts) * mean * chose / (count * static_cast<double>(o.k));
     }
     for (int64_t t = 0; t < tokens; ++t) { // ST-MoE (2022), eq. 5
         const double lse = logsumexp(logits.data() + t * experts, experts);

@@ -24,10 +24,6 @@ struct host_blocks {
 };
 inline constexpr host_blocks blocks_of_host{};
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) noexcept { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) noexcept { return ceil_div(a, b) * b; }
-constexpr int64_t least(int64_t a, int64_t b) noexcept { return a < b ? a : b; }
-
 template <class Rows>
 using row_element_t = std::remove_cvref_t<decltype(*std::declval<const Rows&>().row(0))>;
 
@@ -115,6 +111,24 @@ void run_tile(instruction_set level, tile<Unit> t, const Element* scalars, int64
     for (int64_t j = 0; j < tile_rows; ++j) t.row[j] = reinterpret_cast<const Unit*>(scalars + least(j, rows - 1) * step);
     best_tile<Unit>(level, t.vectors)(t);
 }
+
+/// A block of memory that tiles ask for in parts while they compute: each part is a column of lines, two a row of the
+/// block, as long as the tile is deep.
+struct prefetch_plan {
+    const char* first = nullptr;
+    int64_t row_step, second; ///< bytes from a row to the next, from the first line of a row to the second
+    int64_t rows, columns;    ///< columns of two lines
+    int64_t column_step;      ///< bytes
+    int64_t tiles;            ///< over which the parts are spread
+
+    prefetch_lines part(int64_t tile, int64_t depth) const
+    {
+        if (!first || depth < 1) return {};
+        const int64_t parts = ceil_div(rows, depth), all = parts * columns, mine = tile * all / tiles;
+        if (mine == (tile + 1) * all / tiles) return {};
+        return {first + mine / parts * column_step + mine % parts * depth * row_step, row_step, second};
+    }
+};
 
 /// Y[s,n] = bias[n] + sum over k of X[s,k] W[n,k] for blocks of rows; forward, and dgrad with W transposed.
 template <class Unit, class Rows, class W, class B, class Y>
@@ -256,9 +270,15 @@ private:
         for (int64_t at = 0; at < padded; at += full) {
             const int64_t here = least(full, padded - at);
             const Unit* panel = s.panels.data_handle() + at * units() + k * here;
-            for (int64_t j = 0; j < columns; j += tile_rows)
-                run_tile(ex.best(), tile<Unit>{panel, {}, depth, here / lanes, &s.total(j, at), s.total.extent(1)},
+            for (int64_t j = 0; j < columns; j += tile_rows) {
+                prefetch_lines next;
+                if (in_place && at == 0) {
+                    const int64_t bytes = tile_rows * step * static_cast<int64_t>(sizeof(T));
+                    next = {reinterpret_cast<const char*>(scalars + j * step) + bytes, bytes / depth, 64};
+                }
+                run_tile(ex.best(), tile<Unit>{panel, {}, depth, here / lanes, &s.total(j, at), s.total.extent(1), next},
                          scalars + j * step, step, columns - j);
+            }
         }
     }
 
@@ -310,17 +330,32 @@ private:
     {
         using units_of_w = units_across<Unit, strided_rows<W>>;
         const units_of_w from{{w.base(b.expert) + k * elements * w.col_stride, w.col_stride, width() - k * elements}, w.out};
-        const int64_t padded = round_up(columns, lanes);
+        const int64_t padded = round_up(columns, lanes), groups = ceil_div(b.count, tile_rows);
         ex.run_rows(worker, 0, depth,
                     pack_panels<Unit, units_of_w>{from, n, padded, depth, s.panels.data_handle()});
+        const prefetch_plan next = next_block(b, n, k, depth, ceil_div(padded, full) * groups);
+        int64_t done = 0;
         for (int64_t at = 0; at < padded; at += full) {
             const int64_t here = least(full, padded - at);
             for (int64_t i = 0; i < b.count; i += tile_rows)
                 run_tile(ex.best(),
                          tile<Unit>{s.panels.data_handle() + at * depth, {}, depth, here / lanes, &s.total(i, at),
-                                    s.total.extent(1)},
+                                    s.total.extent(1), next.part(done++, depth)},
                          &s.rows(i, k), s.rows.extent(1), b.count - i);
         }
+    }
+
+    /// The part of W that is packed after the one that begins at (n, k).
+    prefetch_plan next_block(row_block b, int64_t n, int64_t k, int64_t depth, int64_t tiles) const
+    {
+        k += depth;
+        if (k >= units()) k = 0, n += blocks_of_host.wide_columns;
+        if (n >= w.out) return {};
+        const int64_t row = w.col_stride * static_cast<int64_t>(sizeof(W)), rows = least(blocks_of_host.packed_depth, units() - k);
+        const int64_t bytes = least(blocks_of_host.wide_columns, w.out - n) * static_cast<int64_t>(sizeof(W));
+        const auto* first = reinterpret_cast<const char*>(w.base(b.expert) + k * elements * w.col_stride + n);
+        if constexpr (elements == 2) return {first, 2 * row, row, rows, ceil_div(bytes, 64), 64, tiles};
+        else return {first, row, 64, rows, ceil_div(bytes, 128), 128, tiles};
     }
 };
 
@@ -367,7 +402,7 @@ public:
         std::memset(s.total.data_handle(), 0, static_cast<std::size_t>(s.total.extent(0) * s.total.extent(1)) * sizeof(Real));
         for (int64_t first = 0; first < count; first += blocks_of_host.packed_depth * elements)
             sum(worker, groups.offsets(e) + first, least(blocks_of_host.packed_depth * elements, count - first), o, rows, i,
-                columns, s);
+                columns, first + blocks_of_host.packed_depth * elements >= count ? dw.base(e) + o * dw.row_stride + i : nullptr, s);
         ex.run_rows(worker, 0, rows,
                     store_rows<Real, G>{s.total.data_handle(), s.total.extent(1), dw.base(e) + o * dw.row_stride + i,
                                         dw.row_stride, columns, mode});
@@ -379,7 +414,7 @@ private:
     int64_t row_blocks() const { return ceil_div(dw.out, blocks_of_host.gradient_rows); }
     int64_t column_blocks() const { return ceil_div(dw.in, blocks_of_host.wide_columns); }
 
-    void sum(int worker, int64_t first, int64_t count, int64_t o, int64_t rows, int64_t i, int64_t columns,
+    void sum(int worker, int64_t first, int64_t count, int64_t o, int64_t rows, int64_t i, int64_t columns, const G* to,
              const scratch& s) const
     {
         const int64_t depth = ceil_div(count, elements), padded = round_up(columns, lanes);
@@ -391,12 +426,20 @@ private:
         const down_units scalar_side{{down, first, count}, dw.out};
         ex.run_rows(worker, 0, ceil_div(depth, lanes),
                     pack_transposed<Unit, down_units>{scalar_side, o, rows, s.scalars.data_handle(), s.scalars.extent(1)});
+        const prefetch_plan target{reinterpret_cast<const char*>(to),
+                                   dw.row_stride * static_cast<int64_t>(sizeof(G)),
+                                   64,
+                                   rows,
+                                   ceil_div(columns * static_cast<int64_t>(sizeof(G)), 128),
+                                   128,
+                                   ceil_div(padded, full) * ceil_div(rows, tile_rows)};
+        int64_t done = 0;
         for (int64_t at = 0; at < padded; at += full) {
             const int64_t here = least(full, padded - at);
             for (int64_t r = 0; r < rows; r += tile_rows)
                 run_tile(ex.best(),
                          tile<Unit>{s.panels.data_handle() + at * depth, {}, depth, here / lanes, &s.total(r, at),
-                                    s.total.extent(1)},
+                                    s.total.extent(1), target.part(done++, depth)},
                          &s.scalars(r, 0), s.scalars.extent(1), rows - r);
         }
     }

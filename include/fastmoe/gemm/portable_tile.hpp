@@ -12,6 +12,10 @@
 
 namespace fastmoe::inline FASTMOE_ABI::detail::portable {
 
+constexpr int64_t ceil_div(int64_t a, int64_t b) noexcept { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) noexcept { return ceil_div(a, b) * b; }
+constexpr int64_t least(int64_t a, int64_t b) noexcept { return a < b ? a : b; }
+
 /// Two neighbours along the reduction, as the bfloat16 dot product takes them.
 struct bfloat16_pair {
     bfloat16 first, second;
@@ -33,6 +37,13 @@ inline constexpr int64_t vector_lanes = 64 / static_cast<int64_t>(sizeof(Unit));
 template <class Unit>
 inline constexpr int64_t panel_lanes = tile_vectors * vector_lanes<Unit>;
 
+/// Memory that a tile asks for while it computes: two lines each step of its depth.
+struct prefetch_lines {
+    const char* first = nullptr; ///< where the lines of step 0 lie; null: nothing is asked for
+    int64_t step = 0;            ///< bytes from a step to the next
+    int64_t second = 0;          ///< bytes from the first line of a step to the second
+};
+
 /// total(j, l) += sum over k of row(j)[k] * panel[k * vectors * lanes + l], k in order.
 template <class Unit>
 struct tile {
@@ -42,6 +53,7 @@ struct tile {
     int64_t vectors = 0;                   ///< 1 to 4
     total_t<Unit>* total = nullptr;        ///< 64-byte aligned, as is each of its rows      // (tile_rows, vectors * lanes)
     int64_t total_step = 0;                ///< elements from a row of totals to the next
+    prefetch_lines ahead;                  ///< asked for meanwhile
 };
 
 template <class Unit>
@@ -113,7 +125,10 @@ template <class Real, int... I>
     vector sum[] = {*reinterpret_cast<const vector*>(total + I / wide * step + I % wide * lanes)...};
     const Real* panel = t.panel;
     const Real *r0 = t.row[0], *r1 = t.row[1], *r2 = t.row[2], *r3 = t.row[3], *r4 = t.row[4], *r5 = t.row[5];
-    for (int64_t k = 0; k < t.depth; ++k, panel += wide * lanes) {
+    const char* ahead = t.ahead.first ? t.ahead.first : reinterpret_cast<const char*>(panel);
+    for (int64_t k = 0; k < t.depth; ++k, panel += wide * lanes, ahead += t.ahead.step) {
+        __builtin_prefetch(ahead, 0, 2);
+        __builtin_prefetch(ahead + t.ahead.second, 0, 2);
         const Real scalar[] = {r0[k], r1[k], r2[k], r3[k], r4[k], r5[k]};
         ((sum[I] += *reinterpret_cast<const vector*>(panel + I % wide * lanes) * scalar[I / wide]), ...);
     }
@@ -156,7 +171,10 @@ template <int... I>
     float_x16 sum[] = {*reinterpret_cast<const float_x16*>(total + I / wide * step + I % wide * lanes)...};
     const bfloat16_pair* panel = t.panel;
     const bfloat16_pair *r0 = t.row[0], *r1 = t.row[1], *r2 = t.row[2], *r3 = t.row[3], *r4 = t.row[4], *r5 = t.row[5];
-    for (int64_t k = 0; k < t.depth; ++k, panel += wide * lanes) {
+    const char* ahead = t.ahead.first ? t.ahead.first : reinterpret_cast<const char*>(panel);
+    for (int64_t k = 0; k < t.depth; ++k, panel += wide * lanes, ahead += t.ahead.step) {
+        __builtin_prefetch(ahead, 0, 2);
+        __builtin_prefetch(ahead + t.ahead.second, 0, 2);
         const bfloat16_pair* const scalar[] = {r0 + k, r1 + k, r2 + k, r3 + k, r4 + k, r5 + k};
         const auto pairs = [panel](int v) { return reinterpret_cast<const float_x16*>(panel + v * lanes); };
         if constexpr (wide == 1) {
