@@ -75,7 +75,8 @@ public:
                "<rect width=\"640\" height=\"400\" fill=\"white\"/>\n";
         text(out, 320, 24, "middle", "One MoE layer, forward + backward: T 2048, D 512, H 2048, K 2, fp32");
         text(out, 340, 390, "middle", "experts");
-        out << "<text transform=\"translate(18 200) rotate(-90)\" text-anchor=\"middle\">time, ms</text>\n";
+        out << "<text transform=\"translate(18 200) rotate(-90)\" text-anchor=\"middle\">"
+            << (processor_clock() ? "processor time, ms" : "time, ms") << "</text>\n";
         const double step = round_step(top_ / 5);
         for (double v = 0; v <= top_; v += step) {
             line(out, left, y_of(v), right, y_of(v), "#ddd", 1);

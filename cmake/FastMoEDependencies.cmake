@@ -116,7 +116,9 @@ function(fastmoe_add_component component include_dir problem)
 
   add_library(FastMoE::${component} INTERFACE IMPORTED GLOBAL)
   target_link_libraries(FastMoE::${component} INTERFACE FastMoE::fastmoe ${needs})
-  if(component STREQUAL "cuda")
+  if(component STREQUAL "onednn")
+    target_link_libraries(FastMoE::onednn INTERFACE ${oneDNN_OPENMP_LIBRARY})
+  elseif(component STREQUAL "cuda")
     # CMake 3.25 does not know cuda_std_20 for this compiler.
     target_compile_options(FastMoE::cuda INTERFACE $<$<COMPILE_LANG_AND_ID:CUDA,NVIDIA>:-std=c++20>)
   endif()

@@ -25,6 +25,21 @@ find_package_handle_standard_args(oneDNN
   REQUIRED_VARS oneDNN_LIBRARY oneDNN_INCLUDE_DIR
   VERSION_VAR oneDNN_VERSION)
 
+# The OpenMP runtime that this library uses, so that a program sets the threads of that one and not of another.
+if(oneDNN_FOUND AND NOT DEFINED CACHE{oneDNN_OPENMP_LIBRARY})
+  set(openmp gomp)
+  if(CMAKE_READELF)
+    execute_process(COMMAND "${CMAKE_READELF}" -d "${oneDNN_LIBRARY}" OUTPUT_VARIABLE needed ERROR_QUIET)
+    if(needed MATCHES "\\[lib(gomp|iomp5|omp)\\.so")
+      set(openmp ${CMAKE_MATCH_1})
+    endif()
+    unset(needed)
+  endif()
+  set(oneDNN_OPENMP_LIBRARY ${openmp} CACHE STRING "The OpenMP runtime of oneDNN")
+  mark_as_advanced(oneDNN_OPENMP_LIBRARY)
+  unset(openmp)
+endif()
+
 if(oneDNN_FOUND AND NOT TARGET DNNL::dnnl)
   add_library(DNNL::dnnl UNKNOWN IMPORTED GLOBAL)
   set_target_properties(DNNL::dnnl PROPERTIES

@@ -97,7 +97,8 @@ struct adamw_update {
 /// @param norm     overwritten                                            // (1)
 /// @param scratch  taken and given back; on a measuring arena only counted
 template <class Real, class Executor>
-void global_norm(Executor& ex, vector_view<const type_identity_t<Real>> values, vector_view<Real> norm, fm::arena& scratch)
+void global_norm(Executor& ex, vector_view<const type_identity_t<Real>> values, vector_view<Real> norm,
+                 fm::arena& scratch)
 {
     const int64_t mark = scratch.used(), n = values.extent(0), spans = (n + detail::norm_span - 1) / detail::norm_span;
     const auto partial = scratch.vector<Real>(spans);

@@ -4,8 +4,8 @@
 ///
 ///     B sequences   L positions   N heads   h width of a head   D = N * h   T = B * L
 ///
-/// Each product is two rows times a matrix whose fast axis is the one that the lanes share, so keys (and for the gradient
-/// queries, values and dy too) are kept transposed, (h,L) a head.
+/// Each product is two rows times a matrix whose fast axis is the one that the lanes share, so keys (and for the
+/// gradient queries, values and dy too) are kept transposed, (h,L) a head.
 #pragma once
 
 #include "train_gpt/team_math.hpp"
@@ -105,8 +105,8 @@ struct attend {
         Real* sum0 = team.template scratch<Real>(h);
         Real* sum1 = team.template scratch<Real>(h);
         const Real scale = Real(1) / std::sqrt(Real(h));
-        two_rows_times_matrix(team, at.q + at.i * pitch, at.q + at.other * pitch, h, keys + at.place, shape.length, scale,
-                              scale, p0, p1, n);
+        two_rows_times_matrix(team, at.q + at.i * pitch, at.q + at.other * pitch, h, keys + at.place, shape.length,
+                              scale, scale, p0, p1, n);
         const Real total0 = exponentiate(team, p0, at.i + 1, n, lse + at.first + at.i);
         const Real total1 = exponentiate(team, p1, n, n, lse + at.first + at.other);
         two_rows_times_matrix(team, p0, p1, n, at.v, pitch, Real(1) / total0, Real(1) / total1, sum0, sum1, h);
@@ -171,8 +171,8 @@ struct attention_dq {
         Real* sum1 = team.template scratch<Real>(h);
         const Real scale = Real(1) / std::sqrt(Real(h));
         const T* dout = dy + at.out;
-        two_rows_times_matrix(team, at.q + at.i * pitch, at.q + at.other * pitch, h, keys + at.place, shape.length, scale,
-                              scale, p0, p1, n);
+        two_rows_times_matrix(team, at.q + at.i * pitch, at.q + at.other * pitch, h, keys + at.place, shape.length,
+                              scale, scale, p0, p1, n);
         two_rows_times_matrix(team, dout + at.i * width, dout + at.other * width, h, values + at.place, shape.length,
                               Real(1), Real(1), dp0, dp1, n);
         score_gradient(team, p0, dp0, at.i + 1, n, at.first + at.i);
@@ -186,7 +186,8 @@ struct attention_dq {
 
     /// ds over p for the first n keys, and 0 up to `all`.
     template <class Team>
-    FASTMOE_HOST_DEVICE void score_gradient(Team& team, Real* p, const Real* dp, int64_t n, int64_t all, int64_t r) const
+    FASTMOE_HOST_DEVICE void score_gradient(Team& team, Real* p, const Real* dp, int64_t n, int64_t all,
+                                            int64_t r) const
     {
         const Real log_sum = lse[r], mean = delta[r];
         team.for_each(all, [=](int64_t j) {
@@ -220,8 +221,8 @@ struct attention_dkv {
         Real* sum1 = team.template scratch<Real>(h);
         const Real scale = Real(1) / std::sqrt(Real(h));
         const int64_t here = at.place + at.i; // query i is the first that sees key i
-        two_rows_times_matrix(team, at.k + at.i * pitch, at.k + at.other * pitch, h, queries + here, shape.length, scale,
-                              scale, p0, p1, n);
+        two_rows_times_matrix(team, at.k + at.i * pitch, at.k + at.other * pitch, h, queries + here, shape.length,
+                              scale, scale, p0, p1, n);
         two_rows_times_matrix(team, at.v + at.i * pitch, at.v + at.other * pitch, h, dys + here, shape.length, Real(1),
                               Real(1), ds0, ds1, n);
         score_gradient(team, p0, ds0, 0, n, at.first + at.i);
@@ -253,8 +254,8 @@ struct attention_dkv {
 template <class T, class Executor>
 void transpose(Executor& ex, attention_shape s, const T* x, int64_t pitch, accumulate_t<T>* out)
 {
-    fm::for_each_row(ex, s.batch * s.width(), transpose_sequences<T, accumulate_t<T>>{x, pitch, s.width(), s.length, out},
-                     {.width = s.length});
+    fm::for_each_row(ex, s.batch * s.width(),
+                     transpose_sequences<T, accumulate_t<T>>{x, pitch, s.width(), s.length, out}, {.width = s.length});
 }
 
 } // namespace detail
@@ -307,12 +308,13 @@ void attention_backward(Executor& ex, attention_shape s, matrix_view<const type_
                          {.width = s.head});
         fm::for_each_row(ex, s.pairs(),
                          detail::attention_dq<T, Real>{s, in, dy.data_handle(), saved.keys.data_handle(),
-                                                       values.data_handle(), saved.lse.data_handle(), delta.data_handle(),
-                                                       dqkv.data_handle()},
+                                                       values.data_handle(), saved.lse.data_handle(),
+                                                       delta.data_handle(), dqkv.data_handle()},
                          s.hint(4, sizeof(Real)));
         fm::for_each_row(ex, s.pairs(),
-                         detail::attention_dkv<T, Real>{s, in, dy.data_handle(), queries.data_handle(), dys.data_handle(),
-                                                        saved.lse.data_handle(), delta.data_handle(), dqkv.data_handle()},
+                         detail::attention_dkv<T, Real>{s, in, dy.data_handle(), queries.data_handle(),
+                                                        dys.data_handle(), saved.lse.data_handle(), delta.data_handle(),
+                                                        dqkv.data_handle()},
                          s.hint(4, sizeof(Real)));
     }
     scratch.rewind(mark);

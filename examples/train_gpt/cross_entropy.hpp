@@ -63,7 +63,8 @@ struct mean_of {
 /// @param dlogits  overwritten with the gradient of loss, unless without memory  // (T,V)
 template <class T, class Executor, class Real = accumulate_t<T>>
 void cross_entropy(Executor& ex, matrix_view<const type_identity_t<Real>> logits, vector_view<const int32_t> targets,
-                   vector_view<type_identity_t<Real>> losses, vector_view<type_identity_t<Real>> loss, matrix_view<T> dlogits)
+                   vector_view<type_identity_t<Real>> losses, vector_view<type_identity_t<Real>> loss,
+                   matrix_view<T> dlogits)
 {
     const int64_t tokens = logits.extent(0), vocabulary = logits.extent(1);
     fm::expects_shape(targets, "targets (T)", tokens);
@@ -71,7 +72,8 @@ void cross_entropy(Executor& ex, matrix_view<const type_identity_t<Real>> logits
     fm::expects_shape(loss, "loss (1)", 1);
     fm::for_each_row(ex, tokens,
                      detail::cross_entropy<T, Real>{vocabulary, logits.data_handle(), targets.data_handle(),
-                                                    Real(1) / Real(tokens), losses.data_handle(), dlogits.data_handle()},
+                                                    Real(1) / Real(tokens), losses.data_handle(),
+                                                    dlogits.data_handle()},
                      {.width = 4 * vocabulary});
     fm::for_each_row(ex, 1, detail::mean_of<Real>{losses.data_handle(), tokens, loss.data_handle()}, {.width = tokens});
 }

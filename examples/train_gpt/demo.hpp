@@ -56,8 +56,9 @@ trained_model train_one(Executor& ex, const program_options& o, const corpus& te
     const auto c = t.model().config();
     trained_model out;
     out.report = {measured.loss, t.model().active_params(), t.model().total_params(), run.tokens_per_second};
-    out.curve = {dense ? "dense twin" : detail::format("MoE, %lld experts, %lld chosen", static_cast<long long>(c.experts),
-                                                       static_cast<long long>(c.k)),
+    out.curve = {dense ? "dense twin"
+                       : detail::format("MoE, %lld experts, %lld chosen", static_cast<long long>(c.experts),
+                                        static_cast<long long>(c.k)),
                  run.rows};
     out.load = measured.load;
     out.seconds = run.seconds;

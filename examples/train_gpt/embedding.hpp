@@ -72,8 +72,9 @@ void embed(Executor& ex, vector_view<const int32_t> ids, int64_t length, matrix_
 /// @param dpositions  overwritten                                                    // (context,D)
 /// @param scratch     taken and given back; on a measuring arena only counted
 template <class Real, class Executor>
-void embed_backward(Executor& ex, vector_view<const int32_t> ids, int64_t length, matrix_view<const type_identity_t<Real>> dx,
-                    matrix_view<Real> dtable, matrix_view<type_identity_t<Real>> dpositions, fm::arena& scratch)
+void embed_backward(Executor& ex, vector_view<const int32_t> ids, int64_t length,
+                    matrix_view<const type_identity_t<Real>> dx, matrix_view<Real> dtable,
+                    matrix_view<type_identity_t<Real>> dpositions, fm::arena& scratch)
 {
     const int64_t tokens = dx.extent(0), width = dx.extent(1), mark = scratch.used();
     auto route = fm::reserve_routing<Real>(scratch, tokens, dtable.extent(0), 1);

@@ -156,10 +156,10 @@ void add_norm(Executor& ex, matrix_view<const type_identity_t<Real>> x, matrix_v
 /// @param dnorm       overwritten                                         // (2,D)
 /// @param scratch     taken and given back; on a measuring arena only counted
 template <class T, class Executor, class Real = accumulate_t<T>>
-void norm_backward(Executor& ex, matrix_view<const type_identity_t<Real>> x, const norm_saved<type_identity_t<Real>>& saved,
-                   matrix_view<const type_identity_t<Real>> norm, matrix_view<const type_identity_t<T>> dh,
-                   matrix_view<type_identity_t<Real>> dx, matrix_view<T> dx_rounded,
-                   matrix_view<type_identity_t<Real>> dnorm, fm::arena& scratch)
+void norm_backward(Executor& ex, matrix_view<const type_identity_t<Real>> x,
+                   const norm_saved<type_identity_t<Real>>& saved, matrix_view<const type_identity_t<Real>> norm,
+                   matrix_view<const type_identity_t<T>> dh, matrix_view<type_identity_t<Real>> dx,
+                   matrix_view<T> dx_rounded, matrix_view<type_identity_t<Real>> dnorm, fm::arena& scratch)
 {
     const int64_t tokens = x.extent(0), width = x.extent(1), mark = scratch.used();
     const int64_t blocks = (tokens + detail::norm_block - 1) / detail::norm_block;
@@ -171,7 +171,8 @@ void norm_backward(Executor& ex, matrix_view<const type_identity_t<Real>> x, con
         fm::for_each_row(ex, blocks,
                          detail::norm_gradient<T, Real>{tokens, width, x.data_handle(), saved.mean.data_handle(),
                                                         saved.rstd.data_handle(), norm.data_handle(), dh.data_handle(),
-                                                        dx.data_handle(), dx_rounded.data_handle(), partial.data_handle()},
+                                                        dx.data_handle(), dx_rounded.data_handle(),
+                                                        partial.data_handle()},
                          {.width = 4 * width * detail::norm_block});
         fm::for_each(ex, 2 * width,
                      detail::sum_partials<Real>{partial.data_handle(), blocks, 2 * width, dnorm.data_handle()});

@@ -52,7 +52,8 @@ void linear_backward(Executor& ex, const Gemm& gemm, const fm::row_groups& all, 
                      fm::arena& scratch)
 {
     gemm.dgrad(ex, all, fm::plain_rows<T>{dy}, fm::single(w), dx, fm::no_epilogue{}, scratch);
-    gemm.wgrad(ex, all, fm::plain_rows<T>{dy}, fm::plain_rows<T>{x}, fm::single(dw), fm::write_mode::overwrite, scratch);
+    gemm.wgrad(ex, all, fm::plain_rows<T>{dy}, fm::plain_rows<T>{x}, fm::single(dw), fm::write_mode::overwrite,
+               scratch);
 }
 
 } // namespace train_gpt

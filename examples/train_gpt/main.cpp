@@ -13,8 +13,9 @@ try {
     if (const auto status = parse_options(argc, argv, o)) return *status;
     o.config.check();
     const corpus text = read_corpus(o.config.text, o.config.max_bytes);
-    std::printf("text: %lld files of %s, %.1f MB to train on and %.1f MB to validate\n", static_cast<long long>(text.files),
-                text.path.c_str(), double(text.train.size()) / 1e6, double(text.validation.size()) / 1e6);
+    std::printf("text: %lld files of %s, %.1f MB to train on and %.1f MB to validate\n",
+                static_cast<long long>(text.files), text.path.c_str(), double(text.train.size()) / 1e6,
+                double(text.validation.size()) / 1e6);
     fastmoe::host_executor ex({.threads = o.threads});
     return o.config.type == dtype::float32 ? run_float32(ex, o, text) : run_bfloat16(ex, o, text);
 } catch (const std::exception& e) {

@@ -115,8 +115,8 @@ public:
         backward(kept, ids, dlogits, memory);
     }
     /// The loss alone; counts as above.
-    void loss(vector_view<const int32_t> ids, vector_view<const int32_t> targets, int64_t length, vector_view<real> loss,
-              matrix_view<int32_t> counts, fm::arena memory)
+    void loss(vector_view<const int32_t> ids, vector_view<const int32_t> targets, int64_t length,
+              vector_view<real> loss, matrix_view<int32_t> counts, fm::arena memory)
     {
         auto kept = forward(shape(ids.extent(0) / length, length), ids, pass::training, memory);
         head_loss<false>(kept, targets, loss, memory);

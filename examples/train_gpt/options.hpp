@@ -35,8 +35,8 @@ inline std::map<std::string, CLI::Option*> add_config(CLI::App& app, run_config&
         if constexpr (std::is_same_v<type, bool>) out[name] = app.add_flag(flag, field, help);
         else if constexpr (std::is_same_v<type, dtype>)
             out[name] = app.add_option(flag, field, help)
-                            ->transform(CLI::CheckedTransformer(
-                                std::map<std::string, dtype>{{"float32", dtype::float32}, {"bfloat16", dtype::bfloat16}}))
+                            ->transform(CLI::CheckedTransformer(std::map<std::string, dtype>{
+                                {"float32", dtype::float32}, {"bfloat16", dtype::bfloat16}}))
                             ->default_str("float32");
         else out[name] = app.add_option(flag, field, help)->capture_default_str();
     });
@@ -56,12 +56,16 @@ inline std::optional<int> parse_options(int argc, char** argv, program_options& 
     app.add_option("--out", o.loop.out, "Folder for the checkpoint, the log and the report")->capture_default_str();
     app.add_option("--log", o.loop.log, "CSV of all steps; by default log.csv in the folder");
     std::string path;
-    auto* resume = app.add_option("--resume", path, "Go on from a checkpoint, by default the folder's, bit for bit as if "
-                                                    "never stopped")->expected(0, 1);
+    auto* resume = app.add_option("--resume", path,
+                                  "Go on from a checkpoint, by default the folder's, bit for bit as if "
+                                  "never stopped")
+                       ->expected(0, 1);
     app.add_option("--checkpoint-every", o.loop.checkpoint_every, "Steps; 0: at the end only")->capture_default_str();
     app.add_option("--validate-every", o.loop.validate_every, "Steps; 0: at the end only")->capture_default_str();
-    app.add_option("--validation-windows", o.loop.validation_windows, "Windows of text that a validation reads; the last "
-                                                                      "one reads eight times as many")->capture_default_str();
+    app.add_option("--validation-windows", o.loop.validation_windows,
+                   "Windows of text that a validation reads; the last "
+                   "one reads eight times as many")
+        ->capture_default_str();
     app.add_option("--stop-at", o.loop.stop_at, "Stop after this step as if interrupted");
     auto* seconds = app.add_option("--seconds", o.loop.seconds, "Stop as if interrupted when the steps have taken this "
                                                                 "long; 0: never. For the demo: each model, 120");
@@ -90,7 +94,8 @@ inline std::optional<int> parse_options(int argc, char** argv, program_options& 
         detail::resume_config(o.config, options, o.resume->state());
     } else if (o.config.text.empty()) {
         o.config.text = default_text_path();
-        fm::expects(!o.config.text.empty(), "--text", "not given", "a path: this machine has no C++ standard library headers");
+        fm::expects(!o.config.text.empty(), "--text", "not given",
+                    "a path: this machine has no C++ standard library headers");
     }
     o.sample.seed = o.config.seed;
     return std::nullopt;

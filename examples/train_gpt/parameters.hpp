@@ -37,7 +37,8 @@ struct gpt_gate {
     }
     template <class Executor, class T, class Communicator, class State, class Real>
     void backward(Executor& ex, const fm::gate_input<T>& in, const Communicator& c, const State& state,
-                  vector_view<const Real> dweights, Real loss_scale, matrix_view<Real> dlogits, fm::arena& scratch) const
+                  vector_view<const Real> dweights, Real loss_scale, matrix_view<Real> dlogits,
+                  fm::arena& scratch) const
     {
         with_choice([&](const auto& gate) { gate.backward(ex, in, c, state, dweights, loss_scale, dlogits, scratch); });
     }

@@ -29,7 +29,7 @@ int run_training(fm::host_executor& ex, program_options& o, const corpus& text)
     introduce(t, o.config.dense ? "dense" : "MoE");
     if (o.resume) {
         t.load(*o.resume);
-        o.resume.reset(); // its file is mapped or held no longer than needed
+        o.resume.reset(); // it is as large as the model
         std::printf("resumed after step %lld\n", static_cast<long long>(t.steps_done()));
     }
     train(t, o.loop);

@@ -22,7 +22,7 @@ struct run_config {
     int64_t batch = 8;       ///< sequences a step
     int64_t steps = 1600;
     int64_t warmup = 100;    ///< steps
-    double learning_rate = 3e-3;
+    double learning_rate = 1.5e-3;
     double weight_decay = 0.1;
     double clip = 1.0;
     std::uint64_t seed = 1;

@@ -1,6 +1,7 @@
 // SPDX-FileCopyrightText: The FastMoE authors
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// bfloat16 and half, for every bit pattern and around every rounding boundary, against exact arithmetic in double.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>

@@ -37,7 +37,8 @@ std::vector<double> oracle(attention_shape s, const std::vector<double>& qkv)
                 }
                 for (std::int64_t d = 0; d < s.head; ++d) {
                     double sum = 0;
-                    for (std::int64_t j = 0; j <= i; ++j) sum += p[static_cast<std::size_t>(j)] / total * at(b, j, 2, n, d);
+                    for (std::int64_t j = 0; j <= i; ++j)
+                        sum += p[static_cast<std::size_t>(j)] / total * at(b, j, 2, n, d);
                     y[static_cast<std::size_t>((b * s.length + i) * s.width() + n * s.head + d)] = sum;
                 }
             }
@@ -87,8 +88,8 @@ TEST_CASE_TEMPLATE("attention in double is softmax(q k^T / sqrt(h)) v over the k
 {
     FASTMOE_SEEDED(draw, 101);
     Executor ex;
-    for (const attention_shape s : {attention_shape{1, 1, 1, 1}, attention_shape{2, 5, 3, 7}, attention_shape{3, 33, 2, 16},
-                                    attention_shape{1, 70, 1, 40}}) {
+    for (const attention_shape s : {attention_shape{1, 1, 1, 1}, attention_shape{2, 5, 3, 7},
+                                    attention_shape{3, 33, 2, 16}, attention_shape{1, 70, 1, 40}}) {
         CAPTURE(s.length);
         CAPTURE(s.head);
         const auto qkv = draw.normals(s.tokens() * 3 * s.width());
@@ -104,7 +105,8 @@ TEST_CASE_TEMPLATE("the gradient of attention is what finite differences of the 
 {
     FASTMOE_SEEDED(draw, 102);
     Executor ex;
-    for (const attention_shape s : {attention_shape{1, 1, 1, 1}, attention_shape{2, 11, 2, 5}, attention_shape{1, 18, 1, 9}}) {
+    for (const attention_shape s :
+         {attention_shape{1, 1, 1, 1}, attention_shape{2, 11, 2, 5}, attention_shape{1, 18, 1, 9}}) {
         CAPTURE(s.length);
         auto qkv = draw.normals(s.tokens() * 3 * s.width());
         const auto dy = draw.normals(s.tokens() * s.width());
@@ -145,7 +147,8 @@ TEST_CASE("attention gives the same bits for 1, 2 and 4 threads")
     const auto qkv = rounded<float>(draw.normals(s.tokens() * 3 * s.width()));
     const auto dy = rounded<float>(draw.normals(s.tokens() * s.width()));
     fm::host_executor one({.threads = 1}), two({.threads = 2}), four({.threads = 4});
-    const auto a = attend<float>(one, s, qkv, dy), b = attend<float>(two, s, qkv, dy), c = attend<float>(four, s, qkv, dy);
+    const auto a = attend<float>(one, s, qkv, dy), b = attend<float>(two, s, qkv, dy),
+               c = attend<float>(four, s, qkv, dy);
     CHECK(a.y == b.y);
     CHECK(a.y == c.y);
     CHECK(a.dqkv == b.dqkv);

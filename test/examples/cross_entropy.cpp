@@ -49,8 +49,8 @@ TEST_CASE_TEMPLATE("cross entropy and its gradient agree with the formula in dou
         auto logits = draw.normals(tokens * vocabulary);
         const auto targets = random_ids(draw, tokens, vocabulary);
         std::vector<double> losses(targets.size(), NAN), loss(1, NAN), gradient(logits.size(), NAN);
-        cross_entropy<double>(ex, fm::as_matrix(logits, tokens, vocabulary), fm::as_vector(targets), fm::as_vector(losses),
-                              fm::as_vector(loss), fm::as_matrix(gradient, tokens, vocabulary));
+        cross_entropy<double>(ex, fm::as_matrix(logits, tokens, vocabulary), fm::as_vector(targets),
+                              fm::as_vector(losses), fm::as_vector(loss), fm::as_matrix(gradient, tokens, vocabulary));
         CHECK(loss[0] == doctest::Approx(oracle(vocabulary, logits, targets)).epsilon(1e-13));
         const auto expected = support::finite_difference([&] { return oracle(vocabulary, logits, targets); }, logits);
         for (std::size_t i = 0; i < expected.size(); ++i) CHECK(std::abs(gradient[i] - expected[i]) < 1e-10);
@@ -88,7 +88,8 @@ TEST_CASE_TEMPLATE("an embedding sums token and position, and its gradient sums 
     for (std::int64_t t = 0; t < tokens; ++t)
         for (std::int64_t d = 0; d < width; ++d) {
             const auto id = static_cast<std::size_t>(ids[static_cast<std::size_t>(t)] * width + d);
-            const auto at = static_cast<std::size_t>(t % length * width + d), i = static_cast<std::size_t>(t * width + d);
+            const auto at = static_cast<std::size_t>(t % length * width + d),
+                       i = static_cast<std::size_t>(t * width + d);
             CHECK(x[i] == table[id] + positions[at]);
             expected_table[id] += dx[i];
             expected_positions[at] += dx[i];
@@ -97,7 +98,8 @@ TEST_CASE_TEMPLATE("an embedding sums token and position, and its gradient sums 
     std::vector<double> dpositions(positions.size(), NAN);
     const auto backward = [&](fm::arena& memory) {
         embed_backward<double>(ex, fm::as_vector(ids), length, fm::as_matrix(dx, tokens, width),
-                               fm::as_matrix(dtable, vocabulary, width), fm::as_matrix(dpositions, context, width), memory);
+                               fm::as_matrix(dtable, vocabulary, width), fm::as_matrix(dpositions, context, width),
+                               memory);
     };
     fm::arena measure;
     backward(measure);
@@ -114,7 +116,7 @@ TEST_CASE("a sequence longer than the table of positions is refused")
     const std::vector<std::int32_t> ids(4);
     const std::vector<float> table(8), positions(6);
     std::vector<float> x(8);
-    CHECK_THROWS_WITH_AS(embed<float>(ex, fm::as_vector(ids), 4, fm::as_matrix(table, 4, 2), fm::as_matrix(positions, 3, 2),
-                                      fm::as_matrix(x, 4, 2)),
+    CHECK_THROWS_WITH_AS(embed<float>(ex, fm::as_vector(ids), 4, fm::as_matrix(table, 4, 2),
+                                      fm::as_matrix(positions, 3, 2), fm::as_matrix(x, 4, 2)),
                          doctest::Contains("length is 4; expected at most 3 positions"), fm::invalid_argument);
 }

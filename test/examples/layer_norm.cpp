@@ -32,8 +32,9 @@ std::vector<double> oracle(sizes s, const std::vector<double>& x, const std::vec
         for (std::int64_t d = 0; d < s.width; ++d)
             variance += std::pow(x[at(d)] + branch[at(d)] - mean, 2) / double(s.width);
         for (std::int64_t d = 0; d < s.width; ++d)
-            h[at(d)] = (x[at(d)] + branch[at(d)] - mean) / std::sqrt(variance + 1e-5) * norm[static_cast<std::size_t>(d)] +
-                       norm[static_cast<std::size_t>(s.width + d)];
+            h[at(d)] =
+                (x[at(d)] + branch[at(d)] - mean) / std::sqrt(variance + 1e-5) * norm[static_cast<std::size_t>(d)] +
+                norm[static_cast<std::size_t>(s.width + d)];
     }
     return h;
 }

@@ -267,8 +267,8 @@ TEST_CASE("wrong options and help end at once, without a run")
 TEST_CASE("training learns the text, is silent on stderr, and continues a prompt the same way every time")
 {
     const place p;
-    const words longer{"--steps", "400", "--warmup", "20", "--learning-rate", "1e-2", "--sample", "alpha be", "--temperature", "0",
-                       "--sample-length", "30"};
+    const words longer{"--steps",  "400",      "--warmup",      "20", "--learning-rate", "1e-2",
+                       "--sample", "alpha be", "--temperature", "0",  "--sample-length", "30"};
     REQUIRE(run(p, p.tiny("whole") + longer) == 0);
     CHECK(p.bytes("stderr").empty());
     const std::string said = p.bytes("stdout");

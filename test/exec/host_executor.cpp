@@ -305,3 +305,22 @@ TEST_CASE("run_rows gives a host algorithm's worker its own team")
     ex.for_each_task(rows / 8, [&](int worker, int64_t t) { ex.run_rows(worker, t * 8, t * 8 + 8, f); });
     CHECK(support::same_bits(y, normalized({.threads = 1}, x, rows, n)));
 }
+
+namespace {
+
+struct nested_loop {
+    fastmoe::host_executor* ex;
+    void operator()(fastmoe::int64_t) const { fastmoe::for_each(*ex, 3, *this); }
+};
+
+} // namespace
+
+TEST_CASE("a loop inside of a loop is refused instead of waiting for itself")
+{
+    for (const int threads : {1, 2}) {
+        fastmoe::host_executor ex({.threads = threads});
+        CHECK_THROWS_WITH_AS(fastmoe::for_each(ex, 10000, nested_loop{&ex}),
+                             doctest::Contains("a parallel loop is started inside of another"), fastmoe::invalid_argument);
+        CHECK_THROWS_AS(fastmoe::for_each(ex, 1, nested_loop{&ex}), fastmoe::invalid_argument);
+    }
+}

@@ -1,6 +1,7 @@
 // SPDX-FileCopyrightText: The FastMoE authors
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// What every team promises, on one lane and on four real threads.
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstring>

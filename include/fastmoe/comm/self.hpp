@@ -62,8 +62,8 @@ struct self {
         expects_shape(sent_rows, "sent_rows (R)", 1);
         expects_shape(received_rows, "received_rows (R)", 1);
         const int64_t rows = sent_rows(0), width = sent.extent(1);
-        expects(rows >= 0 && rows <= sent.extent(0), "sent_rows(0)", rows, "0 to ", sent.extent(0), ", the rows of sent");
-        expects(received_rows(0) == rows, "received_rows(0)", received_rows(0), rows, ", what the rank sends to itself");
+        expects(rows >= 0 && rows <= sent.extent(0), "sent_rows(0)", rows, "0 to ", sent.extent(0));
+        expects(received_rows(0) == rows, "received_rows(0)", received_rows(0), rows, ", as sent");
         expects(rows <= received.extent(0), "received (M,D)", received.extent(0), rows, " rows or more");
         expects_shape(received, "received (M,D)", received.extent(0), width);
         expects_shape(sent, "sent (N,D)", sent.extent(0), width);

@@ -27,7 +27,8 @@ struct host_options {
 };
 
 /// The CPU executor. Calls return when the work is done; an exception inside of it is rethrown to the caller.
-/// Several threads may use one executor: their parallel loops run one after the other.
+/// Several threads may use one executor: their parallel loops run one after the other. A loop inside of a loop of the same
+/// executor is refused.
 class host_executor {
 public:
     /// @throws invalid_argument if options.threads is negative or over 1024
@@ -177,10 +178,30 @@ private:
         loop(body, begin, end);
     }
 
+    /// Whether the calling thread is at work in a loop of this executor.
+    bool inside() const noexcept
+    {
+        const auto self = std::this_thread::get_id();
+        bool found = owner_.load(std::memory_order_relaxed) == self;
+        for (int w = 1; w < threads_; ++w) found = found || workers_[w - 1].get_id() == self;
+        return found;
+    }
+    /// Names the caller whose loop runs, for as long as it runs.
+    struct owner {
+        std::atomic<std::thread::id>& word;
+        explicit owner(std::atomic<std::thread::id>& w) noexcept : word(w)
+        {
+            word.store(std::this_thread::get_id(), std::memory_order_relaxed);
+        }
+        ~owner() { word.store(std::thread::id(), std::memory_order_relaxed); }
+    };
+
     void run(int64_t n, task_function function, const void* context)
     {
         if (n <= 0) return;
+        expects(!inside(), "a parallel loop", "started inside of another", "the outer one to have ended");
         std::unique_lock turn(turn_); // one parallel loop at a time
+        const owner mark(owner_);
         if (n == 1 || threads_ == 1) {
             for (int64_t t = 0; t < n; ++t) function(context, 0, t);
             return;
@@ -245,7 +266,8 @@ private:
     std::unique_ptr<std::thread[]> workers_;
     fault_words fault_words_;
 
-    std::mutex turn_;  // held by the caller whose loop runs
+    std::mutex turn_; // held by the caller whose loop runs
+    std::atomic<std::thread::id> owner_{};
     std::mutex mutex_; // guards what follows
     std::condition_variable wake_, idle_;
     job* current_ = nullptr;

@@ -15,7 +15,8 @@ inline constexpr int64_t team_scratch_bytes = 48 * 1024;
 /// What for_each_row is told about a row, so that the executor can size teams and decide whether threads pay.
 struct row_hint {
     int64_t width = 1;         ///< elements of work in a row
-    int64_t scratch_bytes = 0; ///< what the functor takes with scratch(), at most team_scratch_bytes
+    int64_t scratch_bytes = 0; ///< what the functor takes with scratch(), each block rounded up to 64 bytes; at most
+                               ///< team_scratch_bytes
 };
 
 /// A team of one lane. Sums run in sixteen fixed partial sums, so that they vectorize and never depend on threads.

@@ -1,12 +1,12 @@
 // SPDX-FileCopyrightText: The FastMoE authors
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-/// The losses of a router: what keeps experts evenly used and logits small. Forward and backward; the gradient is added.
+/// The losses of a router: what keeps experts evenly used and logits small. Forward, and backward, which adds.
 ///
 ///     balance   coefficient * E * sum_e f_e P_e      f_e = c_e / (K T), P_e = mean_t p_te        (Fedus 2021, eq. 4-6)
 ///     z         coefficient * mean_t (log sum_e exp l_te)^2                                      (ST-MoE, eq. 5)
 ///
-/// p_te = value(e) / (sum of values): the softmax, or s / sum s for other scores. c counts choices before any is dropped
-/// for capacity, and has no gradient: it flows through P only. T, c and the means are over all ranks' tokens, summed
+/// p_te = value(e) / (sum of values): the softmax, or s / sum s for other scores. c counts choices before any is
+/// dropped for capacity, and has no gradient: it flows through P only. T, c and the means are over all ranks' tokens, summed
 /// through the communicator, so that the sum of the ranks' gradients is the gradient of the joined batch. Tokens that
 /// the mask takes out count nowhere; tokens without a finite or +Inf logit count in T and add 0. A row with +Inf adds
 /// nothing to z.
@@ -106,7 +106,7 @@ struct router_sums {
 
     static constexpr int64_t scratch_bytes(int64_t experts) noexcept
     {
-        return 3 * experts * static_cast<int64_t>(sizeof(Real)) + 256;
+        return experts * static_cast<int64_t>(2 * sizeof(Real) + sizeof(int32_t)) + 256;
     }
 
     template <class Team>
@@ -198,7 +198,8 @@ struct router_loss_values {
         const double* sums = totals;
         const double tokens = totals[2 * n + 1];
         // d balance / d p_te = coefficient * E * f_e / T
-        const double each = tokens > 0 ? balance * static_cast<double>(n) / (static_cast<double>(k) * tokens * tokens) : 0;
+        const double choices = static_cast<double>(k) * tokens;
+        const double each = tokens > 0 ? balance * static_cast<double>(n) / (choices * tokens) : 0;
         Real* slopes = out.slopes.data_handle();
         team.for_each(n, [=](int64_t e) { slopes[e] = static_cast<Real>(each * sums[e]); });
         const double loss = team.reduce(n, 0.0, adds{}, [=](int64_t e) { return each * sums[e] * sums[n + e]; });
@@ -209,7 +210,7 @@ struct router_loss_values {
     }
 };
 
-/// With s = slopes: dl_e += slope(e) (s_e - <s, p>) / (sum of values) + z_slope lse softmax(l)_e, all times loss_scale.
+/// With s = slopes: dl_e += row.slope (s_e - <s, p>) / (sum of values) + s_E lse softmax(l)_e, all times loss_scale.
 template <class Real, class Score>
 struct router_loss_gradient {
     using vectorized = void;
@@ -239,7 +240,8 @@ struct router_loss_gradient {
     }
 
     template <class Team, class Row>
-    FASTMOE_HOST_DEVICE void add(Team& team, const Row& row, const Real* l, Real* values, Real* out, bool balance, bool z) const
+    FASTMOE_HOST_DEVICE void add(Team& team, const Row& row, const Real* l, Real* values, Real* out, bool balance,
+                                 bool z) const
     {
         if (row.empty()) return;
         const int64_t experts = logits.extent(1);
@@ -274,8 +276,8 @@ struct implementation<verbs::router_losses, Executor> {
         if (scratch.measuring()) return;
         using sums = detail::router_sums<Real, Score>;
         for_each_row(ex, blocks.count,
-                     sums{in.logits, in.mask.data_handle(), chosen.data_handle(), partial.data_handle(), score, tokens, k, blocks.size,
-                          z.coefficient != 0},
+                     sums{in.logits, in.mask.data_handle(), chosen.data_handle(), partial.data_handle(), score, tokens, k,
+                          blocks.size, z.coefficient != 0},
                      {.width = blocks.size * experts, .scratch_bytes = sums::scratch_bytes(experts)});
         for_each_row(ex, (width + 63) / 64,
                      detail::router_totals<Real>{partial.data_handle(), totals.data_handle(), blocks.count, width},
@@ -311,8 +313,8 @@ struct implementation<verbs::router_losses_backward, Executor> {
 /// @throws invalid_argument if shapes disagree or a coefficient is not a finite number from 0 on, out_of_memory
 template <executor Executor, class Real, class Score, class Communicator>
 void router_losses_forward(Executor& ex, const Score& score, const gate_logits<Real>& in,
-                           type_identity_t<vector_view<const int32_t>> chosen, int64_t k, balance_loss balance, z_loss z,
-                           const Communicator& c, const router_losses<Real>& out, arena& scratch)
+                           type_identity_t<vector_view<const int32_t>> chosen, int64_t k, balance_loss balance,
+                           z_loss z, const Communicator& c, const router_losses<Real>& out, arena& scratch)
 {
     detail::expects_coefficients(balance, z);
     expects(k > 0, "k", k, "1 or more");
@@ -341,7 +343,8 @@ void router_losses_backward(Executor& ex, const Score& score, const type_identit
     expects_shape(slopes, "slopes (E+1)", in.logits.extent(1) + 1);
     expects_shape(dlogits, "dlogits (T,E)", in.logits.extent(0), in.logits.extent(1));
     if (balance.coefficient == 0 && z.coefficient == 0) return;
-    implementation<verbs::router_losses_backward, Executor>::run(ex, score, in, balance, z, slopes, loss_scale, dlogits);
+    using verb = implementation<verbs::router_losses_backward, Executor>;
+    verb::run(ex, score, in, balance, z, slopes, loss_scale, dlogits);
 }
 
 } // namespace fastmoe::inline FASTMOE_ABI

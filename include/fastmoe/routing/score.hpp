@@ -114,15 +114,15 @@ struct softmax_score {
     }
 };
 
-/// Weights are the chosen scores divided by their sum: after softmax_score, softmax over the chosen alone, with the same
-/// gradient. With one choice the weight is constant and the router gets no gradient, so training refuses K = 1.
+/// Weights are the chosen scores divided by their sum: after softmax_score, softmax over the chosen alone, with the
+/// same gradient. With one choice the weight is constant and the router gets no gradient, so training refuses K = 1.
 /// A weighing policy states over_chosen, and epsilon where that is true.
 struct renormalize {
     static constexpr bool over_chosen = true;
     double epsilon = 0; ///< added to the sum, as sigmoid routers do (1e-20); not where all scores sum to one
 };
 
-/// Weights are the scores as they are (Switch, GShard, DeepSeek-V2): after softmax_score, probabilities over all experts.
+/// Weights are the scores as they are (Switch, GShard, DeepSeek-V2): after softmax_score, probabilities over all.
 struct raw_scores {
     static constexpr bool over_chosen = false;
 };

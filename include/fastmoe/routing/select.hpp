@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// Which experts a token gets: the K best of a row of selection scores, best first, by a total order.
 ///
-/// The order is +Inf > finite > -Inf > NaN; equal scores (0 and -0 are equal) go to the lower id. -Inf and NaN are chosen
-/// only when nothing better is left; their weight is 0.
+/// The order is +Inf > finite > -Inf > NaN; equal scores (0 and -0 are equal) go to the lower id. -Inf and NaN are
+/// chosen only when nothing better is left; their weight is 0.
 #pragma once
 
 #include <cstdint>
@@ -75,16 +75,16 @@ FASTMOE_HOST_DEVICE Key kth_greatest(Team& team, const Key* keys, int64_t n, int
 ///     Select::takes_greatest                            whether the first is always the greatest of the whole row
 ///
 /// Candidates are ranked by counting. In a small row all are candidates; of a larger one, few are chosen by a threshold
-/// that leaves little more than K (the K-th of 32 column maxima), many by the exact K-th key, found bit by bit. O(E) for
-/// K up to 16, O(32 E + K^2) above; no branch depends on a score but the number of candidates.
+/// that leaves little more than K (the K-th of 32 column maxima), many by the exact K-th key, found bit by bit. O(E)
+/// for K up to 16, O(32 E + K^2) above; no branch depends on a score but the number of candidates.
 struct top_k {
     static constexpr bool takes_greatest = true;
 
     template <class Real>
     static constexpr int64_t scratch_bytes(int64_t experts, int64_t k) noexcept
     {
-        return pad(experts) * static_cast<int64_t>(sizeof(Real)) + room(experts, k) * static_cast<int64_t>(sizeof(Real) + 4) +
-               pad(experts) / 8 + 256;
+        const auto size = static_cast<int64_t>(sizeof(Real)), id = static_cast<int64_t>(sizeof(int32_t));
+        return pad(experts) * size + room(k) * (size + id) + pad(experts) / 8 + 256;
     }
 
     template <class Team, class Row>
@@ -94,8 +94,8 @@ struct top_k {
         using key = detail::order_key<real>;
         const int64_t padded = pad(experts);
         const candidates<key> all{team.template scratch<key>(padded),
-                                  team.template scratch<key>(room(experts, k)),
-                                  team.template scratch<int32_t>(room(experts, k)),
+                                  team.template scratch<key>(room(k)),
+                                  team.template scratch<int32_t>(room(k)),
                                   team.template scratch<std::uint64_t>(padded / group),
                                   experts,
                                   padded};
@@ -114,7 +114,7 @@ private:
     static constexpr int64_t enough = 64;  // candidates that are ranked without more ado
 
     static constexpr FASTMOE_HOST_DEVICE int64_t pad(int64_t n) noexcept { return (n + group - 1) / group * group; }
-    static constexpr FASTMOE_HOST_DEVICE int64_t room(int64_t, int64_t k) noexcept { return k > enough ? pad(k) : enough; }
+    static constexpr FASTMOE_HOST_DEVICE int64_t room(int64_t k) noexcept { return k > enough ? pad(k) : enough; }
 
     template <class Key>
     struct candidates {
@@ -189,8 +189,8 @@ private:
         }
     };
 
-    /// Appends the experts whose key compares true with the bound to the candidates, which then end at the result; those
-    /// past the limit are counted only.
+    /// Appends the experts whose key compares true with the bound to the candidates, which then end at the result;
+    /// those past the limit are counted only.
     template <class Compare, class Team, class Key>
     FASTMOE_HOST_DEVICE static int64_t gather(Team& team, const candidates<Key>& all, Key bound, int64_t begin,
                                               int64_t limit)

@@ -91,7 +91,8 @@ struct choose_row {
         Real divisor = 1;
         if constexpr (Weigh::over_chosen) {
             team.sync();
-            divisor = epsilon_of<Row, Real>(weigh) + team.reduce(k, Real(0), adds{}, [=](int64_t j) { return weight[j]; });
+            divisor = epsilon_of<Row, Real>(weigh) +
+                      team.reduce(k, Real(0), adds{}, [=](int64_t j) { return weight[j]; });
             team.sync();
         } else if constexpr (Row::sums_to_one) {
             divisor = sum_of_values(team, row, l, logits.extent(1));
@@ -103,7 +104,7 @@ struct choose_row {
 
 /// With v the chosen values, d the divisor and g the gradient of the weights before capacity, times scale:
 ///     dv[k] = (g[k] - <g, v> / d) / d      where d is a sum; over all experts, the second term goes to every expert
-///     dl[e] = slope(e) dv[e]
+///     dl[e] = row.slope dv[e]
 /// A choice that capacity dropped is constant; rescaled weights are w[k] sum(w) / sum(kept w).
 template <class Real, class Score, class Weigh>
 struct choose_row_backward {
@@ -119,7 +120,10 @@ struct choose_row_backward {
     Real scale;
     bool rescaled;
 
-    static constexpr int64_t scratch_bytes(int64_t k) noexcept { return 2 * k * static_cast<int64_t>(sizeof(Real)) + 128; }
+    static constexpr int64_t scratch_bytes(int64_t k) noexcept
+    {
+        return 2 * k * static_cast<int64_t>(sizeof(Real)) + 128;
+    }
 
     template <class Team>
     FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t t) const
@@ -147,7 +151,8 @@ struct choose_row_backward {
         if constexpr (Weigh::over_chosen || over_all)
             common = team.reduce(k, Real(0), adds{}, [=](int64_t j) { return gradient[j] * value[j]; }) / divisor;
         const Real factor = Real(1) / divisor, shared = over_all ? common * factor : Real(0);
-        if constexpr (over_all) team.for_each(all, [=](int64_t e) { out[e] = -shared * row.slope(l[e], row.value(l[e])); });
+        if constexpr (over_all)
+            team.for_each(all, [=](int64_t e) { out[e] = -shared * row.slope(l[e], row.value(l[e])); });
         else team.for_each(all, [=](int64_t e) { out[e] = Real(0); });
         team.sync();
         team.for_each(k, [=](int64_t j) {
@@ -291,8 +296,8 @@ private:
     void check_training() const
     {
         if constexpr (Weigh::over_chosen)
-            expects(k > 1, "k", k, "2 or more to train with renormalize: a single weight is constant and gives the router "
-                                   "no gradient; use raw_scores");
+            expects(k > 1, "k", k, "2 or more to train with renormalize: a single weight is constant and gives the ",
+                    "router no gradient; use raw_scores");
     }
 
     template <class Executor, class T, class Real>
@@ -300,10 +305,9 @@ private:
     {
         implementation<verbs::choose, Executor>::run(
             ex, state.routing.tokens,
-            detail::choose_row<Real, Score, Select, Weigh>{in.logits, in.mask.data_handle(),
-                                                           state.routing.experts.data_handle(),
-                                                           state.chosen.data_handle(), state.routing.weights.data_handle(), score,
-                                                           select, weigh, k, static_cast<Real>(scale)},
+            detail::choose_row<Real, Score, Select, Weigh>{
+                in.logits, in.mask.data_handle(), state.routing.experts.data_handle(), state.chosen.data_handle(),
+                state.routing.weights.data_handle(), score, select, weigh, k, static_cast<Real>(scale)},
             select.template scratch_bytes<Real>(experts, k));
     }
 
@@ -314,14 +318,15 @@ private:
     {
         const bool live = !scratch.measuring(), training = in.mode == gate_mode::training;
         if (training && has_loss())
-            router_losses_forward(ex, score, gate_logits<Real>{in.logits, in.mask}, state.routing.experts, k, balance, z, c,
-                                  router_losses<Real>{state.losses, state.slopes}, scratch);
+            router_losses_forward(ex, score, gate_logits<Real>{in.logits, in.mask}, state.routing.experts, k, balance, z,
+                                  c, router_losses<Real>{state.losses, state.slopes}, scratch);
         else if (live) for_each(ex, 2, detail::fill<Real>{state.losses.data_handle(), Real(0)});
         apply_capacity(ex, capacity, state.routing, scratch);
     }
 };
 
-/// Switch (Fedus et al. 2021): the best expert, weighed by its probability. Jitter is of the layer's input: see jitter().
+/// Switch (Fedus et al. 2021): the best expert, weighed by its probability. Its jitter acts on x, before the gate: see
+/// jitter() in project.hpp.
 using switch_gate = top_k_gate<softmax_score, top_k, raw_scores>;
 
 } // namespace fastmoe::inline FASTMOE_ABI
