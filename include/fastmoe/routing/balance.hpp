@@ -6,10 +6,10 @@
 ///     z         coefficient * mean_t (log sum_e exp l_te)^2                                      (ST-MoE, eq. 5)
 ///
 /// p_te = value(e) / (sum of values): the softmax, or s / sum s for other scores. c counts choices before any is
-/// dropped for capacity, and has no gradient: it flows through P only. T, c and the means are over all ranks' tokens, summed
-/// through the communicator, so that the sum of the ranks' gradients is the gradient of the joined batch. Tokens that
-/// the mask takes out count nowhere; tokens without a finite or +Inf logit count in T and add 0. A row with +Inf adds
-/// nothing to z.
+/// dropped for capacity, and has no gradient: it flows through P only. T, c and the means are over all ranks' tokens,
+/// summed through the communicator, so that the sum of the ranks' gradients is the gradient of the joined batch. Tokens
+/// that the mask takes out count nowhere; those without a finite or +Inf logit count in T and add 0. A row with +Inf
+/// adds nothing to z.
 #pragma once
 
 #include <fastmoe/comm/communicator.hpp>
@@ -276,8 +276,8 @@ struct implementation<verbs::router_losses, Executor> {
         if (scratch.measuring()) return;
         using sums = detail::router_sums<Real, Score>;
         for_each_row(ex, blocks.count,
-                     sums{in.logits, in.mask.data_handle(), chosen.data_handle(), partial.data_handle(), score, tokens, k,
-                          blocks.size, z.coefficient != 0},
+                     sums{in.logits, in.mask.data_handle(), chosen.data_handle(), partial.data_handle(), score, tokens,
+                          k, blocks.size, z.coefficient != 0},
                      {.width = blocks.size * experts, .scratch_bytes = sums::scratch_bytes(experts)});
         for_each_row(ex, (width + 63) / 64,
                      detail::router_totals<Real>{partial.data_handle(), totals.data_handle(), blocks.count, width},

@@ -15,12 +15,12 @@
 ///
 /// Real is accumulate_t<T>. `route` writes every choice: an expert in [0, E), or -1 and a weight of 0 for a choice that
 /// is dropped. An id twice in one token, or out of range, is a fault that the plan reports. `backward` gets the
-/// gradient of the weights that `route` wrote and the factor of the gate's own losses. Both take what scratch they need from the
-/// arena, give it back, and on a measuring arena only count.
+/// gradient of the weights that `route` wrote and the factor of the gate's own losses. Both take what scratch they need
+/// from the arena, give it back, and on a measuring arena only count.
 ///
 /// Optional: `auto reserve<Real>(arena&, int64_t tokens) const`, a state with more than a routing, which the layer
-/// keeps from route to backward; `vector_view<Real> losses` in it; `static constexpr bool reads_logits = false` for a gate
-/// that does not look at the router's product, which is then left out.
+/// keeps from route to backward; `vector_view<Real> losses` in it; `static constexpr bool reads_logits = false` for a
+/// gate that does not look at the router's product, which is then left out.
 #pragma once
 
 #include <concepts>

@@ -318,8 +318,8 @@ private:
     {
         const bool live = !scratch.measuring(), training = in.mode == gate_mode::training;
         if (training && has_loss())
-            router_losses_forward(ex, score, gate_logits<Real>{in.logits, in.mask}, state.routing.experts, k, balance, z,
-                                  c, router_losses<Real>{state.losses, state.slopes}, scratch);
+            router_losses_forward(ex, score, gate_logits<Real>{in.logits, in.mask}, state.routing.experts, k, balance,
+                                  z, c, router_losses<Real>{state.losses, state.slopes}, scratch);
         else if (live) for_each(ex, 2, detail::fill<Real>{state.losses.data_handle(), Real(0)});
         apply_capacity(ex, capacity, state.routing, scratch);
     }

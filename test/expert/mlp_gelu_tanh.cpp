@@ -4,5 +4,4 @@
 
 using namespace fastmoe;
 
-FASTMOE_MLP_TEST("SwiGLU", swiglu, swiglu)
-FASTMOE_MLP_TEST("GeGLU", geglu, geglu)
+FASTMOE_MLP_TEST("the GELU by tanh", gelu_tanh, gelu_tanh)
