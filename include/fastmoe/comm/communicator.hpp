@@ -70,6 +70,7 @@ concept splits = requires(const C& c, int color, int key) { c.split(color, key);
 template <class C, class Executor>
 concept communicator = counts_ranks<C> && sums_over_ranks<C, Executor> && scatters_sums<C, Executor> &&
                        gathers_from_ranks<C, Executor> && exchanges_blocks<C, Executor> &&
-                       exchanges_rows<C, Executor> && broadcasts<C, Executor> && waits_for_ranks<C, Executor> && splits<C>;
+                       exchanges_rows<C, Executor> && broadcasts<C, Executor> && waits_for_ranks<C, Executor> &&
+                       splits<C>;
 
 } // namespace fastmoe::inline FASTMOE_ABI

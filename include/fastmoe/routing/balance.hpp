@@ -47,7 +47,7 @@ struct gate_logits {
     matrix_view<const Real> logits;       // (T,E)
     vector_view<const std::uint8_t> mask; // (T), or empty
 
-    void check() const
+    void expects_sane() const
     {
         expects_shape(logits, "logits (T,E)", logits.extent(0), logits.extent(1));
         if (mask.extent(0) != 0) expects_shape(mask, "mask (T)", logits.extent(0));
@@ -319,7 +319,7 @@ void router_losses_forward(Executor& ex, const Score& score, const gate_logits<R
     detail::expects_coefficients(balance, z);
     expects(k > 0, "k", k, "1 or more");
     if (!scratch.measuring()) {
-        in.check();
+        in.expects_sane();
         expects_shape(chosen, "chosen (T*K)", in.logits.extent(0) * k);
         expects_shape(out.losses, "losses (2)", 2);
         expects_shape(out.slopes, "slopes (E+1)", in.logits.extent(1) + 1);
@@ -339,7 +339,7 @@ void router_losses_backward(Executor& ex, const Score& score, const type_identit
                             type_identity_t<Real> loss_scale, matrix_view<Real> dlogits)
 {
     detail::expects_coefficients(balance, z);
-    in.check();
+    in.expects_sane();
     expects_shape(slopes, "slopes (E+1)", in.logits.extent(1) + 1);
     expects_shape(dlogits, "dlogits (T,E)", in.logits.extent(0), in.logits.extent(1));
     if (balance.coefficient == 0 && z.coefficient == 0) return;

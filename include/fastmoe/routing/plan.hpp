@@ -69,7 +69,7 @@ struct check_choices {
         const int64_t end = (b + 1) * block_size < route.tokens ? (b + 1) * block_size : route.tokens;
         for (int64_t t = b * block_size; t < end; ++t) {
             if (route.ragged()) check_first(t);
-            for (int64_t c = route.begin(t); c < route.end(t); ++c) ids(c) = check(t, c, last);
+            for (int64_t c = route.begin(t); c < route.end(t); ++c) ids(c) = checked(t, c, last);
         }
     }
 
@@ -80,7 +80,7 @@ struct check_choices {
         if (next < here || next > route.choices()) faults.record(fault_kind::first_out_of_order, t + 1, next);
     }
 
-    FASTMOE_HOST_DEVICE int32_t check(int64_t t, int64_t c, int32_t* last) const
+    FASTMOE_HOST_DEVICE int32_t checked(int64_t t, int64_t c, int32_t* last) const
     {
         const int32_t e = route.experts(c);
         if (e == -1) return -1;

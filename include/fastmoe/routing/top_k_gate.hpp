@@ -225,7 +225,7 @@ struct top_k_gate {
     template <class Real>
     top_k_state<Real> reserve(arena& memory, int64_t tokens) const
     {
-        check();
+        expects_sane();
         top_k_state<Real> state;
         state.routing = reserve_routing<Real>(memory, tokens, experts, k);
         state.losses = memory.vector<Real>(2);
@@ -241,7 +241,7 @@ struct top_k_gate {
     void route(Executor& ex, const gate_input<T>& in, const Communicator& c, const top_k_state<Real>& state,
                arena& scratch) const
     {
-        check();
+        expects_sane();
         if (in.mode == gate_mode::training) check_training();
         if (!scratch.measuring()) {
             detail::expects_gate_input(in, state.routing.tokens, experts);
@@ -262,7 +262,7 @@ struct top_k_gate {
                   type_identity_t<vector_view<const Real>> dweights, type_identity_t<Real> loss_scale,
                   matrix_view<Real> dlogits, arena& scratch) const
     {
-        check();
+        expects_sane();
         check_training();
         if (scratch.measuring()) return;
         detail::expects_gate_input(in, state.routing.tokens, experts);
@@ -280,7 +280,7 @@ struct top_k_gate {
     }
 
     /// @throws invalid_argument that names the member
-    void check() const
+    void expects_sane() const
     {
         expects(experts > 0 && experts <= INT32_MAX, "experts", experts, "1 to 2^31 - 1");
         expects(k > 0, "k", k, "1 or more");
