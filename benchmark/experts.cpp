@@ -24,7 +24,7 @@ constexpr int64_t experts[] = {2, 4, 8, 16, 32, 64};
 constexpr int points = 6;
 std::string svg_file;
 
-/// The naive way with the routing of a layer of the same size.
+/// The naive way with the routing of a layer of the same size, given to it: it runs no gate, forward or backward.
 struct naive_setup {
     fm::host_executor& ex;
     moe_setup<float, Gemm>& moe;

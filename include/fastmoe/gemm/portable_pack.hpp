@@ -137,9 +137,9 @@ inline void transpose_small(const T* from, int64_t from_step, T* to, int64_t to_
 template <class T>
 inline void transpose_square(const T* from, int64_t from_step, T* to, int64_t to_step)
 {
-    constexpr int64_t small = 16 / sizeof(T), lanes = vector_lanes<T>;
-    for (int64_t i = 0; i < lanes; i += small)
-        for (int64_t j = 0; j < lanes; j += small)
+    constexpr int64_t piece = 16 / sizeof(T), lanes = vector_lanes<T>;
+    for (int64_t i = 0; i < lanes; i += piece)
+        for (int64_t j = 0; j < lanes; j += piece)
             transpose_small(from + i * from_step + j, from_step, to + j * to_step + i, to_step);
 }
 
