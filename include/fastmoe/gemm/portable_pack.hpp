@@ -117,16 +117,21 @@ template <class T>
 inline void transpose_small(const T* from, int64_t from_step, T* to, int64_t to_step)
 {
     if constexpr (sizeof(T) == 4) {
-        typedef std::uint32_t vector __attribute__((vector_size(16), may_alias, aligned(4)));
-        const auto in = [=](int i) { return *reinterpret_cast<const vector*>(from + i * from_step); };
-        const auto out = [=](int j) { return reinterpret_cast<vector*>(to + j * to_step); };
+        // Through memcpy: the deduced type of a lambda's result would lose what lets a vector alias the elements.
+        typedef std::uint32_t vector __attribute__((vector_size(16)));
+        const auto in = [=](int i) {
+            vector v;
+            std::memcpy(&v, from + i * from_step, sizeof v);
+            return v;
+        };
+        const auto out = [=](int j, vector v) { std::memcpy(static_cast<void*>(to + j * to_step), &v, sizeof v); };
         const vector a = in(0), b = in(1), c = in(2), d = in(3);
         const vector ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
         const vector cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-        *out(0) = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
-        *out(1) = __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7);
-        *out(2) = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
-        *out(3) = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
+        out(0, __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5));
+        out(1, __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7));
+        out(2, __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5));
+        out(3, __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7));
     } else {
         const T a = from[0], b = from[1], c = from[from_step], d = from[from_step + 1];
         to[0] = a, to[1] = c, to[to_step] = b, to[to_step + 1] = d;
@@ -155,18 +160,20 @@ struct pack_transposed {
     template <class Team>
     void operator()(Team&, int64_t g) const
     {
-        constexpr int64_t lanes = vector_lanes<Unit>;
-        alignas(64) Unit square[lanes * lanes], last[lanes * lanes];
+        // Two squares at a time: rows that lie 4 KiB apart share lines of the cache, so whole lines are read at once.
+        constexpr int64_t lanes = vector_lanes<Unit>, wide = 2 * lanes;
+        alignas(64) Unit block[lanes * wide], last[wide * lanes];
         Unit* out = to + g * lanes;
-        for (int64_t k = 0; k < depth; k += lanes, out += lanes * step) {
+        for (int64_t k = 0; k < depth; k += wide, out += wide * step) {
             for (int64_t i = 0; i < lanes; ++i)
-                units.template load<lanes>(square + i * lanes, g * lanes + i, first + k);
-            if (depth - k >= lanes) {
-                transpose_square(square, lanes, out, step);
-            } else {
-                transpose_square(square, lanes, last, lanes);
-                for (int64_t j = 0; j < depth - k; ++j) std::memcpy(static_cast<void*>(out + j * step), last + j * lanes, 64);
-            }
+                units.template load<wide>(block + i * wide, g * lanes + i, first + k);
+            const int64_t left = depth - k;
+            Unit* const target = left >= wide ? out : last;
+            const int64_t target_step = left >= wide ? step : lanes;
+            transpose_square(block, wide, target, target_step);
+            transpose_square(block + lanes, wide, target + lanes * target_step, target_step);
+            if (left < wide)
+                for (int64_t j = 0; j < left; ++j) std::memcpy(static_cast<void*>(out + j * step), last + j * lanes, 64);
         }
     }
 };
