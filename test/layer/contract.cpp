@@ -144,12 +144,14 @@ TEST_CASE_TEMPLATE("weight gradients in a later call are those of one call, writ
     CHECK(support::poisoned(later.g.gate.view()) == 8 * 48);
     layer.backward_weights(ex, saved, pending, later.g.views, lent.arena());
     CHECK(support::same_bits(later.results(), once.results()));
-    auto doubled = support::widened(once.g.gate.view());
-    for (double& v : doubled) v *= 2;
-    CHECK(support::same_bits(support::widened(twice.g.gate.view()), doubled));
-    doubled = once.g.experts.up();
-    for (double& v : doubled) v *= 2;
-    CHECK(support::same_bits(twice.g.experts.up(), doubled));
+    // Written once and added once. A product may start its sums from what is there, so rounding may differ.
+    const auto is_double_of = [](const auto& found, std::vector<double> expected) {
+        for (double& v : expected) v *= 2;
+        return support::close(support::narrowed<G>(found), expected, {.length = 200});
+    };
+    CHECK(is_double_of(support::widened(twice.g.gate.view()), support::widened(once.g.gate.view())));
+    CHECK(is_double_of(twice.g.experts.up(), once.g.experts.up()));
+    CHECK(is_double_of(twice.g.experts.down_bias(), once.g.experts.down_bias()));
 }
 
 TEST_CASE("two threads share one layer, each with its own executor, and two with one executor")

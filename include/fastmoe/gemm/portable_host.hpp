@@ -18,8 +18,7 @@ struct host_blocks {
     int64_t wide_columns = 256;  ///< columns of Y whose part of W is packed at a time
     int64_t depth = 1024;        ///< reduction steps a tile runs over where W is read in place
     int64_t packed_depth = 256;  ///< reduction steps for which both sides are packed at a time
-    int64_t gradient_rows = 384, gradient_columns = 512;         ///< of dW in a task
-    int64_t few_gradient_rows = 192, few_gradient_columns = 256; ///< where tasks would be few
+    int64_t gradient_rows = 192; ///< rows of dW in a task
     int64_t tasks = 64;          ///< fewer blocks of rows than this are cut along the columns as well
     int64_t least_columns = 192; ///< but no narrower than this
 };
@@ -117,14 +116,14 @@ void run_tile(instruction_set level, tile<Unit> t, const Element* scalars, int64
 /// block, as long as the tile is deep.
 struct prefetch_plan {
     const char* first = nullptr;
-    int64_t row_step = 0, second = 0; ///< bytes from a row to the next, from the first line of a row to the second
-    int64_t rows = 0, columns = 0;    ///< columns of two lines
-    int64_t column_step = 0;          ///< bytes
-    int64_t tiles = 0;                ///< over which the parts are spread
+    int64_t row_step, second; ///< bytes from a row to the next, from the first line of a row to the second
+    int64_t rows, columns;    ///< columns of two lines
+    int64_t column_step;      ///< bytes
+    int64_t tiles;            ///< over which the parts are spread
 
     prefetch_lines part(int64_t tile, int64_t depth) const
     {
-        if (!first || depth < 1 || tile >= tiles) return {};
+        if (!first || depth < 1) return {};
         const int64_t parts = ceil_div(rows, depth), all = parts * columns, mine = tile * all / tiles;
         if (mine == (tile + 1) * all / tiles) return {};
         return {first + mine / parts * column_step + mine % parts * depth * row_step, row_step, second};
@@ -374,7 +373,7 @@ public:
     weight_view<G> dw;   // (E,O,I), col_stride 1
     write_mode mode;
 
-    int64_t tasks() const { return groups.experts() * blocks_in_matrix(); }
+    int64_t tasks() const { return groups.experts() * row_blocks() * column_blocks(); }
 
     struct scratch {
         vector_view<Unit> panels;  // (panels, depth, lanes)
@@ -384,112 +383,65 @@ public:
 
     scratch reserve(arena& a) const
     {
-        const int64_t depth = least(blocks_of_host.packed_depth, round_up(ceil_div(groups.slots, elements), lanes));
-        const int64_t rows = round_up(least(height(), dw.out), tile_rows), columns = least(width(), round_up(dw.in, lanes));
+        constexpr auto n = blocks_of_host;
+        const int64_t depth = least(n.packed_depth, round_up(ceil_div(groups.slots, elements), lanes));
+        const int64_t rows = least(n.gradient_rows, round_up(dw.out, 48));
+        const int64_t columns = least(n.wide_columns, round_up(dw.in, lanes));
         return {a.vector<Unit>(depth * columns), a.matrix<Unit>(rows, depth + lanes), a.matrix<Real>(rows, columns)};
     }
 
     void task(int worker, int64_t task, arena& a) const
     {
-        const int64_t e = task / blocks_in_matrix(), count = groups.counts(e);
+        const scratch s = reserve(a);
+        const int64_t e = task / (row_blocks() * column_blocks()), in_matrix = task % (row_blocks() * column_blocks());
+        const int64_t o = in_matrix / column_blocks() * blocks_of_host.gradient_rows;
+        const int64_t i = in_matrix % column_blocks() * blocks_of_host.wide_columns;
+        const int64_t rows = least(blocks_of_host.gradient_rows, dw.out - o);
+        const int64_t columns = least(blocks_of_host.wide_columns, dw.in - i), count = groups.counts(e);
         if (count == 0 && mode == write_mode::accumulate) return;
-        const int64_t across_blocks = ceil_div(dw.in, width()), at = task % blocks_in_matrix();
-        const int64_t o = at / across_blocks * height(), i = at % across_blocks * width();
-        const block b{worker, o, i, least(height(), dw.out - o), least(width(), dw.in - i),
-                      dw.base(e) + o * dw.row_stride + i, reserve(a)};
-        if (!direct || count == 0)
-            std::memset(b.s.total.data_handle(), 0, static_cast<std::size_t>(b.s.total.size()) * sizeof(Real));
-        for (int64_t done = 0; done < count; done += step)
-            sum(b, groups.offsets(e) + done, least(step, count - done), done == 0, done + step >= count);
-        if (direct && count > 0) {
-            store(b, 0, b.rows, inner_columns(b), b.columns, write_mode::overwrite);
-            store(b, inner_rows(b), b.rows, 0, inner_columns(b), write_mode::overwrite);
-        } else {
-            store(b, 0, b.rows, 0, b.columns, mode);
-        }
+        std::memset(s.total.data_handle(), 0, static_cast<std::size_t>(s.total.extent(0) * s.total.extent(1)) * sizeof(Real));
+        for (int64_t first = 0; first < count; first += blocks_of_host.packed_depth * elements)
+            sum(worker, groups.offsets(e) + first, least(blocks_of_host.packed_depth * elements, count - first), o, rows, i,
+                columns, first + blocks_of_host.packed_depth * elements >= count ? dw.base(e) + o * dw.row_stride + i : nullptr, s);
+        ex.run_rows(worker, 0, rows,
+                    store_rows<Real, G>{s.total.data_handle(), s.total.extent(1), dw.base(e) + o * dw.row_stride + i,
+                                        dw.row_stride, columns, mode});
     }
 
 private:
     static constexpr int64_t elements = unit_elements<Unit>, lanes = vector_lanes<Unit>, full = panel_lanes<Unit>;
-    static constexpr int64_t step = blocks_of_host.packed_depth * elements; ///< rows summed at a time
-    /// Whole tiles are summed in dW itself; only those at its edges need memory of their own.
-    static constexpr bool direct = std::is_same_v<G, Real>;
 
-    /// A block of dW.
-    struct block {
-        int worker;
-        int64_t o, i, rows, columns;
-        G* to;
-        scratch s;
-    };
+    int64_t row_blocks() const { return ceil_div(dw.out, blocks_of_host.gradient_rows); }
+    int64_t column_blocks() const { return ceil_div(dw.in, blocks_of_host.wide_columns); }
 
-    bool many() const
+    void sum(int worker, int64_t first, int64_t count, int64_t o, int64_t rows, int64_t i, int64_t columns, const G* to,
+             const scratch& s) const
     {
-        constexpr auto n = blocks_of_host;
-        return groups.experts() * ceil_div(dw.out, n.gradient_rows) * ceil_div(dw.in, n.gradient_columns) >= n.tasks;
-    }
-    int64_t height() const { return many() ? blocks_of_host.gradient_rows : blocks_of_host.few_gradient_rows; }
-    int64_t width() const { return many() ? blocks_of_host.gradient_columns : blocks_of_host.few_gradient_columns; }
-    int64_t blocks_in_matrix() const { return ceil_div(dw.out, height()) * ceil_div(dw.in, width()); }
-    /// Where the tiles at the edges begin.
-    static int64_t inner_rows(const block& b) { return b.rows / tile_rows * tile_rows; }
-    static int64_t inner_columns(const block& b) { return b.columns % lanes == 0 ? b.columns : b.columns / full * full; }
-
-    /// Adds `count` rows from `begin` on.
-    void sum(const block& b, int64_t begin, int64_t count, bool first, bool last) const
-    {
-        using lane_units = units_across<Unit, row_window<Lanes>>;
-        using scalar_units = units_across<Unit, row_window<Scalars>>;
-        const int64_t depth = ceil_div(count, elements), padded = round_up(b.columns, lanes);
-        Unit* const panels = b.s.panels.data_handle();
-        ex.run_rows(b.worker, 0, depth,
-                    pack_panels<Unit, lane_units>{{{across, begin, count}, dw.in}, b.i, padded, depth, panels});
-        ex.run_rows(b.worker, 0, ceil_div(depth, lanes),
-                    pack_transposed<Unit, scalar_units>{{{down, begin, count}, dw.out}, b.o, b.rows, b.s.scalars.data_handle(),
-                                                        b.s.scalars.extent(1)});
-        const prefetch_plan target = last ? targets(b) : prefetch_plan{};
+        const int64_t depth = ceil_div(count, elements), padded = round_up(columns, lanes);
+        using across_units = units_across<Unit, row_window<Lanes>>;
+        const across_units lane_side{{across, first, count}, dw.in};
+        ex.run_rows(worker, 0, depth,
+                    pack_panels<Unit, across_units>{lane_side, i, padded, depth, s.panels.data_handle()});
+        using down_units = units_across<Unit, row_window<Scalars>>;
+        const down_units scalar_side{{down, first, count}, dw.out};
+        ex.run_rows(worker, 0, ceil_div(depth, lanes),
+                    pack_transposed<Unit, down_units>{scalar_side, o, rows, s.scalars.data_handle(), s.scalars.extent(1)});
+        const prefetch_plan target{reinterpret_cast<const char*>(to),
+                                   dw.row_stride * static_cast<int64_t>(sizeof(G)),
+                                   64,
+                                   rows,
+                                   ceil_div(columns * static_cast<int64_t>(sizeof(G)), 128),
+                                   128,
+                                   ceil_div(padded, full) * ceil_div(rows, tile_rows)};
         int64_t done = 0;
-        for (int64_t at = 0; at < padded; at += full)
-            for (int64_t r = 0; r < b.rows; r += tile_rows) {
-                tile<Unit> t{panels + at * depth, {}, depth, least(full, padded - at) / lanes, &b.s.total(r, at),
-                             b.s.total.extent(1), target.part(done++, depth), direct && first};
-                if constexpr (direct)
-                    if (r < inner_rows(b) && at < inner_columns(b)) {
-                        t.total = b.to + r * dw.row_stride + at;
-                        t.total_step = dw.row_stride;
-                        t.fresh = first && mode == write_mode::overwrite;
-                    } else if (first && mode == write_mode::accumulate) {
-                        load_edge(b, r, at);
-                        t.fresh = false;
-                    }
-                run_tile(ex.best(), t, &b.s.scalars(r, 0), b.s.scalars.extent(1), b.rows - r);
-            }
-    }
-
-    /// Brings what an edge tile adds to into its own memory.
-    void load_edge(const block& b, int64_t r, int64_t at) const
-    {
-        for (int64_t j = r; j < r + tile_rows; ++j)
-            for (int64_t l = at; l < least(at + full, b.s.total.extent(1)); ++l)
-                b.s.total(j, l) = j < b.rows && l < b.columns ? static_cast<Real>(b.to[j * dw.row_stride + l]) : Real(0);
-    }
-
-    void store(const block& b, int64_t r, int64_t rows_end, int64_t c, int64_t columns_end, write_mode how) const
-    {
-        if (c == columns_end || r == rows_end) return;
-        ex.run_rows(b.worker, 0, rows_end - r,
-                    store_rows<Real, G>{&b.s.total(r, c), b.s.total.extent(1), b.to + r * dw.row_stride + c, dw.row_stride,
-                                        columns_end - c, how});
-    }
-
-    /// Lines of dW that are stored a panel later, or after the last tile.
-    prefetch_plan targets(const block& b) const
-    {
-        constexpr int64_t bytes = static_cast<int64_t>(sizeof(G)), lead = direct ? full : 0;
-        if (b.columns <= lead) return {};
-        const int64_t tiles = ceil_div(b.columns - lead, full) * ceil_div(b.rows, tile_rows);
-        return {reinterpret_cast<const char*>(b.to + lead), dw.row_stride * bytes, 64, b.rows,
-                ceil_div((b.columns - lead) * bytes, 128), 128, tiles};
+        for (int64_t at = 0; at < padded; at += full) {
+            const int64_t here = least(full, padded - at);
+            for (int64_t r = 0; r < rows; r += tile_rows)
+                run_tile(ex.best(),
+                         tile<Unit>{s.panels.data_handle() + at * depth, {}, depth, here / lanes, &s.total(r, at),
+                                    s.total.extent(1), target.part(done++, depth)},
+                         &s.scalars(r, 0), s.scalars.extent(1), rows - r);
+        }
     }
 };
 

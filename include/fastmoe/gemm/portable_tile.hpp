@@ -44,17 +44,16 @@ struct prefetch_lines {
     int64_t second = 0;          ///< bytes from the first line of a step to the second
 };
 
-/// total(j, l) (+)= sum over k of row(j)[k] * panel[k * vectors * lanes + l], k in order.
+/// total(j, l) += sum over k of row(j)[k] * panel[k * vectors * lanes + l], k in order.
 template <class Unit>
 struct tile {
     const Unit* panel = nullptr;           ///< 64-byte aligned                              // (depth, vectors * lanes)
     const Unit* row[tile_rows] = {};       ///< anywhere; contiguous along the reduction     // (depth) each
     int64_t depth = 0;                     ///< units to sum over
     int64_t vectors = 0;                   ///< 1 to 4
-    total_t<Unit>* total = nullptr;        ///< anywhere                                     // (tile_rows, vectors * lanes)
+    total_t<Unit>* total = nullptr;        ///< 64-byte aligned, as is each of its rows      // (tile_rows, vectors * lanes)
     int64_t total_step = 0;                ///< elements from a row of totals to the next
     prefetch_lines ahead;                  ///< asked for meanwhile
-    bool fresh = false;                    ///< totals start at zero, not at what stands there
 };
 
 template <class Unit>
@@ -68,12 +67,11 @@ using indices = std::make_integer_sequence<int, Count>;
 template <class Real, int... I>
 inline void tile_baseline(const tile<Real>& t, int64_t at, std::integer_sequence<int, I...>)
 {
-    typedef Real vector __attribute__((vector_size(16), may_alias, aligned(sizeof(Real))));
+    typedef Real vector __attribute__((vector_size(16), may_alias));
     constexpr int wide = static_cast<int>(sizeof...(I) / tile_rows), lanes = 16 / sizeof(Real);
     Real* const total = t.total + at;
     const int64_t step = t.total_step, width = t.vectors * vector_lanes<Real>;
-    vector sum[] = {vector{} + Real(0 * I)...};
-    if (!t.fresh) ((sum[I] = *reinterpret_cast<const vector*>(total + I / wide * step + I % wide * lanes)), ...);
+    vector sum[] = {*reinterpret_cast<const vector*>(total + I / wide * step + I % wide * lanes)...};
     const Real* panel = t.panel + at;
     const Real *r0 = t.row[0], *r1 = t.row[1], *r2 = t.row[2], *r3 = t.row[3], *r4 = t.row[4], *r5 = t.row[5];
     for (int64_t k = 0; k < t.depth; ++k, panel += width) {
@@ -96,12 +94,11 @@ void run_tile_baseline(const tile<Real>& t)
 template <class Real, int... I>
 [[gnu::target("avx2,fma")]] inline void tile_avx2(const tile<Real>& t, int64_t at, std::integer_sequence<int, I...>)
 {
-    typedef Real vector __attribute__((vector_size(32), may_alias, aligned(sizeof(Real))));
+    typedef Real vector __attribute__((vector_size(32), may_alias));
     constexpr int wide = static_cast<int>(sizeof...(I) / tile_rows), lanes = 32 / sizeof(Real);
     Real* const total = t.total + at;
     const int64_t step = t.total_step, width = t.vectors * vector_lanes<Real>;
-    vector sum[] = {vector{} + Real(0 * I)...};
-    if (!t.fresh) ((sum[I] = *reinterpret_cast<const vector*>(total + I / wide * step + I % wide * lanes)), ...);
+    vector sum[] = {*reinterpret_cast<const vector*>(total + I / wide * step + I % wide * lanes)...};
     const Real* panel = t.panel + at;
     const Real *r0 = t.row[0], *r1 = t.row[1], *r2 = t.row[2], *r3 = t.row[3], *r4 = t.row[4], *r5 = t.row[5];
     for (int64_t k = 0; k < t.depth; ++k, panel += width) {
@@ -121,12 +118,11 @@ void run_tile_avx2(const tile<Real>& t)
 template <class Real, int... I>
 [[gnu::target("avx512f")]] inline void tile_avx512(const tile<Real>& t, std::integer_sequence<int, I...>)
 {
-    typedef Real vector __attribute__((vector_size(64), may_alias, aligned(sizeof(Real))));
+    typedef Real vector __attribute__((vector_size(64), may_alias));
     constexpr int wide = static_cast<int>(sizeof...(I) / tile_rows), lanes = 64 / sizeof(Real);
     Real* const total = t.total;
     const int64_t step = t.total_step;
-    vector sum[] = {vector{} + Real(0 * I)...};
-    if (!t.fresh) ((sum[I] = *reinterpret_cast<const vector*>(total + I / wide * step + I % wide * lanes)), ...);
+    vector sum[] = {*reinterpret_cast<const vector*>(total + I / wide * step + I % wide * lanes)...};
     const Real* panel = t.panel;
     const Real *r0 = t.row[0], *r1 = t.row[1], *r2 = t.row[2], *r3 = t.row[3], *r4 = t.row[4], *r5 = t.row[5];
     const char* ahead = t.ahead.first ? t.ahead.first : reinterpret_cast<const char*>(panel);
@@ -172,9 +168,7 @@ template <int... I>
     constexpr int wide = static_cast<int>(sizeof...(I) / tile_rows), lanes = 16;
     float* const total = t.total;
     const int64_t step = t.total_step;
-    typedef float unaligned __attribute__((vector_size(64), may_alias, aligned(4)));
-    float_x16 sum[] = {float_x16{} + float(0 * I)...};
-    if (!t.fresh) ((sum[I] = *reinterpret_cast<const unaligned*>(total + I / wide * step + I % wide * lanes)), ...);
+    float_x16 sum[] = {*reinterpret_cast<const float_x16*>(total + I / wide * step + I % wide * lanes)...};
     const bfloat16_pair* panel = t.panel;
     const bfloat16_pair *r0 = t.row[0], *r1 = t.row[1], *r2 = t.row[2], *r3 = t.row[3], *r4 = t.row[4], *r5 = t.row[5];
     const char* ahead = t.ahead.first ? t.ahead.first : reinterpret_cast<const char*>(panel);
@@ -190,7 +184,7 @@ template <int... I>
             (((I % wide == 0 ? broadcast(all, *scalar[I / wide]) : void()), add_dots(sum[I], *pairs(I % wide), all)), ...);
         }
     }
-    ((*reinterpret_cast<unaligned*>(total + I / wide * step + I % wide * lanes) = sum[I]), ...);
+    ((*reinterpret_cast<float_x16*>(total + I / wide * step + I % wide * lanes) = sum[I]), ...);
 }
 #undef FASTMOE_AVX512_BF16
 

@@ -49,6 +49,29 @@ struct make_plan;
 
 namespace detail {
 
+/// The offsets of ragged choices as they should be: from 0, without a decrease, up to C. So no choice belongs to two
+/// tokens, and whatever stands in `first`, each is written by one of them or by none.
+template <class Real>
+struct repair_first {
+    routing<Real> route;
+    vector_view<int32_t> repaired; // (T+1)
+    fault_recorder faults;
+
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t) const
+    {
+        if (team.lane() != 0) return;
+        int32_t least = 0;
+        for (int64_t t = 0; t <= route.tokens; ++t) {
+            const int32_t here = route.first(t);
+            const bool wrong = here < least || here > route.choices() || (t == 0 && here != 0);
+            if (wrong) faults.record(fault_kind::first_out_of_order, t, here);
+            else least = here;
+            repaired(t) = least;
+        }
+    }
+};
+
 /// Copies ids, with -1 for those that are out of range or stand earlier in the same token, and records both.
 /// Few choices are compared with each other; many are looked up in a table of the token that last chose an expert.
 template <class Real>
@@ -68,16 +91,8 @@ struct check_choices {
         if (team.lane() != 0) return;
         const int64_t end = (b + 1) * block_size < route.tokens ? (b + 1) * block_size : route.tokens;
         for (int64_t t = b * block_size; t < end; ++t) {
-            if (route.ragged()) check_first(t);
             for (int64_t c = route.begin(t); c < route.end(t); ++c) ids(c) = checked(t, c, last);
         }
-    }
-
-    FASTMOE_HOST_DEVICE void check_first(int64_t t) const
-    {
-        const int32_t here = route.first(t), next = route.first(t + 1);
-        if (t == 0 && here != 0) faults.record(fault_kind::first_out_of_order, 0, here);
-        if (next < here || next > route.choices()) faults.record(fault_kind::first_out_of_order, t + 1, next);
     }
 
     FASTMOE_HOST_DEVICE int32_t checked(int64_t t, int64_t c, int32_t* last) const
@@ -123,6 +138,13 @@ struct clear_slots {
     FASTMOE_HOST_DEVICE void operator()(int64_t s) const { choice_of[s] = token_of[s] = -1; }
 };
 
+struct clear_ids {
+    using vectorized = void;
+    int32_t* ids; // (C)
+
+    FASTMOE_HOST_DEVICE void operator()(int64_t c) const { ids[c] = -1; }
+};
+
 /// slot_of holds ranks when this begins and slots when it ends.
 template <class Real>
 struct place_choices {
@@ -153,18 +175,27 @@ struct implementation<verbs::make_plan, Executor> {
         constexpr int64_t few = 16;
         const auto ids = scratch.vector<int32_t>(route.choices());
         const auto blocks = detail::bucket_blocks::of(route.tokens);
-        const bool table = route.k == 0 || route.k > few;
+        const bool table = route.ragged() || route.k > few;
         const auto chosen = scratch.matrix<int32_t>(table ? blocks.count : 0, route.total_experts);
+        routing<Real> safe = route;
+        if (route.ragged()) {
+            const auto repaired = scratch.vector<int32_t>(route.tokens + 1);
+            safe.first = repaired;
+            if (!scratch.measuring()) {
+                for_each_row(ex, 1, detail::repair_first<Real>{route, repaired, ex.faults()}, {.width = route.tokens});
+                for_each(ex, route.choices(), detail::clear_ids{ids.data_handle()});
+            }
+        }
         if (!scratch.measuring())
             for_each_row(ex, blocks.count,
-                         detail::check_choices<Real>{route, ids, table ? chosen : matrix_view<int32_t>{}, blocks.size,
+                         detail::check_choices<Real>{safe, ids, table ? chosen : matrix_view<int32_t>{}, blocks.size,
                                                      ex.faults()},
                          {.width = blocks.size * (route.k ? route.k : few)});
         bucket(ex, ids, p.counts, p.slot_of, scratch);
         if (scratch.measuring()) return;
         for_each_row(ex, 1, detail::plan_offsets{p}, {.width = route.total_experts});
         for_each(ex, p.slots, detail::clear_slots{p.choice_of.data_handle(), p.token_of.data_handle()});
-        for_each(ex, route.tokens, detail::place_choices<Real>{route, ids, p});
+        for_each(ex, route.tokens, detail::place_choices<Real>{safe, ids, p});
     }
 };
 
