@@ -28,39 +28,39 @@ struct expert_input {
 };
 
 /// Names the type of its weights: a struct of views, templated on the element type, that converts from T to const T.
-template <class E, class T>
+template <class Expert, class T>
 concept names_weights = requires {
-    typename E::template weights<T>;
-    typename E::template weights<const T>;
+    typename Expert::template weights<T>;
+    typename Expert::template weights<const T>;
 };
 
 /// Gives the views of its weights from an arena: `reserve_weights<T>(arena&, experts)`.
-template <class E, class T>
-concept reserves_weights = requires(const E& e, arena& memory, int64_t n) { e.template reserve_weights<T>(memory, n); };
+template <class Expert, class T>
+concept reserves_weights = requires(const Expert& e, arena& memory, int64_t n) { e.template reserve_weights<T>(memory, n); };
 
 /// Says what it keeps for its backward: `reserve_saved<T>(arena&, slots)`.
-template <class E, class T>
-concept declares_saved = requires(const E& e, arena& memory, int64_t n) { e.template reserve_saved<T>(memory, n); };
+template <class Expert, class T>
+concept declares_saved = requires(const Expert& e, arena& memory, int64_t n) { e.template reserve_saved<T>(memory, n); };
 
 /// The types of what an expert keeps from forward to backward, and from backward to its weight gradients.
-template <class E, class T>
-using saved_of = decltype(std::declval<const E&>().template reserve_saved<T>(std::declval<arena&>(), int64_t{}));
-template <class E, class T>
-using pending_of = decltype(std::declval<const E&>().template reserve_pending<T>(std::declval<arena&>(), int64_t{}));
+template <class Expert, class T>
+using saved_of = decltype(std::declval<const Expert&>().template reserve_saved<T>(std::declval<arena&>(), int64_t{}));
+template <class Expert, class T>
+using pending_of = decltype(std::declval<const Expert&>().template reserve_pending<T>(std::declval<arena&>(), int64_t{}));
 
 /// States whether its backward yields the gradient of the routing weights (`applies_weights`; if not, the layer keeps the
 /// outputs and takes it from them), and whether combine() is to apply them (`weighs_output()`).
-template <class E>
-concept states_weighing = requires(const E& e) {
-    { E::applies_weights } -> std::convertible_to<bool>;
+template <class Expert>
+concept states_weighing = requires(const Expert& e) {
+    { Expert::applies_weights } -> std::convertible_to<bool>;
     { e.weighs_output() } -> std::convertible_to<bool>;
 };
 
 /// y[s] = expert e(s) of x[s]: forward keeps `saved`, infer keeps nothing.
-template <class E, class Executor, class T>
-concept runs_forward = requires(const E& e, Executor& ex, const expert_input<T>& in,
-                                const typename E::template weights<const T>& w,
-                                const saved_of<E, T>& saved,
+template <class Expert, class Executor, class T>
+concept runs_forward = requires(const Expert& e, Executor& ex, const expert_input<T>& in,
+                                const typename Expert::template weights<const T>& w,
+                                const saved_of<Expert, T>& saved,
                                 matrix_view<T> y, arena& scratch) {
     e.forward(ex, in, w, saved, y, scratch);
     e.infer(ex, in, w, y, scratch);
@@ -68,25 +68,25 @@ concept runs_forward = requires(const E& e, Executor& ex, const expert_input<T>&
 
 /// backward: dx rows, and dweights (C) if it applies the weights; what its weight gradients need goes to `pending`.
 /// weight_gradients: later, from saved and pending.
-template <class E, class Executor, class T>
-concept runs_backward = requires(const E& e, Executor& ex, const expert_input<T>& in,
-                                 const typename E::template weights<const T>& w,
-                                 const saved_of<E, T>& saved,
-                                 const pending_of<E, T>& pending,
+template <class Expert, class Executor, class T>
+concept runs_backward = requires(const Expert& e, Executor& ex, const expert_input<T>& in,
+                                 const typename Expert::template weights<const T>& w,
+                                 const saved_of<Expert, T>& saved,
+                                 const pending_of<Expert, T>& pending,
                                  indexed_rows<T> dy, matrix_view<T> dx, vector_view<accumulate_t<T>> dweights,
-                                 const typename E::template weights<T>& gradients, arena& scratch) {
+                                 const typename Expert::template weights<T>& gradients, arena& scratch) {
     e.backward(ex, in, w, saved, dy, pending, dx, dweights, scratch);
     e.weight_gradients(ex, in, saved, dy, pending, gradients, write_mode::overwrite, scratch);
 };
 
 /// All of it. `dy` is the gradient of the combined output, by token, for an expert that applies the weights; of its own
 /// rows, already weighted, for one that does not.
-template <class E, class Executor, class T>
-concept expert_policy = names_weights<E, T> && reserves_weights<E, T> && declares_saved<E, T> && states_weighing<E> &&
-                        runs_forward<E, Executor, T>;
+template <class Expert, class Executor, class T>
+concept expert_policy = names_weights<Expert, T> && reserves_weights<Expert, T> && declares_saved<Expert, T> && states_weighing<Expert> &&
+                        runs_forward<Expert, Executor, T>;
 
-template <class E, class Executor, class T>
-concept trainable_expert = expert_policy<E, Executor, T> && runs_backward<E, Executor, T>;
+template <class Expert, class Executor, class T>
+concept trainable_expert = expert_policy<Expert, Executor, T> && runs_backward<Expert, Executor, T>;
 
 /// What an expert keeps that recomputes all from its input.
 struct nothing_saved {};

@@ -6,6 +6,7 @@
 
 #include <fastmoe/gemm/grouped_gemm.hpp>
 #include <fastmoe/gemm/portable_host.hpp>
+#include <fastmoe/gemm/portable_wgrad.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI {
 
@@ -75,7 +76,8 @@ struct multiply_weight_row {
         team.for_each(dw.in, [&self, e, o, begin, end](int64_t i) {
             Real sum = 0;
             for (int64_t s = begin; s < end; ++s) {
-                const auto *dy_row = self.dy.row(s), *x_row = self.x.row(s);
+                const auto* dy_row = self.dy.row(s);
+                const auto* x_row = self.x.row(s);
                 if (dy_row && x_row) sum += static_cast<Real>(dy_row[o]) * static_cast<Real>(x_row[i]);
             }
             G& to = self.dw(e, o, i);

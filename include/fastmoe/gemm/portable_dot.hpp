@@ -65,54 +65,54 @@ inline const Unit* rows_at(const dot_block<Unit, W>& b, int64_t k, int i, int la
     return b.x + shape::row(i) * b.x_step + k + shape::vector(i) * lanes;
 }
 /// Vectors of 16 bytes, which every instruction set has; any type of W.
-template <int Rows, class Real, class W, int... I>
-inline void dot_any(dot_block<Real, W>& b, int64_t first, std::integer_sequence<int, I...>)
+template <int Rows, class Real, class W, int... Index>
+inline void dot_any(dot_block<Real, W>& b, int64_t first, std::integer_sequence<int, Index...>)
 {
     using shape = dot_shape<Rows>;
     typedef Real vector __attribute__((vector_size(16)));
     constexpr int lanes = 16 / sizeof(Real);
-    vector sum[] = {vector{} + Real(0 * I)...};
+    vector sum[] = {vector{} + Real(0 * Index)...};
     for (int64_t k = 0; k < b.depth; k += shape::vectors * lanes)
-        ((sum[I] += load_vector<Real>(weights_at<Rows>(b, first, k, I, lanes)) *
-                    load_vector<Real>(rows_at<Rows>(b, k, I, lanes))),
+        ((sum[Index] += load_vector<Real>(weights_at<Rows>(b, first, k, Index, lanes)) *
+                    load_vector<Real>(rows_at<Rows>(b, k, Index, lanes))),
          ...);
-    alignas(64) Real lane[sizeof...(I)][lanes];
-    (std::memcpy(lane[I], &sum[I], sizeof sum[I]), ...);
+    alignas(64) Real lane[sizeof...(Index)][lanes];
+    (std::memcpy(lane[Index], &sum[Index], sizeof sum[Index]), ...);
     fold<Rows>(lane, b, first);
 }
 
 #if FASTMOE_X86_DISPATCH
-template <int Rows, class Real, int... I>
-[[gnu::target("avx512f")]] inline void dot_avx512(dot_block<Real, Real>& b, int64_t first, std::integer_sequence<int, I...>)
+template <int Rows, class Real, int... Index>
+[[gnu::target("avx512f")]] inline void dot_avx512(dot_block<Real, Real>& b, int64_t first, std::integer_sequence<int, Index...>)
 {
     using shape = dot_shape<Rows>;
     typedef Real vector __attribute__((vector_size(64), may_alias, aligned(sizeof(Real))));
     constexpr int lanes = 64 / sizeof(Real);
-    vector sum[] = {vector{} + Real(0 * I)...};
+    vector sum[] = {vector{} + Real(0 * Index)...};
     for (int64_t k = 0; k < b.depth; k += shape::vectors * lanes)
-        ((sum[I] += *reinterpret_cast<const vector*>(weights_at<Rows>(b, first, k, I, lanes)) *
-                    *reinterpret_cast<const vector*>(rows_at<Rows>(b, k, I, lanes))),
+        ((sum[Index] += *reinterpret_cast<const vector*>(weights_at<Rows>(b, first, k, Index, lanes)) *
+                    *reinterpret_cast<const vector*>(rows_at<Rows>(b, k, Index, lanes))),
          ...);
-    alignas(64) Real lane[sizeof...(I)][lanes];
-    (std::memcpy(lane[I], &sum[I], sizeof sum[I]), ...);
+    alignas(64) Real lane[sizeof...(Index)][lanes];
+    (std::memcpy(lane[Index], &sum[Index], sizeof sum[Index]), ...);
     fold<Rows>(lane, b, first);
 }
 
-template <int Rows, int... I>
+template <int Rows, int... Index>
 [[gnu::target("avx512f,avx512bf16")]] inline void dot_avx512(dot_block<bfloat16_pair, bfloat16_pair>& b, int64_t first,
-                                                             std::integer_sequence<int, I...>)
+                                                             std::integer_sequence<int, Index...>)
 {
     using shape = dot_shape<Rows>;
     typedef float unaligned __attribute__((vector_size(64), may_alias, aligned(2)));
     constexpr int lanes = 16;
-    float_x16 sum[] = {float_x16{} + float(0 * I)...};
+    float_x16 sum[] = {float_x16{} + float(0 * Index)...};
     for (int64_t k = 0; k < b.depth; k += shape::vectors * lanes) {
-        const float_x16 w[] = {*reinterpret_cast<const unaligned*>(weights_at<Rows>(b, first, k, I, lanes))...};
-        const float_x16 x[] = {*reinterpret_cast<const unaligned*>(rows_at<Rows>(b, k, I, lanes))...};
-        (add_dots(sum[I], w[I], x[I]), ...);
+        const float_x16 w[] = {*reinterpret_cast<const unaligned*>(weights_at<Rows>(b, first, k, Index, lanes))...};
+        const float_x16 x[] = {*reinterpret_cast<const unaligned*>(rows_at<Rows>(b, k, Index, lanes))...};
+        (add_dots(sum[Index], w[Index], x[Index]), ...);
     }
-    alignas(64) float lane[sizeof...(I)][lanes];
-    (std::memcpy(lane[I], &sum[I], sizeof sum[I]), ...);
+    alignas(64) float lane[sizeof...(Index)][lanes];
+    (std::memcpy(lane[Index], &sum[Index], sizeof sum[Index]), ...);
     fold<Rows>(lane, b, first);
 }
 #endif

@@ -64,21 +64,21 @@ using indices = std::make_integer_sequence<int, Count>;
 
 /// The sums of `Bytes` wide vectors v in [0, Count / tile_rows), starting `at` elements into the panel. Accumulator number
 /// I is row I / (Count / tile_rows), vector I % (Count / tile_rows); the packs keep each in a register of its own.
-template <class Real, int... I>
-inline void tile_baseline(const tile<Real>& t, int64_t at, std::integer_sequence<int, I...>)
+template <class Real, int... Index>
+inline void tile_baseline(const tile<Real>& t, int64_t at, std::integer_sequence<int, Index...>)
 {
     typedef Real vector __attribute__((vector_size(16), may_alias));
-    constexpr int wide = static_cast<int>(sizeof...(I) / tile_rows), lanes = 16 / sizeof(Real);
+    constexpr int wide = static_cast<int>(sizeof...(Index) / tile_rows), lanes = 16 / sizeof(Real);
     Real* const total = t.total + at;
     const int64_t step = t.total_step, width = t.vectors * vector_lanes<Real>;
-    vector sum[] = {*reinterpret_cast<const vector*>(total + I / wide * step + I % wide * lanes)...};
+    vector sum[] = {*reinterpret_cast<const vector*>(total + Index / wide * step + Index % wide * lanes)...};
     const Real* panel = t.panel + at;
     const Real *r0 = t.row[0], *r1 = t.row[1], *r2 = t.row[2], *r3 = t.row[3], *r4 = t.row[4], *r5 = t.row[5];
     for (int64_t k = 0; k < t.depth; ++k, panel += width) {
         const Real scalar[] = {r0[k], r1[k], r2[k], r3[k], r4[k], r5[k]};
-        ((sum[I] += *reinterpret_cast<const vector*>(panel + I % wide * lanes) * scalar[I / wide]), ...);
+        ((sum[Index] += *reinterpret_cast<const vector*>(panel + Index % wide * lanes) * scalar[Index / wide]), ...);
     }
-    ((*reinterpret_cast<vector*>(total + I / wide * step + I % wide * lanes) = sum[I]), ...);
+    ((*reinterpret_cast<vector*>(total + Index / wide * step + Index % wide * lanes) = sum[Index]), ...);
 }
 
 template <class Real>
@@ -91,21 +91,21 @@ void run_tile_baseline(const tile<Real>& t)
 #if FASTMOE_X86_DISPATCH
 // The same text again: a vector type wider than the target of the function that names it would be taken apart before
 // inlining, so the bodies cannot be shared.
-template <class Real, int... I>
-[[gnu::target("avx2,fma")]] inline void tile_avx2(const tile<Real>& t, int64_t at, std::integer_sequence<int, I...>)
+template <class Real, int... Index>
+[[gnu::target("avx2,fma")]] inline void tile_avx2(const tile<Real>& t, int64_t at, std::integer_sequence<int, Index...>)
 {
     typedef Real vector __attribute__((vector_size(32), may_alias));
-    constexpr int wide = static_cast<int>(sizeof...(I) / tile_rows), lanes = 32 / sizeof(Real);
+    constexpr int wide = static_cast<int>(sizeof...(Index) / tile_rows), lanes = 32 / sizeof(Real);
     Real* const total = t.total + at;
     const int64_t step = t.total_step, width = t.vectors * vector_lanes<Real>;
-    vector sum[] = {*reinterpret_cast<const vector*>(total + I / wide * step + I % wide * lanes)...};
+    vector sum[] = {*reinterpret_cast<const vector*>(total + Index / wide * step + Index % wide * lanes)...};
     const Real* panel = t.panel + at;
     const Real *r0 = t.row[0], *r1 = t.row[1], *r2 = t.row[2], *r3 = t.row[3], *r4 = t.row[4], *r5 = t.row[5];
     for (int64_t k = 0; k < t.depth; ++k, panel += width) {
         const Real scalar[] = {r0[k], r1[k], r2[k], r3[k], r4[k], r5[k]};
-        ((sum[I] += *reinterpret_cast<const vector*>(panel + I % wide * lanes) * scalar[I / wide]), ...);
+        ((sum[Index] += *reinterpret_cast<const vector*>(panel + Index % wide * lanes) * scalar[Index / wide]), ...);
     }
-    ((*reinterpret_cast<vector*>(total + I / wide * step + I % wide * lanes) = sum[I]), ...);
+    ((*reinterpret_cast<vector*>(total + Index / wide * step + Index % wide * lanes) = sum[Index]), ...);
 }
 
 template <class Real>
@@ -115,14 +115,14 @@ void run_tile_avx2(const tile<Real>& t)
     for (int64_t at = 0; at < t.vectors * vector_lanes<Real>; at += part) tile_avx2<Real>(t, at, indices<2 * tile_rows>{});
 }
 
-template <class Real, int... I>
-[[gnu::target("avx512f")]] inline void tile_avx512(const tile<Real>& t, std::integer_sequence<int, I...>)
+template <class Real, int... Index>
+[[gnu::target("avx512f")]] inline void tile_avx512(const tile<Real>& t, std::integer_sequence<int, Index...>)
 {
     typedef Real vector __attribute__((vector_size(64), may_alias));
-    constexpr int wide = static_cast<int>(sizeof...(I) / tile_rows), lanes = 64 / sizeof(Real);
+    constexpr int wide = static_cast<int>(sizeof...(Index) / tile_rows), lanes = 64 / sizeof(Real);
     Real* const total = t.total;
     const int64_t step = t.total_step;
-    vector sum[] = {*reinterpret_cast<const vector*>(total + I / wide * step + I % wide * lanes)...};
+    vector sum[] = {*reinterpret_cast<const vector*>(total + Index / wide * step + Index % wide * lanes)...};
     const Real* panel = t.panel;
     const Real *r0 = t.row[0], *r1 = t.row[1], *r2 = t.row[2], *r3 = t.row[3], *r4 = t.row[4], *r5 = t.row[5];
     const char* ahead = t.ahead.first ? t.ahead.first : reinterpret_cast<const char*>(panel);
@@ -130,9 +130,9 @@ template <class Real, int... I>
         __builtin_prefetch(ahead, 0, 2);
         __builtin_prefetch(ahead + t.ahead.second, 0, 2);
         const Real scalar[] = {r0[k], r1[k], r2[k], r3[k], r4[k], r5[k]};
-        ((sum[I] += *reinterpret_cast<const vector*>(panel + I % wide * lanes) * scalar[I / wide]), ...);
+        ((sum[Index] += *reinterpret_cast<const vector*>(panel + Index % wide * lanes) * scalar[Index / wide]), ...);
     }
-    ((*reinterpret_cast<vector*>(total + I / wide * step + I % wide * lanes) = sum[I]), ...);
+    ((*reinterpret_cast<vector*>(total + Index / wide * step + Index % wide * lanes) = sum[Index]), ...);
 }
 
 template <class Real, int Vectors>
@@ -162,13 +162,13 @@ typedef float float_x16 __attribute__((vector_size(64), may_alias));
     __asm__("vbroadcastss %1, %0" : "=v"(out) : "m"(scalar));
 }
 
-template <int... I>
-[[gnu::target(FASTMOE_AVX512_BF16)]] inline void tile_dots(const tile<bfloat16_pair>& t, std::integer_sequence<int, I...>)
+template <int... Index>
+[[gnu::target(FASTMOE_AVX512_BF16)]] inline void tile_dots(const tile<bfloat16_pair>& t, std::integer_sequence<int, Index...>)
 {
-    constexpr int wide = static_cast<int>(sizeof...(I) / tile_rows), lanes = 16;
+    constexpr int wide = static_cast<int>(sizeof...(Index) / tile_rows), lanes = 16;
     float* const total = t.total;
     const int64_t step = t.total_step;
-    float_x16 sum[] = {*reinterpret_cast<const float_x16*>(total + I / wide * step + I % wide * lanes)...};
+    float_x16 sum[] = {*reinterpret_cast<const float_x16*>(total + Index / wide * step + Index % wide * lanes)...};
     const bfloat16_pair* panel = t.panel;
     const bfloat16_pair *r0 = t.row[0], *r1 = t.row[1], *r2 = t.row[2], *r3 = t.row[3], *r4 = t.row[4], *r5 = t.row[5];
     const char* ahead = t.ahead.first ? t.ahead.first : reinterpret_cast<const char*>(panel);
@@ -178,13 +178,13 @@ template <int... I>
         const bfloat16_pair* const scalar[] = {r0 + k, r1 + k, r2 + k, r3 + k, r4 + k, r5 + k};
         const auto pairs = [panel](int v) { return reinterpret_cast<const float_x16*>(panel + v * lanes); };
         if constexpr (wide == 1) {
-            (add_dots(sum[I], *pairs(0), *scalar[I]), ...);
+            (add_dots(sum[Index], *pairs(0), *scalar[Index]), ...);
         } else {
             float_x16 all = {};
-            (((I % wide == 0 ? broadcast(all, *scalar[I / wide]) : void()), add_dots(sum[I], *pairs(I % wide), all)), ...);
+            (((Index % wide == 0 ? broadcast(all, *scalar[Index / wide]) : void()), add_dots(sum[Index], *pairs(Index % wide), all)), ...);
         }
     }
-    ((*reinterpret_cast<float_x16*>(total + I / wide * step + I % wide * lanes) = sum[I]), ...);
+    ((*reinterpret_cast<float_x16*>(total + Index / wide * step + Index % wide * lanes) = sum[Index]), ...);
 }
 #undef FASTMOE_AVX512_BF16
 
