@@ -17,9 +17,9 @@ struct routing {
     int64_t k = 0;                      ///< K; 0 where choices are ragged
     vector_view<int32_t> experts;       // (C)    in [0, E), or -1: dropped
     vector_view<Real> weights;          // (C)    0 for a dropped choice
-    vector_view<const int32_t> first;   // (T+1)  without memory where every token has k choices
+    vector_view<const int32_t> first;   // (T+1)  empty where every token has k choices
 
-    FASTMOE_HOST_DEVICE constexpr bool ragged() const noexcept { return first.data_handle() != nullptr; }
+    FASTMOE_HOST_DEVICE constexpr bool ragged() const noexcept { return first.extent(0) != 0; }
     FASTMOE_HOST_DEVICE constexpr int64_t choices() const noexcept { return experts.extent(0); }
     FASTMOE_HOST_DEVICE constexpr int64_t begin(int64_t t) const noexcept { return ragged() ? inside(first(t)) : t * k; }
     FASTMOE_HOST_DEVICE constexpr int64_t end(int64_t t) const noexcept
