@@ -18,6 +18,7 @@
 #include "support/finite_difference.hpp"
 #include "support/poison.hpp"
 #include "support/reference.hpp"
+#include "support/run_gate.hpp"
 
 namespace fm = fastmoe;
 namespace oracle = support::reference;
@@ -50,56 +51,6 @@ static_assert(!fm::reserves_state<inference_only, float> && fm::reserves_state<f
 static_assert(!fm::has_losses<fm::gate_state<float>> && fm::has_losses<fm::top_k_state<float>>);
 static_assert(fm::gate_reads_logits<inference_only>);
 
-/// The executors with the two types that logits come in.
-#define LOGIT_CELLS                                                                                                   \
-    support::cell<fm::host_executor, double>, support::cell<fm::host_executor, float>,                                \
-        support::cell<support::lanes, double>, support::cell<support::lanes, float>
-
-/// One routing, forward and backward, with everything poisoned first and a workspace of exactly the size asked for.
-template <class Real, class Gate, class Executor>
-struct run {
-    std::vector<int32_t> experts;
-    std::vector<Real> weights, losses, dlogits;
-
-    run(Executor& ex, const Gate& gate, int64_t tokens, const std::vector<Real>& logits, const std::vector<Real>& dweights,
-        fm::gate_mode mode = fm::gate_mode::training, const std::vector<std::uint8_t>& mask = {}, double loss_scale = 1)
-    {
-        const auto in_logits = support::upload(ex, logits);
-        const auto in_dweights = support::upload(ex, dweights);
-        const auto in_mask = support::upload(ex, mask);
-        fm::gate_input<Real> in;
-        in.logits = fm::matrix_view<const Real>(in_logits.data(), tokens, gate.experts);
-        in.mask = in_mask.view();
-        in.mode = mode;
-
-        fm::arena measure;
-        const auto shape = fm::reserve_gate<Real>(gate, measure, tokens);
-        fm::arena query;
-        gate.route(ex, in, fm::self{}, shape, query);
-        if (mode == fm::gate_mode::training)
-            gate.backward(ex, in, fm::self{}, shape, {}, Real(1), fm::matrix_view<Real>(nullptr, tokens, gate.experts), query);
-        fm::buffer<std::byte, Executor> kept(ex, measure.bytes()), lent(ex, query.bytes());
-        support::poison(kept.view());
-        support::poison(lent.view());
-        fm::arena memory(kept.view()), scratch(lent.view());
-        const auto state = fm::reserve_gate<Real>(gate, memory, tokens);
-
-        gate.route(ex, in, fm::self{}, state, scratch);
-        experts = support::download(ex, state.routing.experts);
-        weights = support::download(ex, state.routing.weights);
-        losses = support::download(ex, state.losses);
-        CHECK_EQ(scratch.used(), 0);
-        if (mode != fm::gate_mode::training) return;
-        fm::buffer<Real, Executor> out(ex, tokens * gate.experts);
-        support::poison(out.view());
-        gate.backward(ex, in, fm::self{}, state, in_dweights.view(), Real(loss_scale), out.matrix(tokens, gate.experts), scratch);
-        dlogits = support::download(ex, out.view());
-        CHECK_EQ(scratch.used(), 0);
-    }
-};
-template <class Executor, class Gate, class Real, class... More>
-run(Executor&, const Gate&, int64_t, const std::vector<Real>&, const More&...) -> run<Real, Gate, Executor>;
-
 template <class Gate>
 oracle::options options_of(const Gate& gate, bool renormalize, int64_t tokens)
 {
@@ -123,7 +74,7 @@ void matches_oracle(Executor& ex, support::random& rng, const Gate& gate, bool r
     CAPTURE(tokens);
     const auto logits = support::normal_vector<Real>(rng, tokens * gate.experts, spread);
     const auto dweights = support::normal_vector<Real>(rng, tokens * gate.k);
-    const run r(ex, gate, tokens, logits, dweights, fm::gate_mode::training, std::vector<std::uint8_t>{}, 0.5);
+    const support::gate_run r(ex, gate, tokens, logits, dweights, fm::gate_mode::training, std::vector<std::uint8_t>{}, 0.5);
     const auto o = options_of(gate, renormalize, tokens);
     const auto expected = oracle::route(o, support::widened(logits), tokens, gate.experts);
     const auto gradient = oracle::route_backward(o, expected, support::widened(dweights), 0.5);
@@ -140,7 +91,7 @@ void matches_oracle(Executor& ex, support::random& rng, const Gate& gate, bool r
 
 } // namespace
 
-TEST_CASE_TEMPLATE("softmax over the chosen agrees with the oracle, forward and backward", Cell, LOGIT_CELLS)
+TEST_CASE_TEMPLATE("softmax over the chosen agrees with the oracle, forward and backward", Cell, FASTMOE_LOGIT_CELLS)
 {
     FASTMOE_EXECUTOR(ex, Cell);
     FASTMOE_SEEDED(rng, 1);
@@ -153,7 +104,7 @@ TEST_CASE_TEMPLATE("softmax over the chosen agrees with the oracle, forward and 
     }
 }
 
-TEST_CASE_TEMPLATE("probabilities over all experts agree with the oracle, forward and backward", Cell, LOGIT_CELLS)
+TEST_CASE_TEMPLATE("probabilities over all experts agree with the oracle, forward and backward", Cell, FASTMOE_LOGIT_CELLS)
 {
     FASTMOE_EXECUTOR(ex, Cell);
     FASTMOE_SEEDED(rng, 2);
@@ -166,7 +117,7 @@ TEST_CASE_TEMPLATE("probabilities over all experts agree with the oracle, forwar
     }
 }
 
-TEST_CASE_TEMPLATE("capacity inside of the gate agrees with the oracle, forward and backward", Cell, LOGIT_CELLS)
+TEST_CASE_TEMPLATE("capacity inside of the gate agrees with the oracle, forward and backward", Cell, FASTMOE_LOGIT_CELLS)
 {
     FASTMOE_EXECUTOR(ex, Cell);
     FASTMOE_SEEDED(rng, 3);
@@ -193,9 +144,9 @@ TEST_CASE("gradients are those of finite differences, with rescaled weights, mas
         const std::vector<double> dweights = rng.normals(tokens * gate.k);
         const std::vector<std::uint8_t> mask{1, 1, 0, 1, 1, 1, 2, 1, 0};
         const double loss_scale = 0.7;
-        const run first(ex, gate, tokens, logits, dweights, fm::gate_mode::training, mask, loss_scale);
+        const support::gate_run first(ex, gate, tokens, logits, dweights, fm::gate_mode::training, mask, loss_scale);
         const auto loss = [&] {
-            const run r(ex, gate, tokens, logits, dweights, fm::gate_mode::training, mask, loss_scale);
+            const support::gate_run r(ex, gate, tokens, logits, dweights, fm::gate_mode::training, mask, loss_scale);
             REQUIRE_EQ(r.experts, first.experts); // the step must not change a choice
             double sum = loss_scale * (r.losses[0] + r.losses[1]);
             for (std::size_t c = 0; c < dweights.size(); ++c) sum += dweights[c] * r.weights[c];
@@ -242,7 +193,7 @@ TEST_CASE_TEMPLATE("the choice is the head of a stable sort, for any E, any K, t
                 }
                 if (style == 4) logits[0] = 0; // not dropped
                 const raw_gate gate{.experts = experts, .k = k};
-                const run r(ex, gate, tokens, logits, support::normal_vector<Real>(rng, tokens * k));
+                const support::gate_run r(ex, gate, tokens, logits, support::normal_vector<Real>(rng, tokens * k));
                 const auto expected =
                     oracle::route({.k = k, .renormalize = false}, support::widened(logits), tokens, experts);
                 REQUIRE_EQ(r.experts, expected.expert_ids());
@@ -268,19 +219,19 @@ TEST_CASE_TEMPLATE("near ties are ordered by value, so that no bit of a logit is
             while (int64_t(logits.size()) < experts)
                 logits.push_back(std::nextafter(logits.back(), std::numeric_limits<Real>::infinity()));
             const raw_gate gate{.experts = experts, .k = 5};
-            const run r(ex, gate, 1, logits, std::vector<Real>(5));
+            const support::gate_run r(ex, gate, 1, logits, std::vector<Real>(5));
             for (int64_t j = 0; j < 5; ++j) CHECK_EQ(r.experts[j], experts - 1 - j);
         }
 }
 
-TEST_CASE_TEMPLATE("rows that are not finite have the documented result", Cell, LOGIT_CELLS)
+TEST_CASE_TEMPLATE("rows that are not finite have the documented result", Cell, FASTMOE_LOGIT_CELLS)
 {
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);
     const auto route = [&](std::vector<double> row, int64_t k, auto gate) {
         gate.experts = int64_t(row.size());
         gate.k = k;
-        return run(ex, gate, 1, support::narrowed<Real>(row), std::vector<Real>(k, Real(1)));
+        return support::gate_run(ex, gate, 1, support::narrowed<Real>(row), std::vector<Real>(k, Real(1)));
     };
     using ids = std::vector<int32_t>;
     const auto is = [](const auto& weights, std::vector<double> expected) {
@@ -318,7 +269,7 @@ TEST_CASE_TEMPLATE("rows that are not finite have the documented result", Cell, 
     }
 }
 
-TEST_CASE_TEMPLATE("a masked token chooses nothing and is in no loss", Cell, LOGIT_CELLS)
+TEST_CASE_TEMPLATE("a masked token chooses nothing and is in no loss", Cell, FASTMOE_LOGIT_CELLS)
 {
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);
@@ -329,14 +280,14 @@ TEST_CASE_TEMPLATE("a masked token chooses nothing and is in no loss", Cell, LOG
     auto logits = support::normal_vector<Real>(rng, tokens * experts);
     for (int64_t e = 0; e < experts; ++e) logits[1 * experts + e] = Real(nan_), logits[4 * experts + e] = Real(inf);
     const auto dweights = support::normal_vector<Real>(rng, tokens * k);
-    const run whole(ex, gate, tokens, logits, dweights, fm::gate_mode::training, mask);
+    const support::gate_run whole(ex, gate, tokens, logits, dweights, fm::gate_mode::training, mask);
     std::vector<Real> fewer, dfewer; // the same without the masked tokens at all
     for (int64_t t = 0; t < tokens; ++t) {
         if (!mask[t]) continue;
         fewer.insert(fewer.end(), logits.begin() + t * experts, logits.begin() + (t + 1) * experts);
         dfewer.insert(dfewer.end(), dweights.begin() + t * k, dweights.begin() + (t + 1) * k);
     }
-    const run part(ex, gate, 5, fewer, dfewer);
+    const support::gate_run part(ex, gate, 5, fewer, dfewer);
     CHECK(support::same_bits(whole.losses, part.losses));
     for (int64_t t = 0, at = 0; t < tokens; ++t) {
         for (int64_t j = 0; j < k; ++j) {
@@ -347,7 +298,7 @@ TEST_CASE_TEMPLATE("a masked token chooses nothing and is in no loss", Cell, LOG
             CHECK_EQ(whole.dlogits[t * experts + e], mask[t] ? part.dlogits[at * experts + e] : Real(0));
         at += mask[t] != 0;
     }
-    const run none(ex, gate, tokens, logits, dweights, fm::gate_mode::training, std::vector<std::uint8_t>(tokens, 0));
+    const support::gate_run none(ex, gate, tokens, logits, dweights, fm::gate_mode::training, std::vector<std::uint8_t>(tokens, 0));
     CHECK_EQ(none.losses, std::vector<Real>(2, Real(0)));
     CHECK_EQ(none.dlogits, std::vector<Real>(tokens * experts, Real(0)));
 }
@@ -362,11 +313,11 @@ TEST_CASE("the same bits come out for any number of threads, and the same expert
     const auto logits = support::normal_vector<float>(rng, tokens * experts);
     const auto dweights = support::normal_vector<float>(rng, tokens * k);
     fm::host_executor one({.threads = 1});
-    const run expected(one, gate, tokens, logits, dweights);
+    const support::gate_run expected(one, gate, tokens, logits, dweights);
     for (int threads : {1, 2, 4})
         for (int repeat = 0; repeat < 3; ++repeat) {
             fm::host_executor ex({.threads = threads});
-            const run r(ex, gate, tokens, logits, dweights);
+            const support::gate_run r(ex, gate, tokens, logits, dweights);
             CHECK_EQ(r.experts, expected.experts);
             CHECK(support::same_bits(r.weights, expected.weights));
             CHECK(support::same_bits(r.losses, expected.losses));
@@ -375,14 +326,14 @@ TEST_CASE("the same bits come out for any number of threads, and the same expert
     // Without by_weight the experts depend on logits alone.
     fm::top_k_gate<> plain = gate;
     plain.capacity.order = fm::drop_order::choice_major;
-    const run reference(one, plain, tokens, logits, dweights);
+    const support::gate_run reference(one, plain, tokens, logits, dweights);
     for (auto best : {fm::instruction_set::baseline, fm::instruction_set::avx2}) {
         fm::host_executor ex({.threads = 2, .best = std::min(best, fm::native_instruction_set())});
-        CHECK_EQ(run(ex, plain, tokens, logits, dweights).experts, reference.experts);
+        CHECK_EQ(support::gate_run(ex, plain, tokens, logits, dweights).experts, reference.experts);
     }
     support::lanes lanes;
     const std::vector<float> head(logits.begin(), logits.begin() + 40 * experts), dhead(dweights.begin(), dweights.begin() + 40 * k);
-    CHECK_EQ(run(lanes, plain, 40, head, dhead).experts, run(one, plain, 40, head, dhead).experts);
+    CHECK_EQ(support::gate_run(lanes, plain, 40, head, dhead).experts, support::gate_run(one, plain, 40, head, dhead).experts);
 }
 
 namespace {
@@ -434,7 +385,7 @@ struct biased_sigmoid {
 
 } // namespace
 
-TEST_CASE_TEMPLATE("nothing assumes that the first choice is the top one when a selection is not sorted", Cell, LOGIT_CELLS)
+TEST_CASE_TEMPLATE("nothing assumes that the first choice is the top one when a selection is not sorted", Cell, FASTMOE_LOGIT_CELLS)
 {
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);
@@ -445,8 +396,8 @@ TEST_CASE_TEMPLATE("nothing assumes that the first choice is the top one when a 
     const auto check = [&](const auto& sorted, const auto& unsorted) {
         std::vector<Real> reversed = dweights;
         for (int64_t t = 0; t < tokens; ++t) std::reverse(reversed.begin() + t * k, reversed.begin() + (t + 1) * k);
-        const run a(ex, sorted, tokens, logits, dweights);
-        const run b(ex, unsorted, tokens, logits, reversed);
+        const support::gate_run a(ex, sorted, tokens, logits, dweights);
+        const support::gate_run b(ex, unsorted, tokens, logits, reversed);
         for (int64_t t = 0; t < tokens; ++t)
             for (int64_t j = 0; j < k; ++j) {
                 CHECK_EQ(a.experts[t * k + j], b.experts[t * k + k - 1 - j]);
@@ -469,7 +420,7 @@ TEST_CASE("a user's score with a bias is chosen by the bias, weighed without it,
     const auto check = [&](const auto& gate, double epsilon) {
         std::vector<double> logits = rng.normals(tokens * experts);
         const auto dweights = rng.normals(tokens * gate.k);
-        const run first(ex, gate, tokens, logits, dweights);
+        const support::gate_run first(ex, gate, tokens, logits, dweights);
         for (int64_t t = 0; t < tokens; ++t) {
             std::vector<int> order(experts);
             for (int e = 0; e < experts; ++e) order[e] = e;
@@ -484,7 +435,7 @@ TEST_CASE("a user's score with a bias is chosen by the bias, weighed without it,
             }
         }
         const auto loss = [&] {
-            const run r(ex, gate, tokens, logits, dweights);
+            const support::gate_run r(ex, gate, tokens, logits, dweights);
             double total = r.losses[0] + r.losses[1];
             for (std::size_t c = 0; c < dweights.size(); ++c) total += dweights[c] * r.weights[c];
             return total;
@@ -506,7 +457,7 @@ TEST_CASE("inference has no losses, acts without a mask, and lets K = 1 be renor
     FASTMOE_SEEDED(rng, 10);
     const auto logits = support::normal_vector<float>(rng, 5 * 7);
     const fm::top_k_gate<> gate{.experts = 7, .k = 1, .balance = {1}, .z = {1}};
-    const run r(ex, gate, 5, logits, std::vector<float>(5), fm::gate_mode::inference);
+    const support::gate_run r(ex, gate, 5, logits, std::vector<float>(5), fm::gate_mode::inference);
     CHECK_EQ(r.weights, std::vector<float>(5, 1.f));
     CHECK_EQ(r.losses, std::vector<float>(2, 0.f));
 }
@@ -518,7 +469,7 @@ std::string refusal(const Gate& gate, fm::gate_mode mode = fm::gate_mode::traini
 {
     fm::host_executor ex({.threads = 1});
     try {
-        run(ex, gate, 2, std::vector<float>(std::size_t(2 * std::max<int64_t>(gate.experts, 0))),
+        support::gate_run(ex, gate, 2, std::vector<float>(std::size_t(2 * std::max<int64_t>(gate.experts, 0))),
             std::vector<float>(std::size_t(2 * std::max<int64_t>(gate.k, 0))), mode);
     } catch (const fm::invalid_argument& e) {
         return e.what();

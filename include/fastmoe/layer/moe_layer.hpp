@@ -21,7 +21,7 @@ struct moe_layer {
     Communicator communicator = {};
 
     template <class T>
-    using weights = moe_weights<T, Expert>;
+    using weights = weights_of_layer<T, Expert, Gate>;
     template <class T>
     using parts = moe_parts<T, Gate, Expert>;
 
@@ -29,8 +29,11 @@ struct moe_layer {
     template <class T>
     weights<T> reserve_weights(arena& memory, int64_t width) const
     {
-        auto g = memory.matrix<T>(gate.experts, width);
-        return {g, {}, expert.template reserve_weights<T>(memory, gate.experts)};
+        weights<T> w{};
+        if constexpr (gate_reads_logits<Gate>) w.gate = memory.matrix<T>(gate.experts, width);
+        if constexpr (owns_parameters<Gate>) w.own = gate.template reserve_parameters<T>(memory, width);
+        w.expert = expert.template reserve_weights<T>(memory, gate.experts);
+        return w;
     }
 
     // -- inference ---------------------------------------------------------------------------------------------------
@@ -94,23 +97,23 @@ struct moe_layer {
     /// @param dy         gradient of y                                       // (T,D)
     /// @param dx         overwritten                                          // (T,D)
     /// @param gradients  overwritten or added to, as the options say; T or a wider type
-    template <executor Executor, class T, class G>
+    template <executor Executor, class T, class G, class Own>
     void backward(Executor& ex, const moe_saved<T, Gate, Expert, Executor>& saved,
                   type_identity_t<matrix_view<const T>> dy, const type_identity_t<weights<const T>>& w,
-                  type_identity_t<matrix_view<T>> dx, const moe_weights<G, Expert>& gradients, arena& scratch,
+                  type_identity_t<matrix_view<T>> dx, const moe_weights<G, Expert, Own>& gradients, arena& scratch,
                   const backward_options& options = {}) const
     {
         expects_gradients(saved, dy, w, dx, gradients);
         const int64_t mark = scratch.used();
         scratch.require(backward_bytes<T, G>(ex, saved.x().extent(0), saved.x().extent(1)));
         const auto pending = detail::run_backward_input(*this, ex, saved.parts(), dy, w, dx, options, scratch, scratch);
-        detail::run_backward_weights(*this, ex, saved.parts(), pending, gradients, options, scratch);
+        detail::run_backward_weights<T>(*this, ex, saved.parts(), pending, gradients, options, scratch);
         scratch.rewind(mark);
     }
-    template <executor Executor, class T, class G>
+    template <executor Executor, class T, class G, class Own>
     void backward(Executor& ex, const moe_saved<T, Gate, Expert, Executor>& saved,
                   type_identity_t<matrix_view<const T>> dy, const type_identity_t<weights<const T>>& w,
-                  type_identity_t<matrix_view<T>> dx, const moe_weights<G, Expert>& gradients,
+                  type_identity_t<matrix_view<T>> dx, const moe_weights<G, Expert, Own>& gradients,
                   const backward_options& options = {}) const
     {
         buffer<std::byte, Executor> memory(ex, backward_bytes<T, G>(ex, saved.x().extent(0), saved.x().extent(1)));
@@ -131,14 +134,14 @@ struct moe_layer {
         return detail::run_backward_input(*this, ex, saved.parts(), dy, w, dx, options, memory, memory);
     }
     /// The gradients of the weights, at any later time; dy must still be there.
-    template <executor Executor, class T, class G>
+    template <executor Executor, class T, class G, class Own>
     void backward_weights(Executor& ex, const moe_saved<T, Gate, Expert, Executor>& saved,
-                          const moe_pending<T, Expert>& pending, const moe_weights<G, Expert>& gradients, arena& scratch,
+                          const moe_pending<T, Expert>& pending, const moe_weights<G, Expert, Own>& gradients, arena& scratch,
                           const backward_options& options = {}) const
     {
         expects_weights(saved.x().extent(1), gradients, "gradients.gate (E,D)");
         scratch.require(backward_weights_bytes<T, G>(ex, saved.x().extent(0), saved.x().extent(1)));
-        detail::run_backward_weights(*this, ex, saved.parts(), pending, gradients, options, scratch);
+        detail::run_backward_weights<T>(*this, ex, saved.parts(), pending, gradients, options, scratch);
     }
 
     // -- sizes: the same functions, run on arenas without storage -------------------------------------------------------
@@ -174,7 +177,7 @@ struct moe_layer {
         const auto kept = measured_parts<T>(tokens, width);
         const auto pending = detail::run_backward_input(*this, ex, kept, shaped<const T>(tokens, width), measured_weights<const T>(width),
                                                 shaped<T>(tokens, width), {}, measure, measure);
-        detail::run_backward_weights(*this, ex, kept, pending, measured_weights<G>(width), {}, measure);
+        detail::run_backward_weights<T>(*this, ex, kept, pending, measured_weights<G>(width), {}, measure);
         return measure.bytes();
     }
     template <class T, executor Executor>
@@ -189,7 +192,7 @@ struct moe_layer {
     int64_t backward_weights_bytes(Executor& ex, int64_t tokens, int64_t width) const
     {
         arena kept, measure;
-        detail::run_backward_weights(*this, ex, measured_parts<T>(tokens, width), detail::reserve_pending<T>(*this, kept, tokens, width),
+        detail::run_backward_weights<T>(*this, ex, measured_parts<T>(tokens, width), detail::reserve_pending<T>(*this, kept, tokens, width),
                              measured_weights<G>(width), {}, measure);
         return measure.bytes();
     }
@@ -222,8 +225,8 @@ private:
         static_assert(trainable_expert<Expert, Executor, T>, "the expert lacks what training asks; see expert.hpp");
     }
 
-    template <class T>
-    void expects_weights(int64_t width, const moe_weights<T, Expert>& w, const char* name) const
+    template <class T, class Own>
+    void expects_weights(int64_t width, const moe_weights<T, Expert, Own>& w, const char* name) const
     {
         expects(communicator.size() == 1, "communicator.size()", communicator.size(), "1");
         if constexpr (gate_reads_logits<Gate>) expects_shape(w.gate, name, gate.experts, width);
@@ -236,9 +239,9 @@ private:
         expects_shape(y, "y (T,D)", x.extent(0), x.extent(1));
         expects_weights(x.extent(1), w, "weights.gate (E,D)");
     }
-    template <class T, class Executor, class G>
+    template <class T, class Executor, class G, class Own>
     void expects_gradients(const moe_saved<T, Gate, Expert, Executor>& saved, matrix_view<const T> dy,
-                           const weights<const T>& w, matrix_view<T> dx, const moe_weights<G, Expert>& gradients) const
+                           const weights<const T>& w, matrix_view<T> dx, const moe_weights<G, Expert, Own>& gradients) const
     {
         check_training<Executor, T>();
         expects_shape(dy, "dy (T,D)", saved.x().extent(0), saved.x().extent(1));

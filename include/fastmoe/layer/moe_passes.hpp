@@ -44,14 +44,87 @@ auto reserve_pending(const Layer& layer, arena& memory, int64_t tokens, int64_t 
     return p;
 }
 
-/// Logits, routing and plan.
-template <class Layer, class Executor, class T, class Parts, class Weights>
-void run_gate(const Layer& layer, Executor& ex, const Parts& p, const Weights& w, gate_mode mode, T, arena& scratch)
+/// Adds what came back through a jittered input: dx += u dx', with the u of the forward pass.
+template <class T>
+struct add_jittered {
+    using vectorized = void;
+    using real = accumulate_t<T>;
+    const real* from; // (T,D)
+    T* dx;            // (T,D)
+    random_source random;
+    std::uint64_t first;
+    real epsilon;
+
+    FASTMOE_HOST_DEVICE void operator()(int64_t i) const
+    {
+        const real u = random.template uniform<real>(first + static_cast<std::uint64_t>(i));
+        dx[i] = T(real(dx[i]) + from[i] * (real(1) - epsilon + real(2) * epsilon * u));
+    }
+};
+
+/// The factor's reach in training; 0 for a gate that asks for none.
+template <class Gate>
+double jitter_of(const Gate& gate)
 {
-    if constexpr (gate_reads_logits<std::remove_cvref_t<decltype(layer.gate)>>)
-        project(ex, p.x, w.gate, w.gate_bias, p.logits, scratch);
-    layer.gate.route(ex, p.gate_view(mode), layer.communicator, p.gate, scratch);
+    if constexpr (jitters_input<Gate>) return gate.jitter.epsilon;
+    else return 0;
+}
+
+/// f(the router's input): x, or x jittered into scratch.
+template <class Layer, class Executor, class T, class F>
+void with_router_input(const Layer& layer, Executor& ex, matrix_view<const T> x, const gate_options& options,
+                       gate_mode mode, arena& scratch, F f)
+{
+    const double epsilon = jitter_of(layer.gate);
+    if (epsilon == 0 || mode != gate_mode::training) return f(x);
+    const int64_t mark = scratch.used();
+    const auto jittered = scratch.matrix<T>(x.extent(0), x.extent(1));
+    if (!scratch.measuring()) jitter(ex, x, options.random, epsilon, jittered, options.first_token);
+    f(matrix_view<const T>(jittered));
+    scratch.rewind(mark);
+}
+
+/// Logits, routing and plan.
+template <class T, class Layer, class Executor, class Parts, class Weights>
+void run_gate(const Layer& layer, Executor& ex, const Parts& p, const Weights& w, gate_mode mode, arena& scratch)
+{
+    using gate_type = std::remove_cvref_t<decltype(layer.gate)>;
+    if constexpr (gate_reads_logits<gate_type>)
+        with_router_input(layer, ex, p.x, p.options, mode, scratch,
+                          [&](matrix_view<const T> x) { project(ex, x, w.gate, w.gate_bias, p.logits, scratch); });
+    if constexpr (owns_parameters<gate_type>)
+        layer.gate.route(ex, p.gate_view(mode), w.own, layer.communicator, p.gate, scratch);
+    else layer.gate.route(ex, p.gate_view(mode), layer.communicator, p.gate, scratch);
     make_plan(ex, p.gate.routing, p.slots, scratch);
+}
+
+/// From the routing weights' gradients to the logits' and, added, to the input's.
+template <class T, class Layer, class Executor, class Parts, class Weights, class Pending>
+void run_gate_backward(const Layer& layer, Executor& ex, const Parts& p, const Weights& w, const Pending& pending,
+                       vector_view<const accumulate_t<T>> dweights, accumulate_t<T> loss_scale, matrix_view<T> dx,
+                       arena& scratch)
+{
+    using real = accumulate_t<T>;
+    using gate_type = std::remove_cvref_t<decltype(layer.gate)>;
+    constexpr bool projects = gate_reads_logits<gate_type>;
+    if constexpr (owns_parameters<gate_type>)
+        layer.gate.backward(ex, p.gate_view(gate_mode::training), w.own, layer.communicator, p.gate, dweights, loss_scale,
+                            pending.dlogits, dx, scratch);
+    else if constexpr (projects)
+        layer.gate.backward(ex, p.gate_view(gate_mode::training), layer.communicator, p.gate, dweights, loss_scale,
+                            pending.dlogits, scratch);
+    if constexpr (projects) {
+        const double epsilon = jitter_of(layer.gate);
+        if (epsilon == 0) return project_input_backward(ex, pending.dlogits, w.gate, dx, write_mode::accumulate, scratch);
+        const int64_t mark = scratch.used(), tokens = dx.extent(0), width = dx.extent(1);
+        const auto through = scratch.matrix<real>(tokens, width);
+        project_input_backward(ex, pending.dlogits, w.gate, through, write_mode::overwrite, scratch);
+        if (!scratch.measuring())
+            for_each(ex, tokens * width,
+                     add_jittered<T>{through.data_handle(), dx.data_handle(), {p.options.random, random_stream::jitter},
+                                     static_cast<std::uint64_t>(p.options.first_token * width), real(epsilon)});
+        scratch.rewind(mark);
+    }
 }
 
 /// y from the experts' rows.
@@ -76,7 +149,7 @@ void run_infer(const Layer& layer, Executor& ex, matrix_view<const T> x, const W
     p.gate = reserve_gate<accumulate_t<T>>(layer.gate, scratch, x.extent(0));
     p.slots = reserve_plan(scratch, x.extent(0), p.gate.routing.choices(), layer.gate.experts);
     const auto rows = scratch.matrix<T>(p.slots.slots, x.extent(1));
-    run_gate(layer, ex, p, w, gate_mode::inference, T{}, scratch);
+    run_gate<T>(layer, ex, p, w, gate_mode::inference, scratch);
     layer.expert.infer(ex, p.expert_view(), w.expert, rows, scratch);
     if (!scratch.measuring()) run_combine(layer, ex, p, rows, y);
     scratch.rewind(mark);
@@ -90,7 +163,7 @@ typename Layer::template parts<T> run_forward(const Layer& layer, Executor& ex, 
     p.x = x;
     p.options = options;
     const int64_t mark = lend.used();
-    run_gate(layer, ex, p, w, gate_mode::training, T{}, lend);
+    run_gate<T>(layer, ex, p, w, gate_mode::training, lend);
     const auto rows = std::remove_cvref_t<decltype(layer.expert)>::applies_weights
                           ? lend.matrix<T>(p.slots.slots, x.extent(1))
                           : p.rows;
@@ -132,24 +205,26 @@ auto run_backward_input(const Layer& layer, Executor& ex, const typename Layer::
     else if (live) run_unweigh(layer, ex, p, dy, pending, dweights);
     layer.expert.backward(ex, p.expert_view(), w.expert, p.expert, pending.dy, pending.expert, drows, dweights, lend);
     if (live) combine_unweighted(ex, drows, route, p.slots, dx);
-    if constexpr (gate_reads_logits<std::remove_cvref_t<decltype(layer.gate)>>) {
-        layer.gate.backward(ex, p.gate_view(gate_mode::training), layer.communicator, p.gate,
-                            vector_view<const real>(dweights), real(options.loss_scale), pending.dlogits, lend);
-        project_input_backward(ex, pending.dlogits, w.gate, dx, write_mode::accumulate, lend);
-    }
+    run_gate_backward<T>(layer, ex, p, w, pending, dweights, real(options.loss_scale), dx, lend);
     lend.rewind(mark);
     return pending;
 }
 
-template <class Layer, class Executor, class Parts, class Pending, class Weights>
+template <class T, class Layer, class Executor, class Parts, class Pending, class Weights>
 void run_backward_weights(const Layer& layer, Executor& ex, const Parts& p, const Pending& pending,
                           const Weights& gradients, const backward_options& options, arena& scratch)
 {
     const int64_t mark = scratch.used();
     layer.expert.weight_gradients(ex, p.expert_view(), p.expert, pending.dy, pending.expert, gradients.expert,
                                   options.gradients, scratch);
-    if constexpr (gate_reads_logits<std::remove_cvref_t<decltype(layer.gate)>>)
-        project_weights_backward(ex, pending.dlogits, p.x, gradients.gate, gradients.gate_bias, options.gradients, scratch);
+    using gate_type = std::remove_cvref_t<decltype(layer.gate)>;
+    if constexpr (owns_parameters<gate_type>)
+        layer.gate.parameter_gradients(ex, p.gate_view(gate_mode::training), p.gate, gradients.own, options.gradients,
+                                       scratch);
+    if constexpr (gate_reads_logits<gate_type>)
+        with_router_input(layer, ex, p.x, p.options, gate_mode::training, scratch, [&](matrix_view<const T> x) {
+            project_weights_backward(ex, pending.dlogits, x, gradients.gate, gradients.gate_bias, options.gradients, scratch);
+        });
     scratch.rewind(mark);
 }
 

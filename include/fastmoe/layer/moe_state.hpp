@@ -13,25 +13,35 @@
 
 namespace fastmoe::inline FASTMOE_ABI {
 
+/// A gate whose only parameters are the router's matrix and bias.
+struct plain_gate {};
+
 /// All parameters of a layer, or their gradients, as views.
-template <class T, class Expert>
+/// @tparam Gate  the layer's, if it has parameters of its own
+template <class T, class Expert, class Gate = plain_gate>
 struct moe_weights {
     matrix_view<T> gate;                           // (E,D)  router; not read by gates without logits
     vector_view<T> gate_bias;                      // (E)    without memory: none
     typename Expert::template weights<T> expert{}; //        see the expert
+    gate_parameters_t<Gate, T> own{};              //        the gate's own, see the gate
 
     template <std::same_as<const T> U>
-    operator moe_weights<U, Expert>() const noexcept
+    operator moe_weights<U, Expert, Gate>() const noexcept
     {
-        return {gate, gate_bias, expert};
+        return {gate, gate_bias, expert, own};
     }
 };
+
+/// The weights of a layer with this gate: one type for all gates without parameters of their own.
+template <class T, class Expert, class Gate>
+using weights_of_layer = moe_weights<T, Expert, std::conditional_t<owns_parameters<Gate>, Gate, plain_gate>>;
 
 /// What a call may bring besides tokens.
 struct gate_options {
     vector_view<const int32_t> token_ids = {};  // (T)  for gates that read them
     vector_view<const std::uint8_t> mask = {};  // (T)  zero: a padding token, which chooses nothing
-    const std::uint64_t* random = nullptr;      // (2)  seed and step, in the executor's memory
+    const std::uint64_t* random = nullptr;      // (2)  seed and step, in the executor's memory; the same until backward is done
+    int64_t first_token = 0;                    ///< number of x's first token among all ranks' tokens
 };
 
 struct backward_options {
@@ -55,7 +65,7 @@ struct moe_parts {
 
     gate_input<T> gate_view(gate_mode mode) const
     {
-        return {x, logits, options.token_ids, options.mask, mode, options.random};
+        return {x, logits, options.token_ids, options.mask, mode, options.random, options.first_token};
     }
     expert_input<T> expert_view() const
     {

@@ -9,7 +9,8 @@
 namespace fastmoe::inline FASTMOE_ABI {
 
 /// One buffer with all parameters of a layer. Movable; the executor must outlive it.
-template <class T, class Expert, class Executor>
+/// @tparam Gate  the layer's, if it has parameters of its own
+template <class T, class Expert, class Executor, class Gate = plain_gate>
 class owned_weights {
 public:
     template <class Layer>
@@ -20,7 +21,7 @@ public:
         for_each(ex, memory_.size(), detail::set_zero<char>{reinterpret_cast<char*>(memory_.data())});
     }
 
-    const moe_weights<T, Expert>& view() const noexcept { return views_; }
+    const moe_weights<T, Expert, Gate>& view() const noexcept { return views_; }
 
 private:
     template <class Layer>
@@ -32,23 +33,38 @@ private:
     }
 
     buffer<std::byte, Executor> memory_;
-    moe_weights<T, Expert> views_;
+    moe_weights<T, Expert, Gate> views_;
 };
+
+namespace detail {
+template <class T, class Layer, class Executor>
+struct owned_weights_of;
+template <class T, class Gate, class Expert, class Communicator, class Executor>
+struct owned_weights_of<T, moe_layer<Gate, Expert, Communicator>, Executor> {
+    using type = owned_weights<T, Expert, Executor, std::conditional_t<owns_parameters<Gate>, Gate, plain_gate>>;
+};
+} // namespace detail
+
+/// What zero_weights() and random_weights() give for a layer.
+template <class T, class Layer, class Executor>
+using owned_weights_t = typename detail::owned_weights_of<T, Layer, Executor>::type;
 
 /// Room for all parameters, zero: for gradients and optimizer state.
 template <class T, executor Executor, class Gate, class Expert, class Communicator>
-owned_weights<T, Expert, Executor> zero_weights(Executor& ex, const moe_layer<Gate, Expert, Communicator>& layer)
+owned_weights_t<T, moe_layer<Gate, Expert, Communicator>, Executor>
+zero_weights(Executor& ex, const moe_layer<Gate, Expert, Communicator>& layer)
 {
     return {ex, layer, layer.expert.model_width()};
 }
 
 /// Uniform in +-1/sqrt(fan in), biases zero: the same values for a seed on any executor.
 template <class T, executor Executor, class Gate, class Expert, class Communicator>
-owned_weights<T, Expert, Executor> random_weights(Executor& ex, const moe_layer<Gate, Expert, Communicator>& layer,
-                                                  std::uint64_t seed)
+owned_weights_t<T, moe_layer<Gate, Expert, Communicator>, Executor>
+random_weights(Executor& ex, const moe_layer<Gate, Expert, Communicator>& layer, std::uint64_t seed)
 {
-    owned_weights<T, Expert, Executor> out(ex, layer, layer.expert.model_width());
-    fill_uniform(ex, single(out.view().gate), seed, 2);
+    owned_weights_t<T, moe_layer<Gate, Expert, Communicator>, Executor> out(ex, layer, layer.expert.model_width());
+    if constexpr (gate_reads_logits<Gate>) fill_uniform(ex, single(out.view().gate), seed, 2);
+    if constexpr (owns_parameters<Gate>) layer.gate.initialize(ex, out.view().own, seed + 2);
     layer.expert.initialize(ex, out.view().expert, seed + 1);
     return out;
 }

@@ -199,7 +199,7 @@ struct router_loss_values {
         const double tokens = totals[2 * n + 1];
         // d balance / d p_te = coefficient * E * f_e / T
         const double choices = static_cast<double>(k) * tokens;
-        const double each = tokens > 0 ? balance * static_cast<double>(n) / (choices * tokens) : 0;
+        const double each = choices > 0 ? balance * static_cast<double>(n) / (choices * tokens) : 0;
         Real* slopes = out.slopes.data_handle();
         team.for_each(n, [=](int64_t e) { slopes[e] = static_cast<Real>(each * sums[e]); });
         const double loss = team.reduce(n, 0.0, adds{}, [=](int64_t e) { return each * sums[e] * sums[n + e]; });
@@ -306,7 +306,7 @@ struct implementation<verbs::router_losses_backward, Executor> {
 };
 
 /// Both losses of the router, and what their backward needs.
-/// @param chosen  the choices before any is dropped for capacity; -1 counts for none          // (T*K)
+/// @param chosen  the choices before any is dropped for capacity; -1 counts for none; k may be 0   // (T*K)
 /// @param c       sums over the ranks
 /// @param out     overwritten: losses (2) and slopes (E+1), from reserve_router_losses
 /// @param scratch taken and given back; on a measuring arena only counted
@@ -317,7 +317,7 @@ void router_losses_forward(Executor& ex, const Score& score, const gate_logits<R
                            z_loss z, const Communicator& c, const router_losses<Real>& out, arena& scratch)
 {
     detail::expects_coefficients(balance, z);
-    expects(k > 0, "k", k, "1 or more");
+    expects(k >= 0, "k", k, "zero or more");
     if (!scratch.measuring()) {
         in.expects_sane();
         expects_shape(chosen, "chosen (T*K)", in.logits.extent(0) * k);

@@ -34,6 +34,9 @@ struct capacity {
 
     constexpr bool limited() const noexcept { return factor < std::numeric_limits<double>::infinity(); }
 
+    /// Whether the weights that stay grow when others are dropped.
+    constexpr bool rescales() const noexcept { return limited() && weights == after_drop::rescale; }
+
     /// The bound, at most `choices`.
     /// @throws invalid_argument if factor is negative or NaN
     int64_t of(int64_t choices, int64_t experts) const

@@ -11,7 +11,8 @@
 ///     row.slope(l, v)      d value / d l, the factor held fixed; v is value(l)
 ///     Row::sums_to_one     whether a score is value / (sum of all values); else the factor is 1
 ///
-/// A score that is greatest where the logit is may also offer score.row_of_best(logits, e), which is handed that e.
+/// A score that is greatest where the logit is may also offer score.row_of_best(logits, e), which is handed that e; one
+/// that cannot serve every shape, score.check(experts, k), which throws.
 ///
 /// Of that everything is made: weights over the chosen need no factor at all, probabilities for the losses are always
 /// value / (sum of all values), and a gradient of the values becomes one of the logits times slope.
@@ -29,6 +30,9 @@ namespace detail {
 /// A constant, since device code may not call std::numeric_limits.
 template <class Real>
 inline constexpr Real infinity = std::numeric_limits<Real>::infinity();
+
+template <class Real>
+inline constexpr Real not_a_number = std::numeric_limits<Real>::quiet_NaN();
 
 struct adds {
     template <class Real>

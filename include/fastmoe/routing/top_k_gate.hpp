@@ -8,8 +8,8 @@
 #include <fastmoe/routing/balance.hpp>
 #include <fastmoe/routing/capacity.hpp>
 #include <fastmoe/routing/gate.hpp>
-#include <fastmoe/routing/score.hpp>
 #include <fastmoe/routing/select.hpp>
+#include <fastmoe/routing/weigh.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI {
 
@@ -24,19 +24,11 @@ struct top_k_state {
 
 namespace verbs {
 struct choose;
-struct choose_backward;
 } // namespace verbs
 
 namespace detail {
 
-/// What is added to a sum of chosen values: nothing where values are known up to a factor only.
-template <class Row, class Real, class Weigh>
-FASTMOE_HOST_DEVICE constexpr Real epsilon_of(const Weigh& weigh) noexcept
-{
-    return Row::sums_to_one ? Real(0) : static_cast<Real>(weigh.epsilon);
-}
-
-/// weight[k] = scale * value(chosen k) / divisor: the sum over the chosen, over all, or 1, as the policies say.
+/// Chooses and weighs one token.
 template <class Real, class Score, class Select, class Weigh>
 struct choose_row {
     using vectorized = void;
@@ -88,101 +80,7 @@ struct choose_row {
         team.for_each(k, [=](int64_t j) { weight[j] = l[chosen[j]]; }); // two loops: this one does not vectorize
         team.for_each(k, [=](int64_t j) { weight[j] = row.value(weight[j]); });
         if (copy != chosen) team.for_each(k, [=](int64_t j) { copy[j] = chosen[j]; });
-        Real divisor = 1;
-        if constexpr (Weigh::over_chosen) {
-            team.sync();
-            divisor = epsilon_of<Row, Real>(weigh) +
-                      team.reduce(k, Real(0), adds{}, [=](int64_t j) { return weight[j]; });
-            team.sync();
-        } else if constexpr (Row::sums_to_one) {
-            divisor = sum_of_values(team, row, l, logits.extent(1));
-        }
-        const Real factor = scale / divisor;
-        team.for_each(k, [=](int64_t j) { weight[j] *= factor; });
-    }
-};
-
-/// With v the chosen values, d the divisor and g the gradient of the weights before capacity, times scale:
-///     dv[k] = (g[k] - <g, v> / d) / d      where d is a sum; over all experts, the second term goes to every expert
-///     dl[e] = row.slope dv[e]
-/// A choice that capacity dropped is constant; rescaled weights are w[k] sum(w) / sum(kept w).
-template <class Real, class Score, class Weigh>
-struct choose_row_backward {
-    using vectorized = void;
-    matrix_view<const Real> logits; // (T,E)
-    const int32_t* chosen;          // (T,K)  before capacity
-    const int32_t* kept;            // (T,K)  after it
-    const Real* dweights;           // (T,K)
-    Real* dlogits;                  // (T,E)
-    Score score;
-    Weigh weigh;
-    int64_t k;
-    Real scale;
-    bool rescaled;
-
-    static constexpr int64_t scratch_bytes(int64_t k) noexcept
-    {
-        return 2 * k * static_cast<int64_t>(sizeof(Real)) + 128;
-    }
-
-    template <class Team>
-    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t t) const
-    {
-        const int64_t all = logits.extent(1);
-        const int32_t* ids = chosen + t * k;
-        Real* out = dlogits + t * all;
-        Real* value = team.template scratch<Real>(k);
-        Real* gradient = team.template scratch<Real>(k);
-        if (k == 0 || ids[0] < 0) { // a dropped token, or a masked one
-            team.for_each(all, [=](int64_t e) { out[e] = Real(0); });
-            return;
-        }
-        const Real* l = logits.data_handle() + t * all;
-        const auto row = score.row(team, l, all);
-        team.for_each(k, [=](int64_t j) { value[j] = row.value(l[ids[j]]); });
-        read_gradient(team, t, value, gradient);
-        team.sync();
-        constexpr bool over_all = !Weigh::over_chosen && std::remove_cvref_t<decltype(row)>::sums_to_one;
-        Real divisor = 1, common = 0;
-        if constexpr (Weigh::over_chosen)
-            divisor = epsilon_of<std::remove_cvref_t<decltype(row)>, Real>(weigh) +
-                      team.reduce(k, Real(0), adds{}, [=](int64_t j) { return value[j]; });
-        else if constexpr (over_all) divisor = sum_of_values(team, row, l, all);
-        if constexpr (Weigh::over_chosen || over_all)
-            common = team.reduce(k, Real(0), adds{}, [=](int64_t j) { return gradient[j] * value[j]; }) / divisor;
-        const Real factor = Real(1) / divisor, shared = over_all ? common * factor : Real(0);
-        if constexpr (over_all)
-            team.for_each(all, [=](int64_t e) { out[e] = -shared * row.slope(l[e], row.value(l[e])); });
-        else team.for_each(all, [=](int64_t e) { out[e] = Real(0); });
-        team.sync();
-        team.for_each(k, [=](int64_t j) {
-            const int64_t e = ids[j];
-            out[e] = row.slope(l[e], value[j]) * (gradient[j] - common) * factor;
-        });
-    }
-
-    /// The gradient of the weights as they were before capacity, times scale.
-    template <class Team>
-    FASTMOE_HOST_DEVICE void read_gradient(Team& team, int64_t t, const Real* value, Real* gradient) const
-    {
-        const int32_t* stays = kept + t * k;
-        const Real* given = dweights + t * k;
-        const Real factor = scale;
-        team.for_each(k, [=](int64_t j) { gradient[j] = stays[j] >= 0 ? factor * given[j] : Real(0); });
-        if (!rescaled) return;
-        team.sync();
-        // Factors that weights share cancel: values stand for them.
-        const auto left = [=](int64_t j) { return stays[j] >= 0 ? value[j] : Real(0); };
-        const Real sum = team.reduce(k, Real(0), adds{}, [=](int64_t j) { return value[j]; });
-        const Real rest = team.reduce(k, Real(0), adds{}, left);
-        const Real dot = team.reduce(k, Real(0), adds{}, [=](int64_t j) { return gradient[j] * value[j]; });
-        team.sync();
-        if (!(rest > Real(0))) return;
-        const Real growth = sum / rest;
-        team.for_each(k, [=](int64_t j) {
-            const Real own = stays[j] >= 0 ? growth * (gradient[j] - dot / rest) : Real(0);
-            gradient[j] = own + dot / rest;
-        });
+        divide_values(team, weigh, row, l, logits.extent(1), weight, k, scale);
     }
 };
 
@@ -197,9 +95,6 @@ struct implementation<verbs::choose, Executor> {
     }
 };
 
-template <class Executor>
-struct implementation<verbs::choose_backward, Executor> : implementation<verbs::choose, Executor> {};
-
 /// Scores, chooses K, weighs:
 ///
 ///     fm::top_k_gate<fm::softmax_score>{.experts = 64, .k = 2}                       softmax over the chosen
@@ -207,8 +102,8 @@ struct implementation<verbs::choose_backward, Executor> : implementation<verbs::
 ///
 /// Choices are written best first. A masked token, and one without a finite or +Inf logit, chooses nothing: experts -1,
 /// weights and gradients 0. Capacity acts in both modes, so that infer gives what forward gives; losses in training.
-/// @tparam Score   how a row is scored: softmax_score
-/// @tparam Select  which scores are taken: top_k
+/// @tparam Score   how a row is scored: softmax_score, sigmoid_score, ...; see score.hpp
+/// @tparam Select  which scores are taken: top_k, group_limited
 /// @tparam Weigh   what the chosen weigh: renormalize, raw_scores
 template <class Score = softmax_score, class Select = top_k, class Weigh = renormalize>
 struct top_k_gate {
@@ -218,6 +113,7 @@ struct top_k_gate {
     fastmoe::capacity capacity{};
     balance_loss balance{};
     z_loss z{};
+    input_jitter jitter{};
     Score score{};
     Select select{};
     Weigh weigh{};
@@ -268,13 +164,8 @@ struct top_k_gate {
         detail::expects_gate_input(in, state.routing.tokens, experts);
         expects_shape(dweights, "dweights (T*K)", state.routing.choices());
         expects_shape(dlogits, "dlogits (T,E)", state.routing.tokens, experts);
-        using row = detail::choose_row_backward<Real, Score, Weigh>;
-        implementation<verbs::choose_backward, Executor>::run(
-            ex, state.routing.tokens,
-            row{in.logits, state.chosen.data_handle(), state.routing.experts.data_handle(), dweights.data_handle(),
-                dlogits.data_handle(), score, weigh, k, static_cast<Real>(scale),
-                capacity.limited() && capacity.weights == after_drop::rescale},
-            row::scratch_bytes(k));
+        detail::weigh_backward(ex, score, weigh, scale, in.logits, detail::fixed_choices{k}, state.chosen,
+                               state.routing.experts, capacity.rescales(), dweights, dlogits, k);
         if (has_loss())
             router_losses_backward(ex, score, {in.logits, in.mask}, balance, z, state.slopes, loss_scale, dlogits);
     }
@@ -288,6 +179,8 @@ struct top_k_gate {
         expects(scale - scale == 0, "scale", scale, "a finite number");
         (void)capacity.of(0, experts);
         detail::expects_coefficients(balance, z);
+        detail::check_policy(score, experts, k);
+        detail::check_policy(select, experts, k);
     }
 
 private:
@@ -295,7 +188,7 @@ private:
 
     void check_training() const
     {
-        if constexpr (Weigh::over_chosen)
+        if constexpr (Weigh::over_chosen && detail::score_row_t<Score, float>::sums_to_one)
             expects(k > 1, "k", k, "2 or more to train with renormalize: a single weight is constant and gives the ",
                     "router no gradient; use raw_scores");
     }
@@ -325,8 +218,7 @@ private:
     }
 };
 
-/// Switch (Fedus et al. 2021): the best expert, weighed by its probability. Its jitter acts on x, before the gate: see
-/// jitter() in project.hpp.
+/// Switch (Fedus et al. 2021): the best expert, weighed by its probability.
 using switch_gate = top_k_gate<softmax_score, top_k, raw_scores>;
 
 } // namespace fastmoe::inline FASTMOE_ABI

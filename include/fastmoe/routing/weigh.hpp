@@ -1,0 +1,257 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// What a token's choices weigh, and the gradient of that: the same for choices that a score has picked and for those
+/// that an assignment has given. Second half of a gate, forward and backward.
+///
+///     weight[k] = scale * value(chosen k) / divisor     the sum over the chosen, over all, or 1, as the policies say
+///
+/// With v the chosen values, d the divisor and g the gradient of the weights before capacity, times scale:
+///
+///     dv[k] = (g[k] - <g, v> / d) / d      where d is a sum; over all experts, the second term goes to every expert
+///     dl[e] = row.slope dv[e]
+///
+/// A choice that was dropped afterwards is constant; rescaled weights are w[k] sum(w) / sum(kept w).
+#pragma once
+
+#include <fastmoe/exec/executor.hpp>
+#include <fastmoe/routing/routing.hpp>
+#include <fastmoe/routing/score.hpp>
+
+namespace fastmoe::inline FASTMOE_ABI {
+
+namespace verbs {
+struct weigh;
+struct weigh_backward;
+} // namespace verbs
+
+namespace detail {
+
+/// Lets a policy refuse a shape that it cannot serve, by a member check(experts, k).
+template <class Policy>
+void check_policy(const Policy& policy, int64_t experts, int64_t k)
+{
+    if constexpr (requires { policy.check(experts, k); }) policy.check(experts, k);
+}
+
+/// What a score policy makes of a row of logits.
+template <class Score, class Real>
+using score_row_t = decltype(std::declval<const Score&>().row(std::declval<single_lane_team&>(),
+                                                              std::declval<const Real*>(), int64_t{}));
+
+/// K choices of every token.
+struct fixed_choices {
+    int64_t k;
+
+    FASTMOE_HOST_DEVICE constexpr int64_t begin(int64_t t) const noexcept { return t * k; }
+    FASTMOE_HOST_DEVICE constexpr int64_t end(int64_t t) const noexcept { return (t + 1) * k; }
+};
+
+/// What is added to a sum of chosen values: nothing where values are known up to a factor only.
+template <class Row, class Real, class Weigh>
+FASTMOE_HOST_DEVICE constexpr Real epsilon_of(const Weigh& weigh) noexcept
+{
+    return Row::sums_to_one ? Real(0) : static_cast<Real>(weigh.epsilon);
+}
+
+/// Whether n chosen values are divided by their sum. A single score that need not sum to one with others is left as it
+/// is: divided by itself it would say nothing.
+template <class Row, class Weigh>
+FASTMOE_HOST_DEVICE constexpr bool divides_by_chosen(int64_t n) noexcept
+{
+    return Weigh::over_chosen && (Row::sums_to_one || n > 1);
+}
+
+/// Turns n chosen values into weights, in place. All zeros stay zeros.
+/// @param n  choices of the token, dropped ones included with value 0
+template <class Team, class Weigh, class Row, class Real>
+FASTMOE_HOST_DEVICE void divide_values(Team& team, const Weigh& weigh, const Row& row, const Real* logits, int64_t experts,
+                                       Real* values, int64_t n, Real scale)
+{
+    Real divisor = 1;
+    if constexpr (Weigh::over_chosen) {
+        if (divides_by_chosen<Row, Weigh>(n)) {
+            team.sync();
+            divisor = epsilon_of<Row, Real>(weigh) +
+                      team.reduce(n, Real(0), adds{}, [=](int64_t j) { return values[j]; });
+            team.sync();
+        }
+    } else if constexpr (Row::sums_to_one) {
+        divisor = sum_of_values(team, row, logits, experts);
+    }
+    const Real factor = scale / (divisor == Real(0) ? Real(1) : divisor);
+    team.for_each(n, [=](int64_t j) { values[j] *= factor; });
+}
+
+/// Weighs choices that are given.
+template <class Real, class Score, class Weigh>
+struct weigh_given {
+    using vectorized = void;
+    matrix_view<const Real> logits; // (T,E)
+    routing<Real> route;            // experts are read, weights written
+    Score score;
+    Weigh weigh;
+    Real scale;
+
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t t) const
+    {
+        const int64_t begin = route.begin(t), n = route.end(t) - begin, all = route.total_experts;
+        const int32_t* ids = route.experts.data_handle() + begin;
+        Real* weight = route.weights.data_handle() + begin;
+        const int32_t any = team.reduce(n, int32_t{-1}, greater_of{}, [=](int64_t j) { return ids[j]; });
+        if (any < 0) {
+            team.for_each(n, [=](int64_t j) { weight[j] = Real(0); });
+            return;
+        }
+        const Real* l = logits.data_handle() + t * all;
+        const auto row = score.row(team, l, all);
+        team.for_each(n, [=](int64_t j) { weight[j] = ids[j] >= 0 ? row.value(l[ids[j]]) : Real(0); });
+        divide_values(team, weigh, row, l, all, weight, n, scale);
+    }
+};
+
+/// See the top of this file.
+template <class Real, class Score, class Weigh, class Range>
+struct weigh_row_backward {
+    using vectorized = void;
+    matrix_view<const Real> logits; // (T,E)
+    const int32_t* chosen;          // (C)    before anything was dropped
+    const int32_t* kept;            // (C)    after it
+    const Real* dweights;           // (C)
+    Real* dlogits;                  // (T,E)
+    Range range;
+    Score score;
+    Weigh weigh;
+    Real scale;
+    bool rescaled;
+
+    static constexpr int64_t scratch_bytes(int64_t most) noexcept
+    {
+        return 2 * most * static_cast<int64_t>(sizeof(Real)) + 128;
+    }
+
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t t) const
+    {
+        const int64_t all = logits.extent(1), begin = range.begin(t), n = range.end(t) - begin;
+        const int32_t* ids = chosen + begin;
+        Real* out = dlogits + t * all;
+        const int32_t any = team.reduce(n, int32_t{-1}, greater_of{}, [=](int64_t j) { return ids[j]; });
+        if (any < 0) { // a dropped token, or a masked one
+            team.for_each(all, [=](int64_t e) { out[e] = Real(0); });
+            return;
+        }
+        Real* value = team.template scratch<Real>(n);
+        Real* gradient = team.template scratch<Real>(n);
+        const Real* l = logits.data_handle() + t * all;
+        const auto row = score.row(team, l, all);
+        using Row = std::remove_cvref_t<decltype(row)>;
+        team.for_each(n, [=](int64_t j) { value[j] = ids[j] >= 0 ? row.value(l[ids[j]]) : Real(0); });
+        read_gradient(team, begin, n, value, gradient);
+        team.sync();
+        constexpr bool over_all = !Weigh::over_chosen && Row::sums_to_one;
+        const bool over_chosen = divides_by_chosen<Row, Weigh>(n);
+        Real divisor = 1, common = 0;
+        if constexpr (Weigh::over_chosen) {
+            if (over_chosen)
+                divisor = epsilon_of<Row, Real>(weigh) +
+                          team.reduce(n, Real(0), adds{}, [=](int64_t j) { return value[j]; });
+        } else if constexpr (over_all) {
+            divisor = sum_of_values(team, row, l, all);
+        }
+        if (divisor == Real(0)) divisor = 1;
+        if (over_chosen || over_all)
+            common = team.reduce(n, Real(0), adds{}, [=](int64_t j) { return gradient[j] * value[j]; }) / divisor;
+        const Real factor = Real(1) / divisor, shared = over_all ? common * factor : Real(0);
+        if constexpr (over_all)
+            team.for_each(all, [=](int64_t e) { out[e] = -shared * row.slope(l[e], row.value(l[e])); });
+        else team.for_each(all, [=](int64_t e) { out[e] = Real(0); });
+        team.sync();
+        team.for_each(n, [=](int64_t j) {
+            const int64_t e = ids[j];
+            if (e >= 0) out[e] = row.slope(l[e], value[j]) * (gradient[j] - common) * factor;
+        });
+    }
+
+    /// The gradient of the weights as they were before a choice was dropped, times scale.
+    template <class Team>
+    FASTMOE_HOST_DEVICE void read_gradient(Team& team, int64_t begin, int64_t n, const Real* value, Real* gradient) const
+    {
+        const int32_t* stays = kept + begin;
+        const Real* given = dweights + begin;
+        const Real factor = scale;
+        team.for_each(n, [=](int64_t j) { gradient[j] = stays[j] >= 0 ? factor * given[j] : Real(0); });
+        if (!rescaled) return;
+        team.sync();
+        // Factors that weights share cancel: values stand for them.
+        const auto left = [=](int64_t j) { return stays[j] >= 0 ? value[j] : Real(0); };
+        const Real sum = team.reduce(n, Real(0), adds{}, [=](int64_t j) { return value[j]; });
+        const Real rest = team.reduce(n, Real(0), adds{}, left);
+        const Real dot = team.reduce(n, Real(0), adds{}, [=](int64_t j) { return gradient[j] * value[j]; });
+        team.sync();
+        if (!(rest > Real(0))) return;
+        const Real growth = sum / rest;
+        team.for_each(n, [=](int64_t j) {
+            const Real own = stays[j] >= 0 ? growth * (gradient[j] - dot / rest) : Real(0);
+            gradient[j] = own + dot / rest;
+        });
+    }
+};
+
+} // namespace detail
+
+template <class Executor>
+struct implementation<verbs::weigh, Executor> {
+    template <class Functor>
+    static void run(Executor& ex, const Functor& f)
+    {
+        for_each_row(ex, f.route.tokens, f, {.width = f.route.total_experts});
+    }
+};
+
+template <class Executor>
+struct implementation<verbs::weigh_backward, Executor> {
+    template <class Functor>
+    static void run(Executor& ex, const Functor& f, int64_t most)
+    {
+        for_each_row(ex, f.logits.extent(0), f,
+                     {.width = 2 * f.logits.extent(1), .scratch_bytes = Functor::scratch_bytes(most)});
+    }
+};
+
+namespace detail {
+
+/// weights of given choices; a choice of -1 weighs 0.
+/// @param logits  (T,E)
+/// @param route   experts are read, weights overwritten
+template <class Executor, class Real, class Score, class Weigh>
+void weigh(Executor& ex, const Score& score, const Weigh& policy, double scale, matrix_view<const Real> logits,
+           const routing<Real>& route)
+{
+    implementation<verbs::weigh, Executor>::run(
+        ex, weigh_given<Real, Score, Weigh>{logits, route, score, policy, static_cast<Real>(scale)});
+}
+
+/// dlogits = the gradient of <dweights, weights>.
+/// @param chosen    before anything was dropped                                                 // (C)
+/// @param kept      after it; -1 where a choice was                                             // (C)
+/// @param rescaled  whether the weights of the kept have grown to the sum that was
+/// @param dlogits   overwritten                                                                 // (T,E)
+/// @param most      the most choices that a token can have
+template <class Executor, class Real, class Score, class Weigh, class Range>
+void weigh_backward(Executor& ex, const Score& score, const Weigh& policy, double scale, matrix_view<const Real> logits,
+                    const Range& range, vector_view<const int32_t> chosen, vector_view<const int32_t> kept, bool rescaled,
+                    type_identity_t<vector_view<const Real>> dweights, type_identity_t<matrix_view<Real>> dlogits,
+                    int64_t most)
+{
+    using row = weigh_row_backward<Real, Score, Weigh, Range>;
+    implementation<verbs::weigh_backward, Executor>::run(
+        ex,
+        row{logits, chosen.data_handle(), kept.data_handle(), dweights.data_handle(), dlogits.data_handle(), range, score,
+            policy, static_cast<Real>(scale), rescaled},
+        most);
+}
+
+} // namespace detail
+
+} // namespace fastmoe::inline FASTMOE_ABI
