@@ -81,6 +81,15 @@ bool multiplies() noexcept
 
 namespace gemm {
 
+/// The mean number of rows an expert, S / E, up to which a product goes to portable instead: packing the weights anew in
+/// each call, as oneDNN's gemm does, then costs more than its kernels gain. Measured on Zen 4 and Zen 5 (bench_gemm, which
+/// sets all of them to 0); they follow from the shape alone, so bits do not depend on the routing.
+struct onednn_limits {
+    int64_t along = 256;          ///< weights whose rows lie along the reduction: forward
+    int64_t across_bfloat16 = 256; ///< weights across it, in bfloat16: dgrad
+    int64_t wgrad_bfloat16 = 512; ///< the weights' gradient, in bfloat16
+};
+
 /// Grouped products by oneDNN. Each tile is one call of its gemm on the worker's thread, of a shape that follows from the
 /// problem alone: the bits do not depend on the number of threads and no second pool of threads runs. There are no
 /// primitives, so the policy holds nothing, takes any number of rows as it is, and may be shared by threads.
@@ -92,6 +101,8 @@ struct onednn {
     static constexpr bool gathers_rows = true;
     static constexpr bool fuses_epilogue = true;
     static constexpr bool needs_host_counts = true;
+
+    onednn_limits limits{};
 
     /// Y[s] = X[s] W[e(s)]^T + bias[e(s)] for the rows of groups, then epilogue(team, e, s).
     /// @param x       plain_rows or indexed_rows                        // (S,in)
@@ -105,7 +116,7 @@ struct onednn {
                  matrix_view<Y> y, const Epilogue& epilogue, arena& memory) const
     {
         if constexpr (is_native<Executor, element<Rows>, W, Y> && !std::is_same_v<std::remove_const_t<B>, double>)
-            if (computes(x, y)) {
+            if (computes(x, y) && !few_rows<W>(groups, w)) {
                 if (!memory.measuring() && bias.data_handle()) expects_shape(bias, "bias (E,out)", groups.experts(), w.out);
                 return multiply_rows(ex, groups, x, w, bias, y, epilogue, memory);
             }
@@ -122,7 +133,7 @@ struct onednn {
                const Epilogue& epilogue, arena& memory) const
     {
         if constexpr (is_native<Executor, element<Rows>, W, Y>)
-            if (computes(dy, dx))
+            if (computes(dy, dx) && !few_rows<W>(groups, detail::portable::transposed(w)))
                 return multiply_rows(ex, groups, dy, detail::portable::transposed(w), matrix_view<const float>(), dx,
                                      epilogue, memory);
         portable{}.dgrad(ex, groups, dy, w, dx, epilogue, memory);
@@ -139,7 +150,7 @@ struct onednn {
     {
         using namespace detail::tiled;
         if constexpr (is_native<Executor, element<DyRows>, element<XRows>, G>)
-            if (computes(dy, x)) {
+            if (computes(dy, x) && groups.slots > (std::is_same_v<element<XRows>, float> ? 0 : limits.wgrad_bfloat16) * groups.experts()) {
                 if (!memory.measuring()) {
                     detail::expects_groups(groups, x.extent(0));
                     expects(dy.extent(0) == x.extent(0), "rows of dY", dy.extent(0), "S = ", x.extent(0));
@@ -169,6 +180,14 @@ private:
     static bool computes(const Rows& x, const Other& y) noexcept
     {
         return detail::onednn::multiplies<element<Rows>>() && x.extent(1) > 0 && y.extent(1) > 0;
+    }
+
+    template <class W, class View>
+    bool few_rows(const row_groups& groups, const View& w) const noexcept
+    {
+        constexpr bool wide = std::is_same_v<std::remove_const_t<W>, float>;
+        const int64_t limit = w.col_stride == 1 ? limits.along : (wide ? 0 : limits.across_bfloat16);
+        return groups.slots <= limit * groups.experts();
     }
 
     template <class T>

@@ -39,12 +39,16 @@ struct dot_shape {
     static constexpr int vector(int i) { return i / (columns * Rows); }
 };
 
-/// Adds up lanes in halves, and then into the block's sums.
+/// Adds up the vectors of each sum, then lanes in halves, and then into the block's sums.
 template <int Rows, class Unit, class W, class Real, int Count, int Lanes>
 inline void fold(Real (&lane)[Count][Lanes], dot_block<Unit, W>& b, int64_t first)
 {
     using shape = dot_shape<Rows>;
-    for (int i = 0; i < Count; ++i) {
+    constexpr int count = Count / shape::vectors;
+    for (int half = Count / 2; half >= count; half /= 2)
+        for (int i = 0; i < half; ++i)
+            for (int l = 0; l < Lanes; ++l) lane[i][l] += lane[i + half][l];
+    for (int i = 0; i < count; ++i) {
         for (int half = Lanes / 2; half > 0; half /= 2)
             for (int l = 0; l < half; ++l) lane[i][l] += lane[i][l + half];
         b.sum[shape::row(i)][first + shape::column(i)] += lane[i][0];
@@ -82,6 +86,13 @@ inline void dot_any(dot_block<Real, W>& b, int64_t first, std::integer_sequence<
 }
 
 #if FASTMOE_X86_DISPATCH
+/// Asks for what a stream of weights reads some steps later, also past the end of a row, where mostly the next begins.
+inline void look_ahead(const void* w)
+{
+    constexpr std::uintptr_t ahead = 4096;
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(w) + ahead));
+}
+
 template <int Rows, class Real, int... Index>
 [[gnu::target("avx512f")]] inline void dot_avx512(dot_block<Real, Real>& b, int64_t first, std::integer_sequence<int, Index...>)
 {
@@ -89,10 +100,12 @@ template <int Rows, class Real, int... Index>
     typedef Real vector __attribute__((vector_size(64), may_alias, aligned(sizeof(Real))));
     constexpr int lanes = 64 / sizeof(Real);
     vector sum[] = {vector{} + Real(0 * Index)...};
-    for (int64_t k = 0; k < b.depth; k += shape::vectors * lanes)
+    for (int64_t k = 0; k < b.depth; k += shape::vectors * lanes) {
+        if constexpr (Rows == 1) (look_ahead(weights_at<Rows>(b, first, k, Index, lanes)), ...);
         ((sum[Index] += *reinterpret_cast<const vector*>(weights_at<Rows>(b, first, k, Index, lanes)) *
                     *reinterpret_cast<const vector*>(rows_at<Rows>(b, k, Index, lanes))),
          ...);
+    }
     alignas(64) Real lane[sizeof...(Index)][lanes];
     (std::memcpy(lane[Index], &sum[Index], sizeof sum[Index]), ...);
     fold<Rows>(lane, b, first);
@@ -107,6 +120,7 @@ template <int Rows, int... Index>
     constexpr int lanes = 16;
     float_x16 sum[] = {float_x16{} + float(0 * Index)...};
     for (int64_t k = 0; k < b.depth; k += shape::vectors * lanes) {
+        if constexpr (Rows == 1) (look_ahead(weights_at<Rows>(b, first, k, Index, lanes)), ...);
         const float_x16 w[] = {*reinterpret_cast<const unaligned*>(weights_at<Rows>(b, first, k, Index, lanes))...};
         const float_x16 x[] = {*reinterpret_cast<const unaligned*>(rows_at<Rows>(b, k, Index, lanes))...};
         (add_dots(sum[Index], w[Index], x[Index]), ...);

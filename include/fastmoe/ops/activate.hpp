@@ -9,6 +9,7 @@
 #include <fastmoe/core/dtype.hpp>
 #include <fastmoe/core/math.hpp>
 #include <fastmoe/core/tensor.hpp>
+#include <fastmoe/exec/team.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI {
 
@@ -161,28 +162,71 @@ FASTMOE_HOST_DEVICE void activate_row(Team& team, const T* pre, T* a, int64_t hi
     }
 }
 
-/// From d = dLoss/d(weight * a) in `da`: dpre, the weighted activation written over `da`, and <d, a> to every lane.
+/// Elements that a lane takes at a time. Where a lane is a processor, blocks in memory of their own vectorize whatever
+/// the types are; where lanes stand side by side, single elements keep their accesses side by side.
+template <class Team>
+inline constexpr int64_t lane_block = 1;
+template <>
+inline constexpr int64_t lane_block<single_lane_team> = 64;
+
+/// From d = dLoss/d(weight * a) for n elements from `da` on: their dpre, and the weighted activation over `da`.
+/// Returns <d, a>.
+template <class Activation, class Real, int64_t Block, class T>
+FASTMOE_HOST_DEVICE Real activate_backward_block(const T* pre, T* da, T* dpre, gated_columns at, Real weight, int64_t n)
+{
+    constexpr int64_t lanes = Block < 16 ? Block : 16;
+    Real d[Block], x[Block], up[Block], a[Block], part[lanes];
+    const auto read = [](const T* from, int64_t step, Real (&to)[Block], int64_t count) {
+        if (count == Block && step == 1)
+            for (int64_t j = 0; j < Block; ++j) to[j] = Real(from[j]);
+        else
+            for (int64_t j = 0; j < Block; ++j) to[j] = j < count ? Real(from[j * step]) : Real(0);
+    };
+    const auto write = [](const Real (&from)[Block], T* to, int64_t step, int64_t count) {
+        if (count == Block && step == 1)
+            for (int64_t j = 0; j < Block; ++j) to[j] = T(from[j]);
+        else
+            for (int64_t j = 0; j < count; ++j) to[j * step] = T(from[j]);
+    };
+    read(da, 1, d, n);
+    read(pre, at.step, x, n);
+    if constexpr (Activation::gated) {
+        read(pre + at.up_offset, at.step, up, n);
+        for (int64_t j = 0; j < Block; ++j) {
+            const auto back = Activation::gradient(x[j], up[j], weight * d[j]);
+            a[j] = Activation::value(x[j], up[j]);
+            x[j] = back.gate;
+            up[j] = back.up;
+        }
+        write(up, dpre + at.up_offset, at.step, n);
+    } else {
+        for (int64_t j = 0; j < Block; ++j) {
+            a[j] = Activation::value(x[j]);
+            x[j] = weight * d[j] * Activation::derivative(x[j]);
+        }
+    }
+    write(x, dpre, at.step, n);
+    for (int64_t j = n; j < Block; ++j) a[j] = Real(0); // whatever the activation makes of nothing
+    for (int64_t j = 0; j < lanes; ++j) part[j] = d[j] * a[j];
+    for (int64_t i = lanes; i < Block; i += lanes)
+        for (int64_t j = 0; j < lanes; ++j) part[j] += d[i + j] * a[i + j];
+    for (int64_t j = 0; j < Block; ++j) a[j] *= weight;
+    write(a, da, 1, n);
+    for (int64_t half = lanes / 2; half > 0; half /= 2)
+        for (int64_t j = 0; j < half; ++j) part[j] += part[j + half];
+    return part[0];
+}
+
+/// The same for a row; <d, a> goes to every lane.
 template <class Activation, class Real, class Team, class T>
 FASTMOE_HOST_DEVICE Real activate_row_backward(Team& team, const T* pre, T* da, T* dpre, int64_t hidden, gated_columns at,
                                                Real weight)
 {
-    const auto add = [](Real x, Real y) { return x + y; };
-    return team.reduce(hidden, Real(0), add, [=](int64_t j) {
-        const Real d = Real(da[j]);
-        Real a;
-        if constexpr (!Activation::gated) {
-            const Real x = Real(pre[j]);
-            a = Activation::value(x);
-            dpre[j] = T(weight * d * Activation::derivative(x));
-        } else {
-            const Real g = Real(pre[j * at.step]), u = Real(pre[j * at.step + at.up_offset]);
-            a = Activation::value(g, u);
-            const auto back = Activation::gradient(g, u, weight * d);
-            dpre[j * at.step] = T(back.gate);
-            dpre[j * at.step + at.up_offset] = T(back.up);
-        }
-        da[j] = T(weight * a);
-        return d * a;
+    constexpr int64_t block = lane_block<Team>;
+    return team.reduce((hidden + block - 1) / block, Real(0), [](Real x, Real y) { return x + y; }, [=](int64_t b) {
+        const int64_t first = b * block, n = hidden - first < block ? hidden - first : block;
+        return activate_backward_block<Activation, Real, block>(pre + first * at.step, da + first, dpre + first * at.step, at,
+                                                                weight, n);
     });
 }
 

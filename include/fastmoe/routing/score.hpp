@@ -92,7 +92,7 @@ struct softmax_score {
         FASTMOE_HOST_DEVICE Real value(Real l) const noexcept
         {
             const Real distance = l - peak; // NaN for +Inf of +Inf, and for NaN
-            const Real power = math::exp(distance);
+            const Real power = math::exp_of_nonpositive(distance);
             const Real limit = l == peak ? Real(1) : Real(0);
             return distance < Real(0) ? power : limit;
         }
