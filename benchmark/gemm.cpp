@@ -34,7 +34,8 @@ struct operands {
 template <class T, class Gemm>
 void call(fm::host_executor& ex, operands<T>& o, int which, int verb, fm::arena& memory)
 {
-    const Gemm gemm;
+    Gemm gemm;
+    if constexpr (std::is_same_v<Gemm, fm::gemm::onednn>) gemm.limits = {0, 0, 0}; // oneDNN itself, at every size
     const fm::plain_rows<T> x{fm::matrix_view<const T>(o.x.data(), o.slots, in)};
     const fm::plain_rows<T> dy{fm::matrix_view<const T>(o.dy.data(), o.slots, out)};
     const fm::weight_view<const T> w{o.w.data(), nullptr, experts, out, in, out * in, in, 1};

@@ -44,16 +44,17 @@ struct prefetch_lines {
     int64_t second = 0;          ///< bytes from the first line of a step to the second
 };
 
-/// total(j, l) += sum over k of row(j)[k] * panel[k * vectors * lanes + l], k in order.
+/// total(j, l) += sum over k of row(j)[k] * panel[k * vectors * lanes + l], k in order; or = where it is fresh.
 template <class Unit>
 struct tile {
     const Unit* panel = nullptr;           ///< 64-byte aligned                              // (depth, vectors * lanes)
     const Unit* row[tile_rows] = {};       ///< anywhere; contiguous along the reduction     // (depth) each
     int64_t depth = 0;                     ///< units to sum over
     int64_t vectors = 0;                   ///< 1 to 4
-    total_t<Unit>* total = nullptr;        ///< 64-byte aligned, as is each of its rows      // (tile_rows, vectors * lanes)
+    total_t<Unit>* total = nullptr;        ///< anywhere                                     // (tile_rows, vectors * lanes)
     int64_t total_step = 0;                ///< elements from a row of totals to the next
     prefetch_lines ahead;                  ///< asked for meanwhile
+    bool fresh = false;                    ///< totals are not read
 };
 
 template <class Unit>
@@ -68,17 +69,19 @@ template <class Real, int... Index>
 inline void tile_baseline(const tile<Real>& t, int64_t at, std::integer_sequence<int, Index...>)
 {
     typedef Real vector __attribute__((vector_size(16), may_alias));
+    typedef Real loose __attribute__((vector_size(16), may_alias, aligned(sizeof(Real))));
     constexpr int wide = static_cast<int>(sizeof...(Index) / tile_rows), lanes = 16 / sizeof(Real);
     Real* const total = t.total + at;
     const int64_t step = t.total_step, width = t.vectors * vector_lanes<Real>;
-    vector sum[] = {*reinterpret_cast<const vector*>(total + Index / wide * step + Index % wide * lanes)...};
+    vector sum[] = {vector{} + Real(0 * Index)...};
+    if (!t.fresh) ((sum[Index] = *reinterpret_cast<const loose*>(total + Index / wide * step + Index % wide * lanes)), ...);
     const Real* panel = t.panel + at;
     const Real *r0 = t.row[0], *r1 = t.row[1], *r2 = t.row[2], *r3 = t.row[3], *r4 = t.row[4], *r5 = t.row[5];
     for (int64_t k = 0; k < t.depth; ++k, panel += width) {
         const Real scalar[] = {r0[k], r1[k], r2[k], r3[k], r4[k], r5[k]};
         ((sum[Index] += *reinterpret_cast<const vector*>(panel + Index % wide * lanes) * scalar[Index / wide]), ...);
     }
-    ((*reinterpret_cast<vector*>(total + Index / wide * step + Index % wide * lanes) = sum[Index]), ...);
+    ((*reinterpret_cast<loose*>(total + Index / wide * step + Index % wide * lanes) = sum[Index]), ...);
 }
 
 template <class Real>
@@ -95,17 +98,19 @@ template <class Real, int... Index>
 [[gnu::target("avx2,fma")]] inline void tile_avx2(const tile<Real>& t, int64_t at, std::integer_sequence<int, Index...>)
 {
     typedef Real vector __attribute__((vector_size(32), may_alias));
+    typedef Real loose __attribute__((vector_size(32), may_alias, aligned(sizeof(Real))));
     constexpr int wide = static_cast<int>(sizeof...(Index) / tile_rows), lanes = 32 / sizeof(Real);
     Real* const total = t.total + at;
     const int64_t step = t.total_step, width = t.vectors * vector_lanes<Real>;
-    vector sum[] = {*reinterpret_cast<const vector*>(total + Index / wide * step + Index % wide * lanes)...};
+    vector sum[] = {vector{} + Real(0 * Index)...};
+    if (!t.fresh) ((sum[Index] = *reinterpret_cast<const loose*>(total + Index / wide * step + Index % wide * lanes)), ...);
     const Real* panel = t.panel + at;
     const Real *r0 = t.row[0], *r1 = t.row[1], *r2 = t.row[2], *r3 = t.row[3], *r4 = t.row[4], *r5 = t.row[5];
     for (int64_t k = 0; k < t.depth; ++k, panel += width) {
         const Real scalar[] = {r0[k], r1[k], r2[k], r3[k], r4[k], r5[k]};
         ((sum[Index] += *reinterpret_cast<const vector*>(panel + Index % wide * lanes) * scalar[Index / wide]), ...);
     }
-    ((*reinterpret_cast<vector*>(total + Index / wide * step + Index % wide * lanes) = sum[Index]), ...);
+    ((*reinterpret_cast<loose*>(total + Index / wide * step + Index % wide * lanes) = sum[Index]), ...);
 }
 
 template <class Real>
@@ -119,10 +124,12 @@ template <class Real, int... Index>
 [[gnu::target("avx512f")]] inline void tile_avx512(const tile<Real>& t, std::integer_sequence<int, Index...>)
 {
     typedef Real vector __attribute__((vector_size(64), may_alias));
+    typedef Real loose __attribute__((vector_size(64), may_alias, aligned(sizeof(Real))));
     constexpr int wide = static_cast<int>(sizeof...(Index) / tile_rows), lanes = 64 / sizeof(Real);
     Real* const total = t.total;
     const int64_t step = t.total_step;
-    vector sum[] = {*reinterpret_cast<const vector*>(total + Index / wide * step + Index % wide * lanes)...};
+    vector sum[] = {vector{} + Real(0 * Index)...};
+    if (!t.fresh) ((sum[Index] = *reinterpret_cast<const loose*>(total + Index / wide * step + Index % wide * lanes)), ...);
     const Real* panel = t.panel;
     const Real *r0 = t.row[0], *r1 = t.row[1], *r2 = t.row[2], *r3 = t.row[3], *r4 = t.row[4], *r5 = t.row[5];
     const char* ahead = t.ahead.first ? t.ahead.first : reinterpret_cast<const char*>(panel);
@@ -132,7 +139,7 @@ template <class Real, int... Index>
         const Real scalar[] = {r0[k], r1[k], r2[k], r3[k], r4[k], r5[k]};
         ((sum[Index] += *reinterpret_cast<const vector*>(panel + Index % wide * lanes) * scalar[Index / wide]), ...);
     }
-    ((*reinterpret_cast<vector*>(total + Index / wide * step + Index % wide * lanes) = sum[Index]), ...);
+    ((*reinterpret_cast<loose*>(total + Index / wide * step + Index % wide * lanes) = sum[Index]), ...);
 }
 
 template <class Real, int Vectors>
@@ -168,7 +175,9 @@ template <int... Index>
     constexpr int wide = static_cast<int>(sizeof...(Index) / tile_rows), lanes = 16;
     float* const total = t.total;
     const int64_t step = t.total_step;
-    float_x16 sum[] = {*reinterpret_cast<const float_x16*>(total + Index / wide * step + Index % wide * lanes)...};
+    typedef float loose __attribute__((vector_size(64), may_alias, aligned(sizeof(float))));
+    float_x16 sum[] = {float_x16{} + float(0 * Index)...};
+    if (!t.fresh) ((sum[Index] = *reinterpret_cast<const loose*>(total + Index / wide * step + Index % wide * lanes)), ...);
     const bfloat16_pair* panel = t.panel;
     const bfloat16_pair *r0 = t.row[0], *r1 = t.row[1], *r2 = t.row[2], *r3 = t.row[3], *r4 = t.row[4], *r5 = t.row[5];
     const char* ahead = t.ahead.first ? t.ahead.first : reinterpret_cast<const char*>(panel);
@@ -184,7 +193,7 @@ template <int... Index>
             (((Index % wide == 0 ? broadcast(all, *scalar[Index / wide]) : void()), add_dots(sum[Index], *pairs(Index % wide), all)), ...);
         }
     }
-    ((*reinterpret_cast<float_x16*>(total + Index / wide * step + Index % wide * lanes) = sum[Index]), ...);
+    ((*reinterpret_cast<loose*>(total + Index / wide * step + Index % wide * lanes) = sum[Index]), ...);
 }
 #undef FASTMOE_AVX512_BF16
 

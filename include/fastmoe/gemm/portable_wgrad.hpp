@@ -34,7 +34,7 @@ public:
         constexpr auto n = blocks_of_host;
         const int64_t depth = least(n.packed_depth, round_up(ceil_div(groups.slots, elements), lanes));
         const int64_t rows = least(n.gradient_rows, round_up(dw.out, 48));
-        const int64_t columns = least(n.wide_columns, round_up(dw.in, lanes));
+        const int64_t columns = least(n.gradient_columns, round_up(dw.in, lanes));
         return {a.vector<Unit>(depth * columns), a.matrix<Unit>(rows, depth + lanes), a.matrix<Real>(rows, columns)};
     }
 
@@ -43,27 +43,57 @@ public:
         const scratch s = reserve(a);
         const int64_t e = task / (row_blocks() * column_blocks()), in_matrix = task % (row_blocks() * column_blocks());
         const int64_t o = in_matrix / column_blocks() * blocks_of_host.gradient_rows;
-        const int64_t i = in_matrix % column_blocks() * blocks_of_host.wide_columns;
+        const int64_t i = in_matrix % column_blocks() * blocks_of_host.gradient_columns;
         const int64_t rows = least(blocks_of_host.gradient_rows, dw.out - o);
-        const int64_t columns = least(blocks_of_host.wide_columns, dw.in - i), count = groups.counts(e);
+        const int64_t columns = least(blocks_of_host.gradient_columns, dw.in - i), count = groups.counts(e);
         if (count == 0 && mode == write_mode::accumulate) return;
-        std::memset(s.total.data_handle(), 0, static_cast<std::size_t>(s.total.extent(0) * s.total.extent(1)) * sizeof(Real));
+        G* const to = dw.base(e) + o * dw.row_stride + i;
+        if (count == 0) return fill(worker, rows, columns, to, s);
         for (int64_t first = 0; first < count; first += blocks_of_host.packed_depth * elements)
             sum(worker, groups.offsets(e) + first, least(blocks_of_host.packed_depth * elements, count - first), o, rows, i,
-                columns, first + blocks_of_host.packed_depth * elements >= count ? dw.base(e) + o * dw.row_stride + i : nullptr, s);
-        ex.run_rows(worker, 0, rows,
-                    store_rows<Real, G>{s.total.data_handle(), s.total.extent(1), dw.base(e) + o * dw.row_stride + i,
-                                        dw.row_stride, columns, mode});
+                columns, to, first == 0, first + blocks_of_host.packed_depth * elements >= count, s);
+        const int64_t sure = direct_columns(columns), whole = direct_rows(rows);
+        store(worker, whole, rows, 0, columns, to, s);
+        if (sure < columns) store(worker, 0, whole, sure, columns, to, s);
     }
 
 private:
     static constexpr int64_t elements = unit_elements<Unit>, lanes = vector_lanes<Unit>, full = panel_lanes<Unit>;
 
     int64_t row_blocks() const { return ceil_div(dw.out, blocks_of_host.gradient_rows); }
-    int64_t column_blocks() const { return ceil_div(dw.in, blocks_of_host.wide_columns); }
+    int64_t column_blocks() const { return ceil_div(dw.in, blocks_of_host.gradient_columns); }
 
-    void sum(int worker, int64_t first, int64_t count, int64_t o, int64_t rows, int64_t i, int64_t columns, const G* to,
-             const scratch& s) const
+    /// Tiles that lie in the block as a whole write dW itself where it is of the sums' type, and add to it from pass to pass.
+    static constexpr bool direct = std::is_same_v<G, Real>;
+    static int64_t direct_columns(int64_t columns) { return direct ? columns / full * full : 0; }
+    static int64_t direct_rows(int64_t rows) { return direct ? rows / tile_rows * tile_rows : 0; }
+
+    /// A row of dW that is written soon, asked for in two halves over the steps of a tile.
+    prefetch_lines next_row(const G* to, int64_t columns, int64_t rows, int64_t row, int64_t depth) const
+    {
+        const int64_t half = columns * static_cast<int64_t>(sizeof(G)) / 2;
+        if (row >= rows || depth < 8) return {};
+        return {reinterpret_cast<const char*>(to + row * dw.row_stride), half / depth, half};
+    }
+
+    void fill(int worker, int64_t rows, int64_t columns, G* to, const scratch& s) const
+    {
+        std::memset(s.total.data_handle(), 0, static_cast<std::size_t>(s.total.extent(0) * s.total.extent(1)) * sizeof(Real));
+        store(worker, 0, rows, 0, columns, to, s);
+    }
+
+    /// Rows [r, end) and columns [c, last) of the totals to their place.
+    void store(int worker, int64_t r, int64_t end, int64_t c, int64_t last, G* to, const scratch& s) const
+    {
+        if (r >= end || c >= last) return;
+        const int64_t step = s.total.extent(1);
+        ex.run_rows(worker, 0, end - r,
+                    store_rows<Real, G>{s.total.data_handle() + r * step + c, step, to + r * dw.row_stride + c, dw.row_stride,
+                                        last - c, mode});
+    }
+
+    void sum(int worker, int64_t first, int64_t count, int64_t o, int64_t rows, int64_t i, int64_t columns, G* to,
+             bool is_first, bool is_last, const scratch& s) const
     {
         const int64_t depth = ceil_div(count, elements), padded = round_up(columns, lanes);
         using across_units = units_across<Unit, row_window<Lanes>>;
@@ -74,7 +104,7 @@ private:
         const down_units scalar_side{{down, first, count}, dw.out};
         ex.run_rows(worker, 0, ceil_div(depth, lanes),
                     pack_transposed<Unit, down_units>{scalar_side, o, rows, s.scalars.data_handle(), s.scalars.extent(1)});
-        const prefetch_plan target{reinterpret_cast<const char*>(to),
+        const prefetch_plan target{reinterpret_cast<const char*>(is_last || (direct && is_first) ? to : nullptr),
                                    dw.row_stride * static_cast<int64_t>(sizeof(G)),
                                    64,
                                    rows,
@@ -82,13 +112,20 @@ private:
                                    128,
                                    ceil_div(padded, full) * ceil_div(rows, tile_rows)};
         int64_t done = 0;
-        for (int64_t at = 0; at < padded; at += full) {
-            const int64_t here = least(full, padded - at);
-            for (int64_t r = 0; r < rows; r += tile_rows)
-                run_tile(ex.best(),
-                         tile<Unit>{s.panels.data_handle() + at * depth, {}, depth, here / lanes, &s.total(r, at),
-                                    s.total.extent(1), target.part(done++, depth)},
-                         &s.scalars(r, 0), s.scalars.extent(1), rows - r);
+        for (int64_t r = 0; r < rows; r += tile_rows) {
+            for (int64_t at = 0; at < padded; at += full) {
+                const int64_t here = least(full, padded - at);
+                tile<Unit> t{s.panels.data_handle() + at * depth, {}, depth, here / lanes, &s.total(r, at),
+                             s.total.extent(1), target.part(done++, depth), is_first};
+                if constexpr (direct)
+                    if (at + full <= direct_columns(columns) && r + tile_rows <= direct_rows(rows)) {
+                        t.total = to + r * dw.row_stride + at;
+                        t.total_step = dw.row_stride;
+                        t.fresh = is_first && mode == write_mode::overwrite;
+                        t.ahead = next_row(to, columns, rows, r + tile_rows + at / full, depth);
+                    }
+                run_tile(ex.best(), t, &s.scalars(r, 0), s.scalars.extent(1), rows - r);
+            }
         }
     }
 };
