@@ -17,6 +17,8 @@ struct host_blocks {
     int64_t wide_columns = 256;  ///< columns of Y whose part of W is packed at a time
     int64_t depth = 1024;        ///< reduction steps a tile runs over where W is read in place
     int64_t packed_depth = 256;  ///< reduction steps for which both sides are packed at a time
+    int64_t shallow_depth = 96;  ///< the same for few rows, whose packed weights then stay close
+    int64_t shallow_rows = 32;   ///< how many those are at most
     int64_t gradient_rows = 384; ///< rows of dW in a task
     int64_t gradient_columns = 512; ///< columns of dW in a task
     int64_t tasks = 64;          ///< fewer blocks of rows than this are cut along the columns as well

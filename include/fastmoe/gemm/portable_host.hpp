@@ -187,11 +187,16 @@ private:
         for (int64_t n = begin; n < end; n += s.total.extent(1)) {
             const int64_t columns = least(s.total.extent(1), end - n);
             start_rows(s.total, b, n, columns);
-            for (int64_t k = 0; k < units(); k += blocks_of_host.packed_depth)
-                sum_rows(worker, b, n, columns, k, least(blocks_of_host.packed_depth, units() - k), s);
+            for (int64_t k = 0; k < units(); k += packed_depth(b))
+                sum_rows(worker, b, n, columns, k, least(packed_depth(b), units() - k), s);
             ex.run_rows(worker, 0, b.count,
                         store_rows<Real, Y>{s.total.data_handle(), s.total.extent(1), &y(b.first, n), y.extent(1), columns});
         }
+    }
+
+    static int64_t packed_depth(row_block b) noexcept
+    {
+        return b.count <= blocks_of_host.shallow_rows ? blocks_of_host.shallow_depth : blocks_of_host.packed_depth;
     }
 
     void start_rows(matrix_view<Real> total, row_block b, int64_t n, int64_t columns) const
@@ -229,7 +234,7 @@ private:
         k += depth;
         if (k >= units()) k = 0, n += blocks_of_host.wide_columns;
         if (n >= w.out) return {};
-        const int64_t row = w.col_stride * static_cast<int64_t>(sizeof(W)), rows = least(blocks_of_host.packed_depth, units() - k);
+        const int64_t row = w.col_stride * static_cast<int64_t>(sizeof(W)), rows = least(packed_depth(b), units() - k);
         const int64_t bytes = least(blocks_of_host.wide_columns, w.out - n) * static_cast<int64_t>(sizeof(W));
         const auto* first = reinterpret_cast<const char*>(w.base(b.expert) + k * elements * w.col_stride + n);
         if constexpr (elements == 2) return {first, 2 * row, row, rows, ceil_div(bytes, 64), 64, tiles};
