@@ -15,9 +15,12 @@
 #define FASTMOE_ABI v0_1
 #endif
 
+#if !defined(FASTMOE_X86_DISPATCH)
 #if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__)) && !defined(__CUDA_ARCH__)
-/// 1 where x86 instruction sets beyond the consumer's flags can be chosen at run time.
+/// 1 where x86 instruction sets beyond the consumer's flags can be chosen at run time. Defined as 0 from outside, in all
+/// files of a program, it leaves nothing but what the consumer's flags allow.
 #define FASTMOE_X86_DISPATCH 1
 #else
 #define FASTMOE_X86_DISPATCH 0
+#endif
 #endif

@@ -119,7 +119,7 @@ struct implementation<verbs::multiply_rows, host_executor> {
                     matrix_view<const B> bias, matrix_view<Y> y, const Epilogue& epilogue, arena& memory)
     {
         using X = detail::portable::row_element_t<Rows>;
-        if constexpr (detail::portable::both_bfloat16<X, W>)
+        if constexpr (detail::portable::meet_in_pairs<X, W>)
             if (ex.best() >= instruction_set::avx512_bf16)
                 return run_units(detail::portable::row_product<detail::portable::bfloat16_pair, Rows, W, B, Y>{ex, x, w, bias, y}, groups,
                                  epilogue, memory);
@@ -178,7 +178,7 @@ private:
     {
         using A = detail::portable::row_element_t<Lanes>;
         using B = detail::portable::row_element_t<Scalars>;
-        if constexpr (detail::portable::both_bfloat16<A, B>)
+        if constexpr (detail::portable::meet_in_pairs<A, B>)
             if (ex.best() >= instruction_set::avx512_bf16)
                 return run_units(detail::portable::gradient_product<detail::portable::bfloat16_pair, Lanes, Scalars, G>{ex, groups, lanes,
                                                                                                     scalars, dw, mode},

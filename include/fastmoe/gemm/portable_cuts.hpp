@@ -30,8 +30,9 @@ using row_element_t = std::remove_cvref_t<decltype(*std::declval<const Rows&>().
 template <class A, class B>
 using product_total_t = std::conditional_t<std::is_same_v<A, double> || std::is_same_v<B, double>, double, float>;
 
+/// Whether operands may meet in pairs, in the bfloat16 dot product: nothing else is ever compiled for pairs.
 template <class A, class B>
-inline constexpr bool both_bfloat16 = std::is_same_v<A, bfloat16> && std::is_same_v<B, bfloat16>;
+inline constexpr bool meet_in_pairs = FASTMOE_X86_DISPATCH && std::is_same_v<A, bfloat16> && std::is_same_v<B, bfloat16>;
 
 /// The same matrices with the roles of their two sides swapped.
 template <class T>
