@@ -3,6 +3,13 @@
 /// The few macros of the library: where a function may run, and which versioned namespace it lives in.
 #pragma once
 
+// These flags allow what would make exp() and every look at a NaN wrong, without a word. clang shows the last of them by
+// no macro; math::exp forbids it there.
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__ == 1) || defined(__ASSOCIATIVE_MATH__)
+#error "fastmoe needs IEEE arithmetic: compile without -ffast-math, -Ofast, -ffinite-math-only and -fassociative-math. \
+-fno-math-errno and -fno-trapping-math keep every value."
+#endif
+
 #if defined(__CUDACC__)
 #define FASTMOE_HOST_DEVICE __host__ __device__
 #else

@@ -16,6 +16,9 @@ namespace fastmoe::inline FASTMOE_ABI::math {
 /// e^x within 2 ulp; 0 below -104, infinity above 88.73, NaN for NaN.
 FASTMOE_HOST_DEVICE constexpr float exp(float x) noexcept
 {
+#if defined(__clang__)
+#pragma clang fp reassociate(off)
+#endif
     using ::cuda::std::bit_cast;
     // Adding 1.5 * 2^23 rounds to an integer, whose bits then stand in the low mantissa.
     constexpr float magic = 12582912.0f;
