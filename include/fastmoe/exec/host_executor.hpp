@@ -11,6 +11,7 @@
 #include <thread>
 
 #include <fastmoe/exec/executor.hpp>
+#include <fastmoe/exec/host_faults.hpp>
 #include <fastmoe/exec/instruction_set.hpp>
 #include <fastmoe/exec/memory.hpp>
 
@@ -37,7 +38,6 @@ public:
         expects(options.threads >= 0 && options.threads <= 1024, "threads", options.threads, "0 to 1024");
         const int found = static_cast<int>(std::thread::hardware_concurrency());
         threads_ = options.threads > 0 ? options.threads : (found > 0 ? found : 1);
-        detail::clear(fault_words_);
         scratch_ = static_cast<std::byte*>(heap_.allocate(threads_ * team_scratch_bytes));
         workers_ = std::make_unique<std::thread[]>(static_cast<std::size_t>(threads_ - 1));
         for (int w = 1; w < threads_; ++w) workers_[w - 1] = std::thread([this, w] { serve(w); });
@@ -102,16 +102,10 @@ public:
         run(n, [](const void* context, int worker, int64_t task) { (*static_cast<const F*>(context))(worker, task); }, &f);
     }
 
-    fault_recorder faults() noexcept { return {&fault_words_}; }
-    /// Throws what parallel work has recorded, and forgets it.
-    void deliver_faults()
-    {
-        fault f;
-        if (!detail::first_fault(fault_words_, f)) [[likely]]
-            return;
-        detail::clear(fault_words_);
-        detail::raise_fault(f);
-    }
+    /// Where the work of the calling thread's verbs records faults: threads that share an executor get their own alone.
+    fault_recorder faults() { return faults_.recorder(); }
+    /// Throws what the work of the calling thread has recorded, and forgets it.
+    void deliver_faults() { faults_.deliver(); }
     /// The same as deliver_faults(): host work is done when a call returns.
     void synchronize() { deliver_faults(); }
 
@@ -264,7 +258,7 @@ private:
     int threads_ = 1;
     std::byte* scratch_ = nullptr; // team_scratch_bytes a thread
     std::unique_ptr<std::thread[]> workers_;
-    fault_words fault_words_;
+    host_faults faults_;
 
     std::mutex turn_; // held by the caller whose loop runs
     std::atomic<std::thread::id> owner_{};
