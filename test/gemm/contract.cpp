@@ -74,3 +74,43 @@ TEST_CASE("a product that throws has given its workspace back")
     CHECK(memory.arena().used() == 0);
     CHECK(p.untouched());
 }
+
+TEST_CASE_TEMPLATE("a group that leaves the rows is refused by name, and nothing is read or written beside the rows", Cell,
+                   FASTMOE_EXECUTORS)
+{
+    FASTMOE_SEEDED(r, 202);
+    FASTMOE_EXECUTOR(ex, Cell);
+    const bool host = std::is_same_v<typename Cell::executor, host_executor>;
+    struct group {
+        int32_t count;
+        int64_t offset;
+        const char* host_text;
+    };
+    for (const group& wrong : {group{100000, 6, "offsets(e) is 6; expected a group of 100000 rows inside of 14 for expert 1"},
+                               group{9, 6, "offsets(e) is 6; expected a group of 9 rows"},
+                               group{INT32_MAX, INT64_MAX, "offsets(e) is 9223372036854775807"},
+                               group{-1, 6, "counts(e) is -1; expected 0 or more for expert 1"},
+                               group{1, -1, "offsets(e) is -1"}, group{0, 15, "offsets(e) is 15"}}) {
+        product<float> p(r);
+        p.counts[1] = wrong.count;
+        p.offsets[1] = wrong.offset;
+        support::workspace memory(ex, 1 << 20);
+        const std::string text = message_of<invalid_argument>([&] { p.wgrad(ex, memory); });
+        INFO(text);
+        CHECK(has(text, host ? wrong.host_text
+                             : ("counts(1) is " + std::to_string(wrong.count) + "; expected a group inside of the S rows").c_str()));
+        CHECK(memory.arena().used() == 0);
+        if (host) CHECK(p.untouched());
+        CHECK(support::poisoned(row(p.dw.view(), product<float>::out)) == product<float>::in);
+        CHECK(p.dw.damage() == "");
+        if (host) {
+            CHECK(has(message_of<invalid_argument>([&] { p.forward(ex, memory); }), wrong.host_text));
+            CHECK(has(message_of<invalid_argument>([&] { p.dgrad(ex, memory); }), wrong.host_text));
+        } else {
+            CHECK_NOTHROW(p.forward(ex, memory));
+            CHECK_NOTHROW(p.dgrad(ex, memory));
+        }
+        CHECK(p.y.damage() + p.dx.damage() == "");
+        CHECK_NOTHROW(ex.synchronize());
+    }
+}

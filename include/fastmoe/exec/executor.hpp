@@ -50,6 +50,11 @@ concept reports_faults = requires(Executor& ex) {
     ex.synchronize();
 };
 
+/// Whether its caller may read the executor's memory between two calls, and waits for nothing by that. Verbs then look at
+/// what stands in small arrays before they begin; elsewhere the work itself looks, and records faults.
+template <class Executor>
+inline constexpr bool has_readable_memory = requires { requires Executor::readable_memory; };
+
 template <class Executor>
 concept executor = allocates<Executor> && runs_elements<Executor> && runs_rows<Executor> && reports_faults<Executor>;
 

@@ -34,6 +34,8 @@ struct host_options {
 /// only, and never for ever. (A thread that a task starts by itself is not known to be inside.)
 class host_executor {
 public:
+    static constexpr bool readable_memory = true;
+
     /// @throws invalid_argument if options.threads is negative or over 1024
     /// @throws out_of_memory, or error if the system does not start as many threads
     explicit host_executor(host_options options = {}) : best_(options.best), memory_(options.memory ? options.memory : &heap_)

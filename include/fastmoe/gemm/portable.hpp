@@ -65,12 +65,17 @@ struct multiply_weight_row {
     XRows x;           // (S,I)
     weight_view<G> dw; // (E,O,I)
     write_mode mode;
+    fault_recorder faults;
 
     template <class Team>
     FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t task) const
     {
         const int64_t e = task / dw.out, o = task % dw.out;
         const int64_t begin = groups.offsets(e), end = begin + groups.counts(e);
+        if (!is_group_inside(groups.counts, groups.offsets, e, groups.slots)) {
+            if (team.lane() == 0) faults.record(fault_kind::group_out_of_range, e, groups.counts(e));
+            return;
+        }
         if (begin == end && mode == write_mode::accumulate) return;
         const auto& self = *this;
         team.for_each(dw.in, [&self, e, o, begin, end](int64_t i) {
@@ -108,7 +113,9 @@ struct implementation<verbs::multiply_weight_gradients, Executor> {
     {
         if (memory.measuring()) return;
         for_each_row(ex, groups.experts() * dw.out,
-                     detail::portable::multiply_weight_row<DyRows, XRows, G>{groups, dy, x, dw, mode}, {.width = dw.in});
+                     detail::portable::multiply_weight_row<DyRows, XRows, G>{groups, dy, x, dw, mode, ex.faults()},
+                     {.width = dw.in});
+        ex.deliver_faults();
     }
 };
 
@@ -195,6 +202,7 @@ private:
         product.reserve(one_worker);
         const auto scratch = memory.matrix<std::byte>(product.ex.threads(), one_worker.bytes());
         if (memory.measuring()) return;
+        detail::expects_groups_inside(product.groups.counts, product.groups.offsets, product.groups.slots);
         product.ex.for_each_task(product.tasks(), [&](int worker, int64_t task) {
             arena mine(row(scratch, worker));
             product.task(worker, task, mine);
@@ -218,7 +226,8 @@ struct portable {
     /// @param bias    added before the rounding; without memory: none   // (E,out)
     /// @param y       overwritten; rows outside of groups untouched     // (S,out)
     /// @param memory  scratch, given back; only counted on a measuring arena
-    /// @throws invalid_argument if shapes disagree or a group lies outside of S, out_of_memory; then nothing is written
+    /// @throws invalid_argument if shapes disagree or a group lies outside of S, out_of_memory; then nothing is written. Where
+    ///         the host cannot read the groups, rows outside of S are none, and wgrad reports such a group as a fault
     template <executor Executor, class Rows, class W, class B, class Y, class Epilogue>
     void forward(Executor& ex, const row_groups& groups, const Rows& x, const weight_view<W>& w, matrix_view<B> bias,
                  matrix_view<Y> y, const Epilogue& epilogue, arena& memory) const

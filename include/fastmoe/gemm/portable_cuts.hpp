@@ -79,14 +79,10 @@ struct row_cut {
     /// @throws invalid_argument if a group does not lie inside of the rows
     void count() const
     {
+        expects_groups_inside(groups.counts, groups.offsets, groups.slots);
         before(0) = 0;
-        for (int64_t e = 0; e < groups.experts(); ++e) {
-            const int64_t n = groups.counts(e), first = groups.offsets(e);
-            expects(n >= 0, "counts(e)", n, "0 or more for expert ", e);
-            expects(first >= 0 && first <= groups.slots - n, "offsets(e)", first, "a group of ", n, " rows inside of ",
-                    groups.slots);
-            before(e + 1) = before(e) + ceil_div(n, blocks_of_host.rows);
-        }
+        for (int64_t e = 0; e < groups.experts(); ++e)
+            before(e + 1) = before(e) + ceil_div(groups.counts(e), blocks_of_host.rows);
     }
     int64_t blocks() const noexcept { return before(groups.experts()); }
 

@@ -18,6 +18,23 @@ struct sum_groups;
 
 namespace detail {
 
+/// Whether the rows of group e lie inside of `rows` rows.
+FASTMOE_HOST_DEVICE constexpr bool is_group_inside(vector_view<const int32_t> counts, vector_view<const int64_t> offsets,
+                                                   int64_t e, int64_t rows) noexcept
+{
+    return counts(e) >= 0 && offsets(e) >= 0 && offsets(e) <= rows - counts(e);
+}
+
+/// Throws invalid_argument unless all groups lie inside of the rows. Reads the arrays.
+inline void expects_groups_inside(vector_view<const int32_t> counts, vector_view<const int64_t> offsets, int64_t rows)
+{
+    for (int64_t e = 0; e < counts.extent(0); ++e) {
+        expects(counts(e) >= 0, "counts(e)", counts(e), "0 or more for expert ", e);
+        expects(is_group_inside(counts, offsets, e, rows), "offsets(e)", offsets(e), "a group of ", counts(e),
+                " rows inside of ", rows, " for expert ", e);
+    }
+}
+
 /// Columns that one team sums at a time.
 inline constexpr int64_t sum_columns = 64;
 
@@ -30,6 +47,7 @@ struct sum_group_columns {
     matrix_view<G> out;                   // (E,N)
     write_mode mode;
     Scale scale;
+    fault_recorder faults;
 
     template <class Team>
     FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t task) const
@@ -38,6 +56,10 @@ struct sum_group_columns {
         const int64_t e = task / tiles, first = task % tiles * sum_columns;
         const int64_t width = n - first < sum_columns ? n - first : sum_columns;
         const int64_t begin = offsets(e), end = begin + counts(e);
+        if (!is_group_inside(counts, offsets, e, rows.extent(0))) {
+            if (team.lane() == 0) faults.record(fault_kind::group_out_of_range, e, counts(e));
+            return;
+        }
         const auto& self = *this;
         G* to = out.data_handle() + e * n + first;
         constexpr int64_t lane_columns = 16;
@@ -83,18 +105,22 @@ struct implementation<verbs::sum_groups, Executor> {
 /// @param offsets  first row of each group                                          // (E+1)
 /// @param scale    a functor of the slot
 /// @param out      overwritten or added to; padding rows do not count               // (E,N)
+/// @throws invalid_argument if shapes disagree; if a group does not lie inside of the rows: before anything is written on
+///         the host, elsewhere as a fault, and that group's sums are left alone
 template <executor Executor, class Rows, class G, class Scale>
 void sum_groups(Executor& ex, const Rows& rows, vector_view<const int32_t> counts, vector_view<const int64_t> offsets,
                 const Scale& scale, matrix_view<G> out, write_mode mode)
 {
     expects_shape(out, "out (E,N)", counts.extent(0), rows.extent(1));
     expects_shape(offsets, "offsets (E+1)", counts.extent(0) + 1);
+    if constexpr (has_readable_memory<Executor>) detail::expects_groups_inside(counts, offsets, rows.extent(0));
     using Real = decltype(scale(0));
     const int64_t tiles = (out.extent(1) + detail::sum_columns - 1) / detail::sum_columns;
     const int64_t mean = counts.extent(0) > 0 ? rows.extent(0) / counts.extent(0) + 1 : 1;
     implementation<verbs::sum_groups, Executor>::run(
-        ex, counts.extent(0) * tiles, detail::sum_group_columns<Real, Rows, G, Scale>{rows, counts, offsets, out, mode, scale},
-        mean);
+        ex, counts.extent(0) * tiles,
+        detail::sum_group_columns<Real, Rows, G, Scale>{rows, counts, offsets, out, mode, scale, ex.faults()}, mean);
+    ex.deliver_faults();
 }
 
 } // namespace fastmoe::inline FASTMOE_ABI
