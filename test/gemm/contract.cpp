@@ -8,6 +8,7 @@
 
 #include <fastmoe/gemm/portable.hpp>
 
+#include "reference_gemm.hpp"
 #include "support/compare.hpp"
 #include "support/executors.hpp"
 #include "support/poison.hpp"
@@ -113,4 +114,37 @@ TEST_CASE_TEMPLATE("a group that leaves the rows is refused by name, and nothing
         CHECK(p.y.damage() + p.dx.damage() == "");
         CHECK_NOTHROW(ex.synchronize());
     }
+}
+
+TEST_CASE_TEMPLATE("a gradient in double keeps every digit of sums in float that are added to it", Cell, FASTMOE_CELLS)
+{
+    using T = typename Cell::type;
+    FASTMOE_SEEDED(r, 203);
+    FASTMOE_EXECUTOR(ex, Cell);
+    product<T, double> p(r);
+    support::fill_normal(r, p.dy.view(), 0.01); // so that the sums are small beside 1
+    for (const bool transposed : {false, true}) {
+        std::fill_n(p.dw.data(), 3 * 20 * 30, 1.0);
+        auto dw = p.gradient();
+        if (transposed) dw = stacked_transposed(tensor_view<double, 3>(p.dw.data(), 3, 20, 30));
+        support::in_workspace(ex, [&](arena& memory) {
+            gemm::portable{}.wgrad(ex, p.groups(), plain_rows<T>{p.dy.view()}, plain_rows<T>{p.x.view()}, dw,
+                                   write_mode::accumulate, memory);
+        });
+        ex.synchronize();
+        int64_t wrong = 0;
+        for (int64_t e = 0; e < 3; ++e)
+            for (int64_t o = 0; o < 30; ++o)
+                for (int64_t i = 0; i < 20; ++i) {
+                    double sum = 0, magnitude = 0;
+                    for (int64_t s = p.offsets[e]; s < p.offsets[e] + p.counts[e]; ++s) {
+                        const double term = double(p.dy.view()(s, o)) * double(p.x.view()(s, i));
+                        sum += term;
+                        magnitude += std::fabs(term);
+                    }
+                    wrong += !support::near<accumulate_t<T>>(dw(e, o, i), 1 + sum, magnitude, p.counts[e]);
+                }
+        CHECK(wrong == 0);
+    }
+    CHECK(p.dw.damage() == "");
 }

@@ -47,6 +47,25 @@ TEST_CASE_TEMPLATE("the sum over a group's rows is written or added, scaled, and
     }
 }
 
+TEST_CASE_TEMPLATE("a sum in float keeps every digit when it is added to an output in double, and one of doubles is double",
+                   Cell, FASTMOE_EXECUTORS)
+{
+    FASTMOE_EXECUTOR(ex, Cell);
+    const std::vector<int32_t> counts{3};
+    const std::vector<int64_t> offsets{0, 3};
+    const std::vector<float> rows{0x1p-31f, 0x1p-32f, 0x1p-33f};
+    std::vector<double> out{1.0};
+    sum_groups(ex, plain_rows<float>{as_matrix(rows, 3, 1)}, as_vector(counts), as_vector(offsets), unit_scale<float>{},
+               as_matrix(out, 1, 1), write_mode::accumulate);
+    ex.synchronize();
+    CHECK(out[0] == 1.0 + 0x1p-31 + 0x1p-32 + 0x1p-33);
+    const std::vector<double> wide{1.0, 0x1p-40, 0x1p-41};
+    sum_groups(ex, plain_rows<double>{as_matrix(wide, 3, 1)}, as_vector(counts), as_vector(offsets), unit_scale<float>{},
+               as_matrix(out, 1, 1), write_mode::overwrite);
+    ex.synchronize();
+    CHECK(out[0] == 1.0 + 0x1p-40 + 0x1p-41);
+}
+
 TEST_CASE_TEMPLATE("a sum over rows that are not there is refused by name, and the group's sums are left alone", Cell,
                    FASTMOE_EXECUTORS)
 {

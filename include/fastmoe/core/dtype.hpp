@@ -5,6 +5,7 @@
 
 #include <concepts>
 #include <cstdint>
+#include <type_traits>
 
 #include <cuda/std/bit>
 
@@ -92,6 +93,10 @@ struct accumulator<double> {
 /// What sums, logits and routing weights are kept in: double for double, float for all others.
 template <class T>
 using accumulate_t = typename detail::accumulator<T>::type;
+
+/// What a value of A and one of B are added in: double if one of them is double, float otherwise.
+template <class A, class B>
+using wider_t = std::conditional_t<std::same_as<A, double> || std::same_as<B, double>, double, float>;
 
 template <class T>
 inline constexpr const char* dtype_name = nullptr;

@@ -86,7 +86,7 @@ struct multiply_weight_row {
                 if (dy_row && x_row) sum += static_cast<Real>(dy_row[o]) * static_cast<Real>(x_row[i]);
             }
             G& to = self.dw(e, o, i);
-            to = static_cast<G>(self.mode == write_mode::accumulate ? static_cast<Real>(to) + sum : sum);
+            to = static_cast<G>(self.mode == write_mode::accumulate ? static_cast<wider_t<Real, G>>(to) + sum : sum);
         });
     }
 };
@@ -253,7 +253,7 @@ struct portable {
     /// dW[e] (+)= dY_e^T X_e. Overwriting, an expert without rows gets zeros; accumulating, it is left alone.
     /// @param dy  plain_rows or indexed_rows                            // (S,out)
     /// @param x   plain_rows or indexed_rows                            // (S,in)
-    /// @param dw  overwritten, or read, added to and rounded once       // (E,out,in)
+    /// @param dw  overwritten, or read, added to in the wider type of dW and the sum, and rounded once   // (E,out,in)
     /// @throws as forward
     template <executor Executor, class DyRows, class XRows, class G>
     void wgrad(Executor& ex, const row_groups& groups, const DyRows& dy, const XRows& x, const weight_view<G>& dw,

@@ -28,7 +28,7 @@ using row_element_t = std::remove_cvref_t<decltype(*std::declval<const Rows&>().
 
 /// The products are summed in double if an operand is double, in float otherwise.
 template <class A, class B>
-using product_total_t = std::conditional_t<std::is_same_v<A, double> || std::is_same_v<B, double>, double, float>;
+using product_total_t = wider_t<A, B>;
 
 /// Whether operands may meet in pairs, in the bfloat16 dot product: nothing else is ever compiled for pairs.
 template <class A, class B>

@@ -41,6 +41,7 @@ inline constexpr int64_t sum_columns = 64;
 template <class Real, class Rows, class G, class Scale>
 struct sum_group_columns {
     using vectorized = void;
+    using Sum = wider_t<Real, std::remove_cvref_t<decltype(*std::declval<const Rows&>().row(0))>>;
     Rows rows;                            // (S,N)
     vector_view<const int32_t> counts;    // (E)
     vector_view<const int64_t> offsets;   // (E+1)
@@ -65,19 +66,19 @@ struct sum_group_columns {
         constexpr int64_t lane_columns = 16;
         team.for_each((width + lane_columns - 1) / lane_columns, [=, &self](int64_t part) {
             const int64_t at = part * lane_columns, here = width - at < lane_columns ? width - at : lane_columns;
-            Real total[lane_columns] = {};
+            Sum total[lane_columns] = {};
             for (int64_t s = begin; s < end; ++s) {
                 const auto* from = self.rows.row(s);
                 if (!from) continue;
-                const Real w = self.scale(s);
+                const Sum w = self.scale(s);
                 from += first + at;
                 if (here == lane_columns)
-                    for (int64_t j = 0; j < lane_columns; ++j) total[j] += w * Real(from[j]);
+                    for (int64_t j = 0; j < lane_columns; ++j) total[j] += w * Sum(from[j]);
                 else
-                    for (int64_t j = 0; j < here; ++j) total[j] += w * Real(from[j]);
+                    for (int64_t j = 0; j < here; ++j) total[j] += w * Sum(from[j]);
             }
             for (int64_t j = 0; j < here; ++j)
-                to[at + j] = G(self.mode == write_mode::accumulate ? Real(to[at + j]) + total[j] : total[j]);
+                to[at + j] = G(self.mode == write_mode::accumulate ? wider_t<Sum, G>(to[at + j]) + total[j] : total[j]);
         });
     }
 };
@@ -99,7 +100,8 @@ struct implementation<verbs::sum_groups, Executor> {
     }
 };
 
-/// out(e) (+)= the sum of scale(s) * rows(s) over the rows of group e, in row order; zeros for a group without rows.
+/// out(e) (+)= the sum of scale(s) * rows(s) over the rows of group e, in row order; zeros for a group without rows. Sums in
+/// the wider type of scale and rows, adds to out in that or in out's if that is wider, and rounds once.
 /// @param rows     plain_rows or indexed_rows                                       // (S,N)
 /// @param counts   rows of each group                                               // (E)
 /// @param offsets  first row of each group                                          // (E+1)
@@ -120,7 +122,7 @@ void sum_groups(Executor& ex, const Rows& rows, vector_view<const int32_t> count
     implementation<verbs::sum_groups, Executor>::run(
         ex, counts.extent(0) * tiles,
         detail::sum_group_columns<Real, Rows, G, Scale>{rows, counts, offsets, out, mode, scale, ex.faults()}, mean);
-    ex.deliver_faults();
+    if constexpr (!has_readable_memory<Executor>) ex.deliver_faults();
 }
 
 } // namespace fastmoe::inline FASTMOE_ABI
