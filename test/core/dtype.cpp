@@ -58,8 +58,9 @@ double nearest(double x)
     return std::fabs(rounded) > largest ? std::copysign(INFINITY, x) : rounded;
 }
 
-template <class T>
-bool rounds_well(float x)
+/// @param x  a float or a double
+template <class T, class Real>
+bool rounds_well(Real x)
 {
     const T out(x);
     const double expected = nearest<T>(x), actual = meaning<T>(out.bits);
@@ -130,6 +131,32 @@ TEST_CASE_TEMPLATE("floats of every size round to the nearest, ties to even", T,
     for (const std::uint32_t bits : {0x7f800001u, 0xff800001u, 0x7fffffffu, 0xffffffffu, 0x7fbfffffu, 0x7f80ffffu})
         wrong += !std::isnan(static_cast<float>(T(from_bits(bits))));
     CHECK(wrong == 0);
+}
+
+TEST_CASE_TEMPLATE("doubles round once: beside the middle of two neighbours to the nearer one, however small the step", T,
+                   fm::half, fm::bfloat16)
+{
+    CHECK(static_cast<float>(fm::bfloat16(1 + 0x1p-8 + 0x1p-40)) == 1.0078125f);
+    CHECK(static_cast<float>(fm::bfloat16(1 + 0x1p-8 - 0x1p-40)) == 1.0f);
+    int wrong = 0;
+    for (int b = 0; b < 0x7fff; ++b) {
+        const double low = meaning<T>(static_cast<std::uint16_t>(b)),
+                     high = meaning<T>(static_cast<std::uint16_t>(b + 1));
+        if (!std::isfinite(low)) break;
+        const double step = std::isfinite(high) ? high - low : low - meaning<T>(static_cast<std::uint16_t>(b - 1));
+        const double middle = low + step / 2;
+        for (const double x : {middle, std::nextafter(middle, 0.0), std::nextafter(middle, HUGE_VAL), middle - step * 0x1p-30,
+                               middle + step * 0x1p-30, std::nextafter(low, 0.0), std::nextafter(low, HUGE_VAL)})
+            wrong += !rounds_well<T>(x) + !rounds_well<T>(-x);
+    }
+    FASTMOE_SEEDED(r, 2);
+    for (int i = 0; i < 1000000; ++i)
+        wrong += !rounds_well<T>(std::ldexp(r.uniform(-1, 1), static_cast<int>(r.integer(-160, 140))));
+    for (const double x : {0.0, -0.0, HUGE_VAL, -HUGE_VAL, std::nan(""), 1e300, -1e300, 5e-324, -5e-324, 1e-300, 3.4028235e38,
+                           3.4028236e38, 65519.99999999999, 65520.0, 65536.0, std::numeric_limits<double>::max()})
+        wrong += !rounds_well<T>(x);
+    CHECK(wrong == 0);
+    static_assert(static_cast<float>(T(0.1)) == static_cast<float>(T(0.1f)) && static_cast<float>(T(3)) == 3.0f);
 }
 
 TEST_CASE("conversions can be done by the compiler, and the types have the layout of a 16-bit word")

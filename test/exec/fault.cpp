@@ -135,3 +135,54 @@ TEST_CASE("two executors keep their faults apart")
     CHECK(delivered(b) == "");
     CHECK(contains(delivered(a), "(1) is 50"));
 }
+
+TEST_CASE_TEMPLATE("of threads that share an executor each is thrown its own faults, and no other's", Cell, FASTMOE_EXECUTORS)
+{
+    FASTMOE_EXECUTOR(ex, Cell);
+    const int users = 3, rounds = 300;
+    const int64_t n = 64;
+    std::atomic<int> wrong{0};
+    // What a verb does: a loop that may record, and the delivery at its end. The last user makes no mistake.
+    const auto use = [&](int user) {
+        std::vector<int32_t> ids(n, 1);
+        if (user < users - 1) ids[user] = 100 + user;
+        const std::string expected = "routing.experts(" + std::to_string(user) + ") is " + std::to_string(100 + user) + ";";
+        for (int round = 0; round < rounds; ++round) {
+            fm::for_each(ex, n, find_faults{fm::as_vector(ids), 8, fault_kind::expert_out_of_range, ex.faults()});
+            const std::string text = delivered(ex);
+            wrong += user < users - 1 ? !contains(text, expected) : text != "";
+        }
+    };
+    std::vector<std::thread> threads;
+    for (int user = 0; user < users; ++user) threads.emplace_back(use, user);
+    for (std::thread& t : threads) t.join();
+    CHECK(wrong == 0);
+    CHECK(delivered(ex) == "");
+}
+
+TEST_CASE_TEMPLATE("a fault waits for the thread whose work found it, whoever asks before", Cell, FASTMOE_EXECUTORS)
+{
+    FASTMOE_EXECUTOR(ex, Cell);
+    const std::vector<int32_t> ids{0, 9, 1};
+    fm::for_each(ex, 3, find_faults{fm::as_vector(ids), 8, fault_kind::expert_out_of_range, ex.faults()});
+    std::string others = "?";
+    std::thread([&] {
+        fm::for_each(ex, 3, find_faults{fm::as_vector(ids), 10, fault_kind::expert_out_of_range, ex.faults()});
+        others = delivered(ex);
+    }).join();
+    CHECK(others == "");
+    CHECK(contains(delivered(ex), "routing.experts(1) is 9"));
+}
+
+TEST_CASE("threads by the hundred, one after the other, keep their faults apart")
+{
+    fm::host_executor ex({.threads = 1});
+    int wrong = 0;
+    for (int i = 0; i < 500; ++i)
+        std::thread([&] {
+            wrong += delivered(ex) != "";
+            if (i % 2) ex.faults().record(fault_kind::expert_out_of_range, i, -7);
+            wrong += contains(delivered(ex), "routing.experts(" + std::to_string(i) + ") is -7") != (i % 2 == 1);
+        }).join();
+    CHECK(wrong == 0);
+}

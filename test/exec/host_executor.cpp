@@ -5,12 +5,17 @@
 #include <chrono>
 #include <cmath>
 #include <cstdint>
+#include <fstream>
 #include <mutex>
 #include <set>
 #include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
+
+#include <pthread.h>
+#include <sys/resource.h>
+#include <unistd.h>
 
 #include <doctest/doctest.h>
 
@@ -306,21 +311,97 @@ TEST_CASE("run_rows gives a host algorithm's worker its own team")
     CHECK(support::same_bits(y, normalized({.threads = 1}, x, rows, n)));
 }
 
+TEST_CASE("an executor whose threads cannot all be started throws how many it got, and leaves nothing behind")
+{
+    // Each thread asks for a stack of 1 GiB, and the process may grow by two and a half of them.
+    pthread_attr_t before, large;
+    REQUIRE(pthread_getattr_default_np(&before) == 0);
+    REQUIRE(pthread_getattr_default_np(&large) == 0);
+    REQUIRE(pthread_attr_setstacksize(&large, std::size_t{1} << 30) == 0);
+    long pages = 0;
+    std::ifstream("/proc/self/statm") >> pages;
+    rlimit limit{};
+    REQUIRE(getrlimit(RLIMIT_AS, &limit) == 0);
+    const rlimit narrow{static_cast<rlim_t>(pages) * static_cast<rlim_t>(sysconf(_SC_PAGESIZE)) + (rlim_t{5} << 29), limit.rlim_max};
+    std::string text;
+    for (int round = 0; round < 3; ++round) {
+        pthread_setattr_default_np(&large);
+        setrlimit(RLIMIT_AS, &narrow);
+        try {
+            fm::host_executor ex({.threads = 9});
+            text = "nothing was thrown";
+        } catch (const fm::error& e) {
+            text = e.what();
+        }
+        setrlimit(RLIMIT_AS, &limit);
+        pthread_setattr_default_np(&before);
+        INFO(text);
+        CHECK(text.find("threads is 9; expected no more than can be started: 3 (") != std::string::npos);
+    }
+    fm::host_executor ex({.threads = 9});
+    std::atomic<int> done{0};
+    ex.for_each_task(100, [&](int, int64_t) { ++done; });
+    CHECK(done == 100);
+}
+
 namespace {
 
 struct nested_loop {
-    fastmoe::host_executor* ex;
-    void operator()(fastmoe::int64_t) const { fastmoe::for_each(*ex, 3, *this); }
+    fm::host_executor* ex;
+    void operator()(int64_t) const { fm::for_each(*ex, 3, *this); }
 };
+
+/// A loop of `inner` in each of some tasks of `outer`.
+void run_inside(fm::host_executor& outer, fm::host_executor& inner, std::atomic<int>& done)
+{
+    outer.for_each_task(4, [&](int, int64_t) { inner.for_each_task(5, [&](int, int64_t) { ++done; }); });
+}
+
+const char* const refusal = "a parallel loop is started inside of another";
 
 } // namespace
 
 TEST_CASE("a loop inside of a loop is refused instead of waiting for itself")
 {
     for (const int threads : {1, 2}) {
-        fastmoe::host_executor ex({.threads = threads});
-        CHECK_THROWS_WITH_AS(fastmoe::for_each(ex, 10000, nested_loop{&ex}),
-                             doctest::Contains("a parallel loop is started inside of another"), fastmoe::invalid_argument);
-        CHECK_THROWS_AS(fastmoe::for_each(ex, 1, nested_loop{&ex}), fastmoe::invalid_argument);
+        fm::host_executor ex({.threads = threads});
+        CHECK_THROWS_WITH_AS(fm::for_each(ex, 10000, nested_loop{&ex}), doctest::Contains(refusal), fm::invalid_argument);
+        CHECK_THROWS_AS(fm::for_each(ex, 1, nested_loop{&ex}), fm::invalid_argument);
     }
+}
+
+TEST_CASE("a loop inside of a loop is run by an executor that was made later, and refused by one that was made before")
+{
+    fm::host_executor first({.threads = 2}), second({.threads = 3}), third({.threads = 1});
+    std::atomic<int> done{0};
+    run_inside(first, second, done);
+    run_inside(second, third, done);
+    run_inside(first, third, done);
+    CHECK(done == 3 * 20);
+    CHECK_THROWS_WITH_AS(run_inside(second, first, done), doctest::Contains(refusal), fm::invalid_argument);
+    CHECK_THROWS_AS(run_inside(third, second, done), fm::invalid_argument);
+    CHECK(done == 3 * 20);
+    // Back to where it came from, by way of another's workers: nobody there belongs to the first.
+    CHECK_THROWS_AS(first.for_each_task(2, [&](int, int64_t) { run_inside(second, first, done); }), fm::invalid_argument);
+    run_inside(first, second, done); // and all of them go on
+    CHECK(done == 4 * 20);
+}
+
+TEST_CASE("threads that start loops of two executors inside of each other's never wait for each other for ever")
+{
+    fm::host_executor a({.threads = 2}), b({.threads = 2});
+    std::atomic<int> done{0}, refused{0};
+    std::thread other([&] {
+        for (int round = 0; round < 200; ++round) {
+            try {
+                run_inside(b, a, done);
+            } catch (const fm::invalid_argument&) {
+                ++refused;
+            }
+        }
+    });
+    for (int round = 0; round < 200; ++round) run_inside(a, b, done);
+    other.join();
+    CHECK(refused == 200);
+    CHECK(done == 200 * 20);
 }

@@ -5,6 +5,7 @@
 #include <fastmoe/ops/activate.hpp>
 
 #include <cmath>
+#include <limits>
 
 #include "support/executors.hpp"
 
@@ -53,6 +54,26 @@ TEST_CASE_TEMPLATE("activations keep their limits", A, relu, gelu, gelu_tanh, si
     CHECK(A::derivative(-200.0f) == 0.0f);
     CHECK(std::isnan(A::value(NAN)));
     CHECK(std::isnan(A::value(std::nan(""))));
+}
+
+TEST_CASE_TEMPLATE("activations and their derivatives keep their limits up to the largest numbers", A, relu, gelu, gelu_tanh, silu)
+{
+    const auto keeps = [](auto large) {
+        CAPTURE(large);
+        CHECK(A::value(large) == large);
+        CHECK(A::value(-large) == 0);
+        CHECK(A::derivative(large) == 1);
+        CHECK(A::derivative(-large) == 0);
+        CHECK(gated_by<A>::value(-large, large) == 0);
+        const auto shut = gated_by<A>::gradient(-large, large, large), open = gated_by<A>::gradient(large, large, decltype(large)(0.5));
+        CHECK(shut.gate == 0);
+        CHECK(shut.up == 0);
+        CHECK(open.gate == large / 2);
+        CHECK(open.up == large / 2);
+    };
+    for (const float large : {1e3f, 1e7f, 1e12f, 1e19f, 1e20f, 1e30f, std::numeric_limits<float>::max()}) keeps(large);
+    for (const double large : {1e3, 1e20, 1e39, 1e103, 1e154, 1e200, std::numeric_limits<double>::max()}) keeps(large);
+    CHECK(std::isnan(A::derivative(NAN)) == !std::is_same_v<A, relu>);
 }
 
 TEST_CASE_TEMPLATE("a gated activation is the product, and its gradient the product rule's", A, silu, gelu)

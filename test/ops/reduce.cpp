@@ -5,6 +5,7 @@
 #include "support/compare.hpp"
 #include "support/poison.hpp"
 #include "support/routed.hpp"
+#include "support/scratch.hpp"
 
 #include <fastmoe/ops/bucket.hpp>
 #include <fastmoe/ops/reduce.hpp>
@@ -43,6 +44,47 @@ TEST_CASE_TEMPLATE("the sum over a group's rows is written or added, scaled, and
         ex.synchronize();
         CHECK(support::close(out.view(), expected, {.length = 100, .magnitudes = &magnitude}));
         CHECK(out.damage() == "");
+    }
+}
+
+TEST_CASE_TEMPLATE("a sum in float keeps every digit when it is added to an output in double, and one of doubles is double",
+                   Cell, FASTMOE_EXECUTORS)
+{
+    FASTMOE_EXECUTOR(ex, Cell);
+    const std::vector<int32_t> counts{3};
+    const std::vector<int64_t> offsets{0, 3};
+    const std::vector<float> rows{0x1p-31f, 0x1p-32f, 0x1p-33f};
+    std::vector<double> out{1.0};
+    sum_groups(ex, plain_rows<float>{as_matrix(rows, 3, 1)}, as_vector(counts), as_vector(offsets), unit_scale<float>{},
+               as_matrix(out, 1, 1), write_mode::accumulate);
+    ex.synchronize();
+    CHECK(out[0] == 1.0 + 0x1p-31 + 0x1p-32 + 0x1p-33);
+    const std::vector<double> wide{1.0, 0x1p-40, 0x1p-41};
+    sum_groups(ex, plain_rows<double>{as_matrix(wide, 3, 1)}, as_vector(counts), as_vector(offsets), unit_scale<float>{},
+               as_matrix(out, 1, 1), write_mode::overwrite);
+    ex.synchronize();
+    CHECK(out[0] == 1.0 + 0x1p-40 + 0x1p-41);
+}
+
+TEST_CASE_TEMPLATE("a sum over rows that are not there is refused by name, and the group's sums are left alone", Cell,
+                   FASTMOE_EXECUTORS)
+{
+    FASTMOE_EXECUTOR(ex, Cell);
+    const bool host = std::is_same_v<typename Cell::executor, host_executor>;
+    std::vector<float> rows(4 * 70, 1.0f);
+    const std::vector<int64_t> offsets{0, 2, 4};
+    for (const int32_t count : {100000, 3, -1}) {
+        const std::vector<int32_t> counts{2, count};
+        support::guarded<float> out(2, 70);
+        const std::string text = support::message_of<invalid_argument>([&] {
+            sum_groups(ex, plain_rows<float>{as_matrix(rows, 4, 70)}, as_vector(counts), as_vector(offsets), unit_scale<float>{},
+                       out.view(), write_mode::overwrite);
+        });
+        INFO(text);
+        CHECK(support::has(text, host ? "expert 1" : "counts(1) is "));
+        CHECK(support::poisoned(row(out.view(), 1)) == 70);
+        CHECK(support::poisoned(row(out.view(), 0)) == (host ? 70 : 0));
+        CHECK_NOTHROW(ex.synchronize());
     }
 }
 

@@ -20,6 +20,7 @@
 #include <thread>
 
 #include <fastmoe/exec/executor.hpp>
+#include <fastmoe/exec/host_faults.hpp>
 #include <fastmoe/exec/memory.hpp>
 
 #include "lane_barrier.hpp"
@@ -132,7 +133,6 @@ class lanes {
 public:
     explicit lanes(lanes_options options = {}) : barrier_(options.patience, options.give_up)
     {
-        fastmoe::detail::clear(faults_);
         scratch_ = static_cast<std::byte*>(heap_.allocate(scratch_bytes));
         for (int64_t lane = 1; lane < lane_count; ++lane)
             threads_[lane - 1] = std::thread([this, lane] { serve(lane); });
@@ -187,14 +187,8 @@ public:
         });
     }
 
-    fastmoe::fault_recorder faults() noexcept { return {&faults_}; }
-    void deliver_faults()
-    {
-        fastmoe::fault f;
-        if (!fastmoe::detail::first_fault(faults_, f)) return;
-        fastmoe::detail::clear(faults_);
-        fastmoe::detail::raise_fault(f);
-    }
+    fastmoe::fault_recorder faults() { return faults_.recorder(); }
+    void deliver_faults() { faults_.deliver(); }
     void synchronize() { deliver_faults(); }
 
 private:
@@ -292,7 +286,7 @@ private:
     fastmoe::host_memory heap_;
     lane_barrier barrier_;
     std::byte* scratch_ = nullptr;
-    fastmoe::fault_words faults_;
+    fastmoe::host_faults faults_;
     std::exception_ptr failures_[lane_count];
 
     std::mutex turn_;  // held by the caller whose loop runs

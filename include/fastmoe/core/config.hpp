@@ -3,6 +3,13 @@
 /// The few macros of the library: where a function may run, and which versioned namespace it lives in.
 #pragma once
 
+// These flags allow what would make exp() and every look at a NaN wrong, without a word. clang shows the last of them by
+// no macro; math::exp forbids it there.
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__ == 1) || defined(__ASSOCIATIVE_MATH__)
+#error "fastmoe needs IEEE arithmetic: compile without -ffast-math, -Ofast, -ffinite-math-only and -fassociative-math. \
+-fno-math-errno and -fno-trapping-math keep every value."
+#endif
+
 #if defined(__CUDACC__)
 #define FASTMOE_HOST_DEVICE __host__ __device__
 #else
@@ -15,9 +22,12 @@
 #define FASTMOE_ABI v0_1
 #endif
 
+#if !defined(FASTMOE_X86_DISPATCH)
 #if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__)) && !defined(__CUDA_ARCH__)
-/// 1 where x86 instruction sets beyond the consumer's flags can be chosen at run time.
+/// 1 where x86 instruction sets beyond the consumer's flags can be chosen at run time. Defined as 0 from outside, in all
+/// files of a program, it leaves nothing but what the consumer's flags allow.
 #define FASTMOE_X86_DISPATCH 1
 #else
 #define FASTMOE_X86_DISPATCH 0
+#endif
 #endif

@@ -5,6 +5,7 @@
 
 #include <concepts>
 #include <cstdint>
+#include <type_traits>
 
 #include <cuda/std/bit>
 
@@ -38,6 +39,17 @@ FASTMOE_HOST_DEVICE constexpr std::uint16_t half_bits(float value) noexcept
     return static_cast<std::uint16_t>((u >> 16 & 0x8000u) | out);
 }
 
+/// A float that rounds to any shorter format as the double does: truncated, the last bit standing for all that was cut off
+/// (rounding to odd; Boldo and Melquiond 2008, "Emulation of a FMA and correctly rounded sums").
+FASTMOE_HOST_DEVICE constexpr float rounded_to_odd(double value) noexcept
+{
+    const auto nearest = static_cast<float>(value);
+    const auto back = static_cast<double>(nearest);
+    const bool away = (back < 0 ? -back : back) > (value < 0 ? -value : value);
+    const auto u = ::cuda::std::bit_cast<std::uint32_t>(nearest) - static_cast<std::uint32_t>(away);
+    return ::cuda::std::bit_cast<float>(u | static_cast<std::uint32_t>(back != value));
+}
+
 FASTMOE_HOST_DEVICE constexpr float half_value(std::uint16_t bits) noexcept
 {
     using ::cuda::std::bit_cast;
@@ -59,6 +71,11 @@ struct bfloat16 {
 
     bfloat16() = default;
     FASTMOE_HOST_DEVICE constexpr explicit bfloat16(float value) noexcept : bits(detail::bfloat16_bits(value)) {}
+    /// Rounds once. A template, so that integers still go by way of float.
+    template <std::same_as<double> Double>
+    FASTMOE_HOST_DEVICE constexpr explicit bfloat16(Double value) noexcept : bfloat16(detail::rounded_to_odd(value))
+    {
+    }
     FASTMOE_HOST_DEVICE constexpr operator float() const noexcept
     {
         return ::cuda::std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
@@ -71,6 +88,11 @@ struct half {
 
     half() = default;
     FASTMOE_HOST_DEVICE constexpr explicit half(float value) noexcept : bits(detail::half_bits(value)) {}
+    /// Rounds once. A template, so that integers still go by way of float.
+    template <std::same_as<double> Double>
+    FASTMOE_HOST_DEVICE constexpr explicit half(Double value) noexcept : half(detail::rounded_to_odd(value))
+    {
+    }
     FASTMOE_HOST_DEVICE constexpr operator float() const noexcept { return detail::half_value(bits); }
 };
 
@@ -92,6 +114,10 @@ struct accumulator<double> {
 /// What sums, logits and routing weights are kept in: double for double, float for all others.
 template <class T>
 using accumulate_t = typename detail::accumulator<T>::type;
+
+/// What a value of A and one of B are added in: double if one of them is double, float otherwise.
+template <class A, class B>
+using wider_t = std::conditional_t<std::same_as<A, double> || std::same_as<B, double>, double, float>;
 
 template <class T>
 inline constexpr const char* dtype_name = nullptr;

@@ -23,6 +23,9 @@ struct exp_parts {
 
 FASTMOE_HOST_DEVICE constexpr exp_parts split_exp(float x) noexcept
 {
+#if defined(__clang__)
+#pragma clang fp reassociate(off)
+#endif
     using ::cuda::std::bit_cast;
     // Adding 1.5 * 2^23 rounds to an integer, whose bits then stand in the low mantissa.
     constexpr float magic = 12582912.0f;

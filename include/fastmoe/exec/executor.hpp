@@ -40,13 +40,20 @@ template <class Executor>
 concept runs_rows = requires(Executor& ex, int64_t n, row_hint hint) { ex.for_each_row(n, detail::row_archetype{}, hint); };
 
 /// Records faults that parallel work finds, and throws them: at the end of a verb if the verb has ended by then
-/// (deliver_faults), or when the executor is waited for (synchronize).
+/// (deliver_faults), or when the executor is waited for (synchronize). faults() says where: an executor whose calls end
+/// with their work keeps the faults of each calling thread apart; one with a stream has one record, in the stream's memory,
+/// for deliver_faults() to leave alone and for synchronize() to throw to whoever waits.
 template <class Executor>
 concept reports_faults = requires(Executor& ex) {
     { ex.faults() } -> std::same_as<fault_recorder>;
     ex.deliver_faults();
     ex.synchronize();
 };
+
+/// Whether its caller may read the executor's memory between two calls, and waits for nothing by that. Verbs then look at
+/// what stands in small arrays before they begin; elsewhere the work itself looks, and records faults.
+template <class Executor>
+inline constexpr bool has_readable_memory = requires { requires Executor::readable_memory; };
 
 template <class Executor>
 concept executor = allocates<Executor> && runs_elements<Executor> && runs_rows<Executor> && reports_faults<Executor>;

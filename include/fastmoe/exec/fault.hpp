@@ -16,6 +16,7 @@ enum class fault_kind : int32_t {
     first_out_of_order,  ///< routing.first(position) is below its predecessor, over C, or does not start at 0
     token_out_of_range,  ///< an id outside of its table
     table_out_of_range,  ///< an entry of a table of experts is not in [-1, E); its position is row * K + column
+    group_out_of_range,  ///< counts(position) rows from offsets(position) on do not lie inside of the S rows
     count_,
 };
 
@@ -82,6 +83,8 @@ inline bool first_fault(const fault_words& words, fault& out) noexcept
         raise<invalid_argument>("routing.first" + at + " is " + value + "; expected 0 first, then no decrease, up to C", where);
     case fault_kind::table_out_of_range:
         raise<invalid_argument>("table" + at + " is " + value + "; expected -1 or an id below E", where);
+    case fault_kind::group_out_of_range:
+        raise<invalid_argument>("counts" + at + " is " + value + "; expected a group inside of the S rows", where);
     default: raise<invalid_argument>("token_ids" + at + " is " + value + "; expected an id inside of the table", where);
     }
 }

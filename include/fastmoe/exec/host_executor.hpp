@@ -5,12 +5,14 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <cstdint>
 #include <exception>
 #include <memory>
 #include <mutex>
 #include <thread>
 
 #include <fastmoe/exec/executor.hpp>
+#include <fastmoe/exec/host_faults.hpp>
 #include <fastmoe/exec/instruction_set.hpp>
 #include <fastmoe/exec/memory.hpp>
 
@@ -27,33 +29,26 @@ struct host_options {
 };
 
 /// The CPU executor. Calls return when the work is done; an exception inside of it is rethrown to the caller.
-/// Several threads may use one executor: their parallel loops run one after the other. A loop inside of a loop of the same
-/// executor is refused.
+/// Several threads may use one executor: their parallel loops run one after the other. Inside of a loop, loops are refused
+/// unless they are of an executor that was made after the outer one's: so loops can wait for each other in one direction
+/// only, and never for ever. (A thread that a task starts by itself is not known to be inside.)
 class host_executor {
 public:
+    static constexpr bool readable_memory = true;
+
     /// @throws invalid_argument if options.threads is negative or over 1024
+    /// @throws out_of_memory, or error if the system does not start as many threads
     explicit host_executor(host_options options = {}) : best_(options.best), memory_(options.memory ? options.memory : &heap_)
     {
         expects(options.threads >= 0 && options.threads <= 1024, "threads", options.threads, "0 to 1024");
         const int found = static_cast<int>(std::thread::hardware_concurrency());
         threads_ = options.threads > 0 ? options.threads : (found > 0 ? found : 1);
-        detail::clear(fault_words_);
         scratch_ = static_cast<std::byte*>(heap_.allocate(threads_ * team_scratch_bytes));
-        workers_ = std::make_unique<std::thread[]>(static_cast<std::size_t>(threads_ - 1));
-        for (int w = 1; w < threads_; ++w) workers_[w - 1] = std::thread([this, w] { serve(w); });
+        start();
     }
     host_executor(const host_executor&) = delete;
     host_executor& operator=(const host_executor&) = delete;
-    ~host_executor()
-    {
-        {
-            std::lock_guard lock(mutex_);
-            stopping_ = true;
-        }
-        wake_.notify_all();
-        for (int w = 1; w < threads_; ++w) workers_[w - 1].join();
-        heap_.deallocate(scratch_, threads_ * team_scratch_bytes);
-    }
+    ~host_executor() { stop(); }
 
     int threads() const noexcept { return threads_; }
     instruction_set best() const noexcept { return best_; }
@@ -102,16 +97,10 @@ public:
         run(n, [](const void* context, int worker, int64_t task) { (*static_cast<const F*>(context))(worker, task); }, &f);
     }
 
-    fault_recorder faults() noexcept { return {&fault_words_}; }
-    /// Throws what parallel work has recorded, and forgets it.
-    void deliver_faults()
-    {
-        fault f;
-        if (!detail::first_fault(fault_words_, f)) [[likely]]
-            return;
-        detail::clear(fault_words_);
-        detail::raise_fault(f);
-    }
+    /// Where the work of the calling thread's verbs records faults: threads that share an executor get their own alone.
+    fault_recorder faults() { return faults_.recorder(); }
+    /// Throws what the work of the calling thread has recorded, and forgets it.
+    void deliver_faults() { faults_.deliver(); }
     /// The same as deliver_faults(): host work is done when a call returns.
     void synchronize() { deliver_faults(); }
 
@@ -178,30 +167,53 @@ private:
         loop(body, begin, end);
     }
 
-    /// Whether the calling thread is at work in a loop of this executor.
-    bool inside() const noexcept
+    void start()
     {
-        const auto self = std::this_thread::get_id();
-        bool found = owner_.load(std::memory_order_relaxed) == self;
-        for (int w = 1; w < threads_; ++w) found = found || workers_[w - 1].get_id() == self;
-        return found;
-    }
-    /// Names the caller whose loop runs, for as long as it runs.
-    struct owner {
-        std::atomic<std::thread::id>& word;
-        explicit owner(std::atomic<std::thread::id>& w) noexcept : word(w)
-        {
-            word.store(std::this_thread::get_id(), std::memory_order_relaxed);
+        int w = 1;
+        const auto start_all = [&] {
+            workers_ = std::make_unique<std::thread[]>(static_cast<std::size_t>(threads_ - 1));
+            for (; w < threads_; ++w) workers_[w - 1] = std::thread([this, w] { serve(w); });
+        };
+#if defined(__cpp_exceptions)
+        try {
+            start_all();
+        } catch (const std::exception& e) {
+            stop();
+            expects<error>(false, "threads", threads_, "no more than can be started: ", w, " (", e.what(), ")");
         }
-        ~owner() { word.store(std::thread::id(), std::memory_order_relaxed); }
+#else
+        start_all();
+#endif
+    }
+    /// Ends the workers that there are, and frees the scratch.
+    void stop() noexcept
+    {
+        {
+            std::lock_guard lock(mutex_);
+            stopping_ = true;
+        }
+        wake_.notify_all();
+        for (int w = 1; workers_ && w < threads_; ++w)
+            if (workers_[w - 1].joinable()) workers_[w - 1].join();
+        heap_.deallocate(scratch_, threads_ * team_scratch_bytes);
+    }
+
+    /// While it lives, the calling thread is at work in a loop of this executor.
+    struct at_work {
+        std::uint64_t outer;
+        explicit at_work(std::uint64_t number) noexcept : outer(innermost_) { innermost_ = number; }
+        at_work(const at_work&) = delete;
+        at_work& operator=(const at_work&) = delete;
+        ~at_work() { innermost_ = outer; }
     };
 
     void run(int64_t n, task_function function, const void* context)
     {
         if (n <= 0) return;
-        expects(!inside(), "a parallel loop", "started inside of another", "the outer one to have ended");
+        expects(number_ > innermost_, "a parallel loop", "started inside of another",
+                "the outer one to have ended, or an executor that was made after the outer one's");
+        const at_work mark(number_);
         std::unique_lock turn(turn_); // one parallel loop at a time
-        const owner mark(owner_);
         if (n == 1 || threads_ == 1) {
             for (int64_t t = 0; t < n; ++t) function(context, 0, t);
             return;
@@ -244,6 +256,7 @@ private:
 
     void serve(int worker)
     {
+        const at_work mark(number_);
         std::unique_lock lock(mutex_);
         for (std::uint64_t seen = 0;;) {
             wake_.wait(lock, [&] { return stopping_ || (current_ && epoch_ != seen); });
@@ -258,16 +271,21 @@ private:
         }
     }
 
+    static inline std::atomic<std::uint64_t> made_{0};
+    /// The number of the executor in whose loop the thread is at work; 0: in none. Of loops inside of loops it is the
+    /// largest, so that it alone has to be compared.
+    static inline thread_local std::uint64_t innermost_ = 0;
+
     host_memory heap_;
+    const std::uint64_t number_ = 1 + made_.fetch_add(1, std::memory_order_relaxed); ///< by order of construction
     instruction_set best_;
     memory_resource* memory_;
     int threads_ = 1;
     std::byte* scratch_ = nullptr; // team_scratch_bytes a thread
     std::unique_ptr<std::thread[]> workers_;
-    fault_words fault_words_;
+    host_faults faults_;
 
     std::mutex turn_; // held by the caller whose loop runs
-    std::atomic<std::thread::id> owner_{};
     std::mutex mutex_; // guards what follows
     std::condition_variable wake_, idle_;
     job* current_ = nullptr;

@@ -65,12 +65,17 @@ struct multiply_weight_row {
     XRows x;           // (S,I)
     weight_view<G> dw; // (E,O,I)
     write_mode mode;
+    fault_recorder faults;
 
     template <class Team>
     FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t task) const
     {
         const int64_t e = task / dw.out, o = task % dw.out;
         const int64_t begin = groups.offsets(e), end = begin + groups.counts(e);
+        if (!is_group_inside(groups.counts, groups.offsets, e, groups.slots)) {
+            if (team.lane() == 0) faults.record(fault_kind::group_out_of_range, e, groups.counts(e));
+            return;
+        }
         if (begin == end && mode == write_mode::accumulate) return;
         const auto& self = *this;
         team.for_each(dw.in, [&self, e, o, begin, end](int64_t i) {
@@ -81,7 +86,7 @@ struct multiply_weight_row {
                 if (dy_row && x_row) sum += static_cast<Real>(dy_row[o]) * static_cast<Real>(x_row[i]);
             }
             G& to = self.dw(e, o, i);
-            to = static_cast<G>(self.mode == write_mode::accumulate ? static_cast<Real>(to) + sum : sum);
+            to = static_cast<G>(self.mode == write_mode::accumulate ? static_cast<wider_t<Real, G>>(to) + sum : sum);
         });
     }
 };
@@ -108,7 +113,9 @@ struct implementation<verbs::multiply_weight_gradients, Executor> {
     {
         if (memory.measuring()) return;
         for_each_row(ex, groups.experts() * dw.out,
-                     detail::portable::multiply_weight_row<DyRows, XRows, G>{groups, dy, x, dw, mode}, {.width = dw.in});
+                     detail::portable::multiply_weight_row<DyRows, XRows, G>{groups, dy, x, dw, mode, ex.faults()},
+                     {.width = dw.in});
+        ex.deliver_faults();
     }
 };
 
@@ -119,7 +126,7 @@ struct implementation<verbs::multiply_rows, host_executor> {
                     matrix_view<const B> bias, matrix_view<Y> y, const Epilogue& epilogue, arena& memory)
     {
         using X = detail::portable::row_element_t<Rows>;
-        if constexpr (detail::portable::both_bfloat16<X, W>)
+        if constexpr (detail::portable::meet_in_pairs<X, W>)
             if (ex.best() >= instruction_set::avx512_bf16)
                 return run_units(detail::portable::row_product<detail::portable::bfloat16_pair, Rows, W, B, Y>{ex, x, w, bias, y}, groups,
                                  epilogue, memory);
@@ -178,7 +185,7 @@ private:
     {
         using A = detail::portable::row_element_t<Lanes>;
         using B = detail::portable::row_element_t<Scalars>;
-        if constexpr (detail::portable::both_bfloat16<A, B>)
+        if constexpr (detail::portable::meet_in_pairs<A, B>)
             if (ex.best() >= instruction_set::avx512_bf16)
                 return run_units(detail::portable::gradient_product<detail::portable::bfloat16_pair, Lanes, Scalars, G>{ex, groups, lanes,
                                                                                                     scalars, dw, mode},
@@ -195,6 +202,7 @@ private:
         product.reserve(one_worker);
         const auto scratch = memory.matrix<std::byte>(product.ex.threads(), one_worker.bytes());
         if (memory.measuring()) return;
+        detail::expects_groups_inside(product.groups.counts, product.groups.offsets, product.groups.slots);
         product.ex.for_each_task(product.tasks(), [&](int worker, int64_t task) {
             arena mine(row(scratch, worker));
             product.task(worker, task, mine);
@@ -218,7 +226,8 @@ struct portable {
     /// @param bias    added before the rounding; without memory: none   // (E,out)
     /// @param y       overwritten; rows outside of groups untouched     // (S,out)
     /// @param memory  scratch, given back; only counted on a measuring arena
-    /// @throws invalid_argument if shapes disagree or a group lies outside of S, out_of_memory; then nothing is written
+    /// @throws invalid_argument if shapes disagree or a group lies outside of S, out_of_memory; then nothing is written. Where
+    ///         the host cannot read the groups, rows outside of S are none, and wgrad reports such a group as a fault
     template <executor Executor, class Rows, class W, class B, class Y, class Epilogue>
     void forward(Executor& ex, const row_groups& groups, const Rows& x, const weight_view<W>& w, matrix_view<B> bias,
                  matrix_view<Y> y, const Epilogue& epilogue, arena& memory) const
@@ -244,7 +253,7 @@ struct portable {
     /// dW[e] (+)= dY_e^T X_e. Overwriting, an expert without rows gets zeros; accumulating, it is left alone.
     /// @param dy  plain_rows or indexed_rows                            // (S,out)
     /// @param x   plain_rows or indexed_rows                            // (S,in)
-    /// @param dw  overwritten, or read, added to and rounded once       // (E,out,in)
+    /// @param dw  overwritten, or read, added to in the wider type of dW and the sum, and rounded once   // (E,out,in)
     /// @throws as forward
     template <executor Executor, class DyRows, class XRows, class G>
     void wgrad(Executor& ex, const row_groups& groups, const DyRows& dy, const XRows& x, const weight_view<G>& dw,
@@ -259,9 +268,8 @@ struct portable {
             verb::run(ex, groups, dy, x, dw, mode, needed);
             memory.require(needed.bytes());
         }
-        const int64_t mark = memory.used();
+        const arena::scope lent(memory);
         verb::run(ex, groups, dy, x, dw, mode, memory);
-        memory.rewind(mark);
     }
 
 private:
@@ -278,9 +286,8 @@ private:
             verb::run(ex, groups, x, w, bias, y, epilogue, needed);
             memory.require(needed.bytes());
         }
-        const int64_t mark = memory.used();
+        const arena::scope lent(memory);
         verb::run(ex, groups, x, w, bias, y, epilogue, memory);
-        memory.rewind(mark);
     }
 };
 

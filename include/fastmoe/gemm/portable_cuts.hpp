@@ -31,10 +31,11 @@ using row_element_t = std::remove_cvref_t<decltype(*std::declval<const Rows&>().
 
 /// The products are summed in double if an operand is double, in float otherwise.
 template <class A, class B>
-using product_total_t = std::conditional_t<std::is_same_v<A, double> || std::is_same_v<B, double>, double, float>;
+using product_total_t = wider_t<A, B>;
 
+/// Whether operands may meet in pairs, in the bfloat16 dot product: nothing else is ever compiled for pairs.
 template <class A, class B>
-inline constexpr bool both_bfloat16 = std::is_same_v<A, bfloat16> && std::is_same_v<B, bfloat16>;
+inline constexpr bool meet_in_pairs = FASTMOE_X86_DISPATCH && std::is_same_v<A, bfloat16> && std::is_same_v<B, bfloat16>;
 
 /// The same matrices with the roles of their two sides swapped.
 template <class T>
@@ -81,14 +82,10 @@ struct row_cut {
     /// @throws invalid_argument if a group does not lie inside of the rows
     void count() const
     {
+        expects_groups_inside(groups.counts, groups.offsets, groups.slots);
         before(0) = 0;
-        for (int64_t e = 0; e < groups.experts(); ++e) {
-            const int64_t n = groups.counts(e), first = groups.offsets(e);
-            expects(n >= 0, "counts(e)", n, "0 or more for expert ", e);
-            expects(first >= 0 && first <= groups.slots - n, "offsets(e)", first, "a group of ", n, " rows inside of ",
-                    groups.slots);
-            before(e + 1) = before(e) + ceil_div(n, blocks_of_host.rows);
-        }
+        for (int64_t e = 0; e < groups.experts(); ++e)
+            before(e + 1) = before(e) + ceil_div(groups.counts(e), blocks_of_host.rows);
     }
     int64_t blocks() const noexcept { return before(groups.experts()); }
 

@@ -219,7 +219,8 @@ struct pack_panels {
     }
 };
 
-/// Sums out, rounded once: to[i * to_step + j] (+)= from[i * from_step + j]. Task i does one row.
+/// Sums out, rounded once: to[i * to_step + j] (+)= from[i * from_step + j]. Task i does one row. What is there already is
+/// added in the wider type of the two.
 template <class Real, class T>
 struct store_rows {
     using vectorized = void;
@@ -235,11 +236,12 @@ struct store_rows {
         const Real* __restrict in = from + i * from_step;
         T* __restrict out = to + i * to_step;
         if (mode == write_mode::overwrite) return convert(out, in, width);
+        using Sum = wider_t<Real, T>;
         constexpr int64_t step = 16;
         int64_t j = 0;
         for (; j + step <= width; j += step)
-            for (int64_t l = 0; l < step; ++l) out[j + l] = static_cast<T>(static_cast<Real>(out[j + l]) + in[j + l]);
-        for (; j < width; ++j) out[j] = static_cast<T>(static_cast<Real>(out[j]) + in[j]);
+            for (int64_t l = 0; l < step; ++l) out[j + l] = static_cast<T>(static_cast<Sum>(out[j + l]) + in[j + l]);
+        for (; j < width; ++j) out[j] = static_cast<T>(static_cast<Sum>(out[j]) + in[j]);
     }
 };
 

@@ -204,7 +204,7 @@ void run_tile_dots(const tile<bfloat16_pair>& t)
 }
 #endif
 
-/// The function for a level and a number of vectors. Pairs need avx512_bf16.
+/// The function for a level and a number of vectors. Pairs need avx512_bf16, and so a build that dispatches.
 template <class Unit>
 tile_function<Unit> best_tile([[maybe_unused]] instruction_set level, [[maybe_unused]] int64_t vectors) noexcept
 {

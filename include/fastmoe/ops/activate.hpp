@@ -55,7 +55,9 @@ struct gelu_tanh {
     FASTMOE_HOST_DEVICE static Real derivative(Real x) noexcept
     {
         const Real s = math::sigmoid(twice_inner(x));
-        const Real inner = Real(1.5957691216057308) * (Real(1) + Real(0.134145) * x * x);
+        // s (1 - s) is 0 long before x^2 reaches the bound; times an x^2 that is infinite it would be NaN.
+        const Real square = x * x < Real(1000) ? x * x : Real(1000);
+        const Real inner = Real(1.5957691216057308) * (Real(1) + Real(0.134145) * square);
         return s + x * s * (Real(1) - s) * inner;
     }
 
@@ -101,7 +103,7 @@ struct gated_by {
     template <class Real>
     FASTMOE_HOST_DEVICE static gate_and_up<Real> gradient(Real gate, Real up, Real d) noexcept
     {
-        return {d * up * Activation::derivative(gate), d * Activation::value(gate)};
+        return {d * (up * Activation::derivative(gate)), d * Activation::value(gate)}; // d * up may overflow beside a 0
     }
 };
 

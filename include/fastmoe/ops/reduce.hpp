@@ -18,18 +18,37 @@ struct sum_groups;
 
 namespace detail {
 
+/// Whether the rows of group e lie inside of `rows` rows.
+FASTMOE_HOST_DEVICE constexpr bool is_group_inside(vector_view<const int32_t> counts, vector_view<const int64_t> offsets,
+                                                   int64_t e, int64_t rows) noexcept
+{
+    return counts(e) >= 0 && offsets(e) >= 0 && offsets(e) <= rows - counts(e);
+}
+
+/// Throws invalid_argument unless all groups lie inside of the rows. Reads the arrays.
+inline void expects_groups_inside(vector_view<const int32_t> counts, vector_view<const int64_t> offsets, int64_t rows)
+{
+    for (int64_t e = 0; e < counts.extent(0); ++e) {
+        expects(counts(e) >= 0, "counts(e)", counts(e), "0 or more for expert ", e);
+        expects(is_group_inside(counts, offsets, e, rows), "offsets(e)", offsets(e), "a group of ", counts(e),
+                " rows inside of ", rows, " for expert ", e);
+    }
+}
+
 /// Columns that one team sums at a time.
 inline constexpr int64_t sum_columns = 64;
 
 template <class Real, class Rows, class G, class Scale>
 struct sum_group_columns {
     using vectorized = void;
+    using Sum = wider_t<Real, std::remove_cvref_t<decltype(*std::declval<const Rows&>().row(0))>>;
     Rows rows;                            // (S,N)
     vector_view<const int32_t> counts;    // (E)
     vector_view<const int64_t> offsets;   // (E+1)
     matrix_view<G> out;                   // (E,N)
     write_mode mode;
     Scale scale;
+    fault_recorder faults;
 
     template <class Team>
     FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t task) const
@@ -38,24 +57,28 @@ struct sum_group_columns {
         const int64_t e = task / tiles, first = task % tiles * sum_columns;
         const int64_t width = n - first < sum_columns ? n - first : sum_columns;
         const int64_t begin = offsets(e), end = begin + counts(e);
+        if (!is_group_inside(counts, offsets, e, rows.extent(0))) {
+            if (team.lane() == 0) faults.record(fault_kind::group_out_of_range, e, counts(e));
+            return;
+        }
         const auto& self = *this;
         G* to = out.data_handle() + e * n + first;
         constexpr int64_t lane_columns = 16;
         team.for_each((width + lane_columns - 1) / lane_columns, [=, &self](int64_t part) {
             const int64_t at = part * lane_columns, here = width - at < lane_columns ? width - at : lane_columns;
-            Real total[lane_columns] = {};
+            Sum total[lane_columns] = {};
             for (int64_t s = begin; s < end; ++s) {
                 const auto* from = self.rows.row(s);
                 if (!from) continue;
-                const Real w = self.scale(s);
+                const Sum w = self.scale(s);
                 from += first + at;
                 if (here == lane_columns)
-                    for (int64_t j = 0; j < lane_columns; ++j) total[j] += w * Real(from[j]);
+                    for (int64_t j = 0; j < lane_columns; ++j) total[j] += w * Sum(from[j]);
                 else
-                    for (int64_t j = 0; j < here; ++j) total[j] += w * Real(from[j]);
+                    for (int64_t j = 0; j < here; ++j) total[j] += w * Sum(from[j]);
             }
             for (int64_t j = 0; j < here; ++j)
-                to[at + j] = G(self.mode == write_mode::accumulate ? Real(to[at + j]) + total[j] : total[j]);
+                to[at + j] = G(self.mode == write_mode::accumulate ? wider_t<Sum, G>(to[at + j]) + total[j] : total[j]);
         });
     }
 };
@@ -77,24 +100,29 @@ struct implementation<verbs::sum_groups, Executor> {
     }
 };
 
-/// out(e) (+)= the sum of scale(s) * rows(s) over the rows of group e, in row order; zeros for a group without rows.
+/// out(e) (+)= the sum of scale(s) * rows(s) over the rows of group e, in row order; zeros for a group without rows. Sums in
+/// the wider type of scale and rows, adds to out in that or in out's if that is wider, and rounds once.
 /// @param rows     plain_rows or indexed_rows                                       // (S,N)
 /// @param counts   rows of each group                                               // (E)
 /// @param offsets  first row of each group                                          // (E+1)
 /// @param scale    a functor of the slot
 /// @param out      overwritten or added to; padding rows do not count               // (E,N)
+/// @throws invalid_argument if shapes disagree; if a group does not lie inside of the rows: before anything is written on
+///         the host, elsewhere as a fault, and that group's sums are left alone
 template <executor Executor, class Rows, class G, class Scale>
 void sum_groups(Executor& ex, const Rows& rows, vector_view<const int32_t> counts, vector_view<const int64_t> offsets,
                 const Scale& scale, matrix_view<G> out, write_mode mode)
 {
     expects_shape(out, "out (E,N)", counts.extent(0), rows.extent(1));
     expects_shape(offsets, "offsets (E+1)", counts.extent(0) + 1);
+    if constexpr (has_readable_memory<Executor>) detail::expects_groups_inside(counts, offsets, rows.extent(0));
     using Real = decltype(scale(0));
     const int64_t tiles = (out.extent(1) + detail::sum_columns - 1) / detail::sum_columns;
     const int64_t mean = counts.extent(0) > 0 ? rows.extent(0) / counts.extent(0) + 1 : 1;
     implementation<verbs::sum_groups, Executor>::run(
-        ex, counts.extent(0) * tiles, detail::sum_group_columns<Real, Rows, G, Scale>{rows, counts, offsets, out, mode, scale},
-        mean);
+        ex, counts.extent(0) * tiles,
+        detail::sum_group_columns<Real, Rows, G, Scale>{rows, counts, offsets, out, mode, scale, ex.faults()}, mean);
+    if constexpr (!has_readable_memory<Executor>) ex.deliver_faults();
 }
 
 } // namespace fastmoe::inline FASTMOE_ABI

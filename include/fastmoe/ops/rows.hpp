@@ -71,10 +71,11 @@ struct gather_rows {
     }
 };
 
-/// y(t) (+)= sum over c in [first(t), first(t+1)) of scale(c) * rows(slot_of(c)), in the order of c.
+/// y(t) (+)= sum over c in [first(t), first(t+1)) of scale(c) * rows(slot_of(c)), in the order of c and in the widest type.
 template <class Real, class T, class Y, class Range, class Scale>
 struct sum_row_lists {
     using vectorized = void;
+    using Sum = wider_t<wider_t<Real, T>, Y>;
     matrix_view<const T> rows;           // (S,D)
     vector_view<const int32_t> slot_of;  // (C)
     matrix_view<Y> y;                    // (T,D)
@@ -90,18 +91,18 @@ struct sum_row_lists {
         Y* to = y.data_handle() + t * n;
         team.for_each((n + row_piece - 1) / row_piece, [=, &self](int64_t piece) {
             const int64_t at = piece * row_piece, width = n - at < row_piece ? n - at : row_piece;
-            Real total[row_piece] = {};
+            Sum total[row_piece] = {};
             if (self.mode == write_mode::accumulate)
-                for (int64_t j = 0; j < width; ++j) total[j] = Real(to[at + j]);
+                for (int64_t j = 0; j < width; ++j) total[j] = Sum(to[at + j]);
             for (int64_t c = begin; c < end; ++c) {
                 const int64_t s = self.slot_of(c);
                 if (s < 0) continue;
-                const Real w = self.scale(c);
+                const Sum w = self.scale(c);
                 const T* from = self.rows.data_handle() + s * n + at;
                 if (width == row_piece)
-                    for (int64_t j = 0; j < row_piece; ++j) total[j] += w * Real(from[j]);
+                    for (int64_t j = 0; j < row_piece; ++j) total[j] += w * Sum(from[j]);
                 else
-                    for (int64_t j = 0; j < width; ++j) total[j] += w * Real(from[j]);
+                    for (int64_t j = 0; j < width; ++j) total[j] += w * Sum(from[j]);
             }
             for (int64_t j = 0; j < width; ++j) to[at + j] = Y(total[j]);
         });
@@ -121,18 +122,19 @@ struct dot_row_lists {
     template <class Team>
     FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t t) const
     {
+        using Sum = wider_t<Real, T>;
         const int64_t n = a.extent(1);
         const T* left = a.data_handle() + t * n;
         for (int64_t c = range.begin(t); c < range.end(t); ++c) {
             const int64_t s = slot_of(c);
-            Real total = 0;
+            Sum total = 0;
             if (s >= 0) {
                 const T* right = rows.data_handle() + s * n;
                 total = team.reduce(
-                    n, Real(0), [](Real x, Real y) { return x + y; },
-                    [=](int64_t j) { return Real(left[j]) * Real(right[j]); });
+                    n, Sum(0), [](Sum x, Sum y) { return x + y; },
+                    [=](int64_t j) { return Sum(left[j]) * Sum(right[j]); });
             }
-            if (team.lane() == 0) products(c) = total;
+            if (team.lane() == 0) products(c) = Real(total);
         }
     }
 };
