@@ -153,6 +153,34 @@ TEST_CASE("rewinding gives back what was taken since, and the peak remembers it"
     CHECK(measure.bytes() == 1024);
 }
 
+TEST_CASE("a scope gives back what was taken in it and nothing else, however it ends")
+{
+    workspace w(4096);
+    fm::arena real(w.view()), measure;
+    for (fm::arena* a : {&real, &measure}) {
+        a->vector<float>(10);
+        {
+            const fm::arena::scope outer(*a);
+            a->vector<float>(64);
+            {
+                const fm::arena::scope inner(*a);
+                a->vector<float>(128);
+                CHECK(a->used() == 1024);
+            }
+            CHECK(a->used() == 512);
+        }
+        CHECK(a->used() == 256);
+        const auto fails = [&] {
+            const fm::arena::scope lent(*a);
+            a->vector<float>(512);
+            a->vector<float>(-1);
+        };
+        CHECK_THROWS_AS(fails(), fm::invalid_argument);
+        CHECK(a->used() == 256);
+        CHECK(a->bytes() == 256 + 2048);
+    }
+}
+
 TEST_CASE("negative extents and sizes that overflow are refused by measuring and by real arenas")
 {
     workspace w(256);

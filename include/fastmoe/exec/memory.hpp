@@ -77,7 +77,7 @@ public:
     bool measuring() const noexcept { return measuring_; }
     /// The most bytes that were taken at one time.
     int64_t bytes() const noexcept { return peak_; }
-    /// Bytes taken now; rewind(used()) gives back what is taken afterwards.
+    /// Bytes taken now; rewind(used()) gives back what is taken afterwards, and a `scope` does so whatever happens.
     int64_t used() const noexcept { return used_; }
     void rewind(int64_t used) noexcept { used_ = used; }
     /// Bytes that can still be taken.
@@ -89,6 +89,22 @@ public:
         if (!measuring_ && available() < bytes)
             expects<out_of_memory>({false, where}, "workspace", capacity_, used_ + bytes, " bytes or more");
     }
+
+    /// What is taken from the arena while this lives is given back when it ends, by an exception too; the memory of views
+    /// from within may then be handed out again. Scopes end in the reverse order of their beginnings.
+    ///
+    ///     const arena::scope lent(scratch);
+    class [[nodiscard]] scope {
+    public:
+        explicit scope(arena& memory) noexcept : memory_(memory), used_(memory.used()) {}
+        scope(const scope&) = delete;
+        scope& operator=(const scope&) = delete;
+        ~scope() { memory_.rewind(used_); }
+
+    private:
+        arena& memory_;
+        int64_t used_;
+    };
 
 private:
     template <class T>

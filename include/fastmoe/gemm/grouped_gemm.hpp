@@ -149,8 +149,8 @@ row_groups one_group(Executor& ex, int64_t rows, arena& memory)
 ///     g.dgrad(ex, groups, rows, weights, dx, epilogue, arena);       rows of dY                            // (S,out)
 ///     g.wgrad(ex, groups, dy_rows, x_rows, dw, mode, arena);         dw: weight_view<G>                    // (E,out,in)
 ///
-/// Each takes its scratch from the arena and gives it back (rewinds) before it returns; on a measuring arena it only
-/// counts. Accumulates in accumulate_t and rounds once.
+/// Each takes its scratch from the arena and gives it back before it returns or throws (arena::scope); on a measuring
+/// arena it only counts. Accumulates in accumulate_t and rounds once.
 template <class G, class Executor, class T>
 concept multiplies_rows = requires(const G& g, Executor& ex, row_groups groups, plain_rows<T> rows,
                                    weight_view<const T> w, matrix_view<const T> bias, matrix_view<T> y, arena& a) {

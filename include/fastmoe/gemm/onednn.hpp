@@ -193,15 +193,11 @@ private:
         lend(detail::tiled::row_product<call, Rows, W, B, Y, Epilogue>(ex, groups, x, w, bias, y, epilogue), memory);
     }
 
-    /// Runs the product with the arena's memory, and gives that back, whatever happens.
+    /// Runs the product with the arena's memory, and gives that back.
     template <class Product>
     static void lend(Product product, arena& memory)
     {
-        struct mark {
-            arena& memory;
-            int64_t used;
-            ~mark() { memory.rewind(used); }
-        } const back{memory, memory.used()};
+        const arena::scope lent(memory);
         product.run(memory);
     }
 };

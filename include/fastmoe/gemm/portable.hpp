@@ -259,9 +259,8 @@ struct portable {
             verb::run(ex, groups, dy, x, dw, mode, needed);
             memory.require(needed.bytes());
         }
-        const int64_t mark = memory.used();
+        const arena::scope lent(memory);
         verb::run(ex, groups, dy, x, dw, mode, memory);
-        memory.rewind(mark);
     }
 
 private:
@@ -278,9 +277,8 @@ private:
             verb::run(ex, groups, x, w, bias, y, epilogue, needed);
             memory.require(needed.bytes());
         }
-        const int64_t mark = memory.used();
+        const arena::scope lent(memory);
         verb::run(ex, groups, x, w, bias, y, epilogue, memory);
-        memory.rewind(mark);
     }
 };
 

@@ -49,12 +49,10 @@ private:
     /// Pairs need W in place, which they always have; other types of W are converted as they are read.
     matrix_view<Unit> reserve_few(arena& a) const
     {
-        const int64_t mark = a.used(); // shares its memory with the other paths
+        const arena::scope shared(a); // with the other paths: a block takes one of them
         // The extra step keeps rows of 4 KiB from falling on the same lines of the cache.
         const int64_t step = round_up(units(), dot_depth<Unit>) + dot_depth<Unit>;
-        const auto out = a.matrix<Unit>(least(x.extent(0), blocks_of_host.few_rows), step);
-        a.rewind(mark);
-        return out;
+        return a.matrix<Unit>(least(x.extent(0), blocks_of_host.few_rows), step);
     }
 
     void few_rows(int worker, row_block b, int64_t begin, int64_t end, matrix_view<Unit> packed) const

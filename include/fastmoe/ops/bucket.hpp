@@ -128,10 +128,9 @@ void bucket(Executor& ex, vector_view<const int32_t> ids, vector_view<int32_t> c
     expects(ids.extent(0) <= INT32_MAX, "ids (N)", ids.extent(0), "at most 2^31 - 1 entries");
     expects(columns > 0 && ids.extent(0) % columns == 0, "columns", columns, "a divisor of ", ids.extent(0));
     if (!scratch.measuring()) expects_shape(ranks, "ranks (N)", ids.extent(0));
-    const int64_t mark = scratch.used();
+    const arena::scope lent(scratch);
     implementation<verbs::bucket, Executor>::run(ex, ids, {ids.extent(0) / columns, columns, order}, counts, ranks,
                                                  scratch);
-    scratch.rewind(mark);
 }
 
 } // namespace fastmoe::inline FASTMOE_ABI
