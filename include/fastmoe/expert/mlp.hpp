@@ -204,7 +204,7 @@ struct mlp {
                  matrix_view<T> y, arena& scratch) const
     {
         if (!scratch.measuring()) expects_weights<T>(in, w);
-        const int64_t mark = scratch.used();
+        const arena::scope lent(scratch);
         const auto a = scratch.matrix<T>(in.groups.slots, hidden);
         with_input(ex, in, scratch, [&](const indexed_rows<T>& x) {
             gemm.forward(ex, in.groups, x, w.up, w.up_bias, saved.pre,
@@ -212,16 +212,14 @@ struct mlp {
                          scratch);
         });
         gemm.forward(ex, in.groups, plain_rows<T>{a}, w.down, w.down_bias, y, no_epilogue{}, scratch);
-        scratch.rewind(mark);
     }
 
     template <class Executor, class T>
     void infer(Executor& ex, const expert_input<T>& in, const mlp_weights<const T>& w, matrix_view<T> y,
                arena& scratch) const
     {
-        const int64_t mark = scratch.used();
+        const arena::scope lent(scratch);
         forward(ex, in, w, reserve_saved<T>(scratch, in.groups.slots), y, scratch);
-        scratch.rewind(mark);
     }
 
     /// @param dy        gradient of the combined output, by token; not weighted      // (S,D)
@@ -285,7 +283,7 @@ private:
     void with_input(Executor& ex, const expert_input<T>& in, arena& scratch, F f) const
     {
         if (weigh != weigh_at::input) return f(in.x);
-        const int64_t mark = scratch.used();
+        const arena::scope lent(scratch);
         const auto rows = scratch.matrix<T>(in.groups.slots, width);
         const auto same = scratch.vector<int32_t>(in.groups.slots);
         if (!scratch.measuring()) {
@@ -295,7 +293,6 @@ private:
             for_each(ex, in.groups.slots, detail::count_up{same.data_handle()});
         }
         f(indexed_rows<T>{rows, same});
-        scratch.rewind(mark);
     }
 };
 

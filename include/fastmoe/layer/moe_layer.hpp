@@ -75,7 +75,10 @@ struct moe_layer {
         check_training<Executor, T>();
         expects_call(x, w, y);
         memory.require(forward_bytes<T>(ex, x.extent(0), x.extent(1)));
-        return {detail::run_forward(*this, ex, x, w, y, options, memory, memory), {}};
+        detail::kept_scope kept(memory);
+        const auto parts = detail::run_forward(*this, ex, x, w, y, options, memory, memory);
+        kept.keep();
+        return {parts, {}};
     }
     /// The same with memory from the executor's resource; the result owns what it keeps.
     template <executor Executor, class T>
@@ -104,11 +107,10 @@ struct moe_layer {
                   const backward_options& options = {}) const
     {
         expects_gradients(saved, dy, w, dx, gradients);
-        const int64_t mark = scratch.used();
+        const arena::scope lent(scratch);
         scratch.require(backward_bytes<T, G>(ex, saved.x().extent(0), saved.x().extent(1)));
         const auto pending = detail::run_backward_input(*this, ex, saved.parts(), dy, w, dx, options, scratch, scratch);
         detail::run_backward_weights<T>(*this, ex, saved.parts(), pending, gradients, options, scratch);
-        scratch.rewind(mark);
     }
     template <executor Executor, class T, class G, class Own>
     void backward(Executor& ex, const moe_saved<T, Gate, Expert, Executor>& saved,
@@ -131,7 +133,10 @@ struct moe_layer {
         expects_shape(dy, "dy (T,D)", saved.x().extent(0), saved.x().extent(1));
         expects_shape(dx, "dx (T,D)", saved.x().extent(0), saved.x().extent(1));
         memory.require(backward_input_bytes<T>(ex, saved.x().extent(0), saved.x().extent(1)));
-        return detail::run_backward_input(*this, ex, saved.parts(), dy, w, dx, options, memory, memory);
+        detail::kept_scope kept(memory);
+        const auto pending = detail::run_backward_input(*this, ex, saved.parts(), dy, w, dx, options, memory, memory);
+        kept.keep();
+        return pending;
     }
     /// The gradients of the weights, at any later time; dy must still be there.
     template <executor Executor, class T, class G, class Own>

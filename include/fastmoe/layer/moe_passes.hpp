@@ -4,6 +4,7 @@
 /// another (which may be the same); on measuring arenas they only count, so query and use cannot drift.
 #pragma once
 
+#include <fastmoe/exec/scratch.hpp>
 #include <fastmoe/layer/moe_state.hpp>
 #include <fastmoe/routing/project.hpp>
 #include <fastmoe/transfer/combine.hpp>
@@ -77,11 +78,10 @@ void with_router_input(const Layer& layer, Executor& ex, matrix_view<const T> x,
 {
     const double epsilon = jitter_of(layer.gate);
     if (epsilon == 0 || mode != gate_mode::training) return f(x);
-    const int64_t mark = scratch.used();
+    const arena::scope lent(scratch);
     const auto jittered = scratch.matrix<T>(x.extent(0), x.extent(1));
     if (!scratch.measuring()) jitter(ex, x, options.random, epsilon, jittered, options.first_token);
     f(matrix_view<const T>(jittered));
-    scratch.rewind(mark);
 }
 
 /// Logits, routing and plan.
@@ -116,14 +116,14 @@ void run_gate_backward(const Layer& layer, Executor& ex, const Parts& p, const W
     if constexpr (projects) {
         const double epsilon = jitter_of(layer.gate);
         if (epsilon == 0) return project_input_backward(ex, pending.dlogits, w.gate, dx, write_mode::accumulate, scratch);
-        const int64_t mark = scratch.used(), tokens = dx.extent(0), width = dx.extent(1);
+        const arena::scope lent(scratch);
+        const int64_t tokens = dx.extent(0), width = dx.extent(1);
         const auto through = scratch.matrix<real>(tokens, width);
         project_input_backward(ex, pending.dlogits, w.gate, through, write_mode::overwrite, scratch);
         if (!scratch.measuring())
             for_each(ex, tokens * width,
                      add_jittered<T>{through.data_handle(), dx.data_handle(), {p.options.random, random_stream::jitter},
                                      static_cast<std::uint64_t>(p.options.first_token * width), real(epsilon)});
-        scratch.rewind(mark);
     }
 }
 
@@ -139,7 +139,7 @@ template <class Layer, class Executor, class T, class Weights>
 void run_infer(const Layer& layer, Executor& ex, matrix_view<const T> x, const Weights& w, matrix_view<T> y,
                const gate_options& options, arena& scratch)
 {
-    const int64_t mark = scratch.used();
+    const arena::scope lent(scratch);
     typename Layer::template parts<T> p{};
     p.x = x;
     p.options = options;
@@ -152,7 +152,6 @@ void run_infer(const Layer& layer, Executor& ex, matrix_view<const T> x, const W
     run_gate<T>(layer, ex, p, w, gate_mode::inference, scratch);
     layer.expert.infer(ex, p.expert_view(), w.expert, rows, scratch);
     if (!scratch.measuring()) run_combine(layer, ex, p, rows, y);
-    scratch.rewind(mark);
 }
 
 template <class Layer, class Executor, class T, class Weights>
@@ -162,14 +161,13 @@ typename Layer::template parts<T> run_forward(const Layer& layer, Executor& ex, 
     auto p = reserve_parts<T>(layer, keep, x.extent(0), x.extent(1));
     p.x = x;
     p.options = options;
-    const int64_t mark = lend.used();
+    const arena::scope lent(lend);
     run_gate<T>(layer, ex, p, w, gate_mode::training, lend);
     const auto rows = std::remove_cvref_t<decltype(layer.expert)>::applies_weights
                           ? lend.matrix<T>(p.slots.slots, x.extent(1))
                           : p.rows;
     layer.expert.forward(ex, p.expert_view(), w.expert, p.expert, rows, lend);
     if (!lend.measuring()) run_combine(layer, ex, p, rows, y);
-    lend.rewind(mark);
     return p;
 }
 
@@ -195,7 +193,7 @@ auto run_backward_input(const Layer& layer, Executor& ex, const typename Layer::
     using real = accumulate_t<T>;
     using expert_type = std::remove_cvref_t<decltype(layer.expert)>;
     auto pending = reserve_pending<T>(layer, keep, p.x.extent(0), p.x.extent(1));
-    const int64_t mark = lend.used();
+    const arena::scope lent(lend);
     const auto& route = p.gate.routing;
     const auto dweights = lend.vector<real>(route.choices());
     const auto drows = lend.matrix<T>(p.slots.slots, p.x.extent(1));
@@ -206,7 +204,6 @@ auto run_backward_input(const Layer& layer, Executor& ex, const typename Layer::
     layer.expert.backward(ex, p.expert_view(), w.expert, p.expert, pending.dy, pending.expert, drows, dweights, lend);
     if (live) combine_unweighted(ex, drows, route, p.slots, dx);
     run_gate_backward<T>(layer, ex, p, w, pending, dweights, real(options.loss_scale), dx, lend);
-    lend.rewind(mark);
     return pending;
 }
 
@@ -214,7 +211,7 @@ template <class T, class Layer, class Executor, class Parts, class Pending, clas
 void run_backward_weights(const Layer& layer, Executor& ex, const Parts& p, const Pending& pending,
                           const Weights& gradients, const backward_options& options, arena& scratch)
 {
-    const int64_t mark = scratch.used();
+    const arena::scope lent(scratch);
     layer.expert.weight_gradients(ex, p.expert_view(), p.expert, pending.dy, pending.expert, gradients.expert,
                                   options.gradients, scratch);
     using gate_type = std::remove_cvref_t<decltype(layer.gate)>;
@@ -225,7 +222,6 @@ void run_backward_weights(const Layer& layer, Executor& ex, const Parts& p, cons
         with_router_input(layer, ex, p.x, p.options, gate_mode::training, scratch, [&](matrix_view<const T> x) {
             project_weights_backward(ex, pending.dlogits, x, gradients.gate, gradients.gate_bias, options.gradients, scratch);
         });
-    scratch.rewind(mark);
 }
 
 } // namespace fastmoe::inline FASTMOE_ABI::detail

@@ -35,12 +35,11 @@ struct shared_expert {
     void infer(Executor& ex, type_identity_t<matrix_view<const T>> x, const type_identity_t<weights<const T>>& w,
                matrix_view<T> y, arena& scratch) const
     {
-        const int64_t mark = scratch.used();
+        const arena::scope lent(scratch);
         const auto kept = reserve<T>(ex, x, scratch);
         const auto rows = scratch.matrix<T>(x.extent(0), x.extent(1));
         expert.infer(ex, kept.in, w, rows, scratch);
         add<T>(ex, rows, y, scratch);
-        scratch.rewind(mark);
     }
 
     /// The same; the result holds views into `memory`, what lies behind it is given back.
@@ -48,13 +47,14 @@ struct shared_expert {
     shared_parts<T, Expert> forward(Executor& ex, type_identity_t<matrix_view<const T>> x,
                                     const type_identity_t<weights<const T>>& w, matrix_view<T> y, arena& memory) const
     {
+        detail::kept_scope all(memory);
         auto kept = reserve<T>(ex, x, memory);
         kept.expert = expert.template reserve_saved<T>(memory, x.extent(0));
-        const int64_t mark = memory.used();
+        const arena::scope lent(memory);
         const auto rows = memory.matrix<T>(x.extent(0), x.extent(1));
         expert.forward(ex, kept.in, w, kept.expert, rows, memory);
         add<T>(ex, rows, y, memory);
-        memory.rewind(mark);
+        all.keep();
         return kept;
     }
 
@@ -66,7 +66,7 @@ struct shared_expert {
                   const type_identity_t<weights<const T>>& w, type_identity_t<matrix_view<T>> dx,
                   const Gradients& gradients, write_mode mode, arena& scratch) const
     {
-        const int64_t mark = scratch.used();
+        const arena::scope lent(scratch);
         const int64_t tokens = dy.extent(0);
         const indexed_rows<T> dy_rows{dy, kept.numbers};
         const auto pending = expert.template reserve_pending<T>(scratch, tokens);
@@ -75,7 +75,6 @@ struct shared_expert {
         expert.backward(ex, kept.in, w, kept.expert, dy_rows, pending, drows, dweights, scratch);
         add<T>(ex, drows, dx, scratch);
         expert.weight_gradients(ex, kept.in, kept.expert, dy_rows, pending, gradients, mode, scratch);
-        scratch.rewind(mark);
     }
 
 private:

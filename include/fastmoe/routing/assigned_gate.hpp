@@ -223,9 +223,10 @@ private:
     {
         const auto& route = state.routing;
         const bool live = !scratch.measuring();
-        const int64_t mark = scratch.used();
-        assignment.assign(ex, in, c, fastmoe::assignment<Real>{route.tokens, experts, k, route.experts, state.first}, scratch);
-        scratch.rewind(mark);
+        {
+            const arena::scope lent(scratch);
+            assignment.assign(ex, in, c, fastmoe::assignment<Real>{route.tokens, experts, k, route.experts, state.first}, scratch);
+        }
         if (live) {
             for_each(ex, route.choices(), detail::check_assigned{route.experts, experts, ex.faults()});
             if constexpr (detail::score_reads_logits<Score>) detail::weigh(ex, score, weigh, scale, in.logits, route);

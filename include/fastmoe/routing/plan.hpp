@@ -209,7 +209,6 @@ struct implementation<verbs::make_plan, Executor> {
 template <executor Executor, class Real>
 void make_plan(Executor& ex, const routing<Real>& route, const plan& p, arena& scratch)
 {
-    const int64_t mark = scratch.used();
     if (!scratch.measuring()) {
         detail::expects_routing(route);
         expects_shape(p.counts, "plan.counts (E)", route.total_experts);
@@ -218,8 +217,8 @@ void make_plan(Executor& ex, const routing<Real>& route, const plan& p, arena& s
         implementation<verbs::make_plan, Executor>::run(ex, route, p, measure);
         scratch.require(measure.bytes());
     }
+    const arena::scope lent(scratch);
     implementation<verbs::make_plan, Executor>::run(ex, route, p, scratch);
-    scratch.rewind(mark);
     if (!scratch.measuring()) ex.deliver_faults();
 }
 

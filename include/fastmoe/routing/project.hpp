@@ -5,6 +5,7 @@
 #pragma once
 
 #include <fastmoe/exec/random.hpp>
+#include <fastmoe/exec/scratch.hpp>
 #include <fastmoe/gemm/portable.hpp>
 #include <fastmoe/ops/reduce.hpp>
 
@@ -53,20 +54,6 @@ struct jitter_element {
         y[i] = T(real(x[i]) * (real(1) - epsilon + real(2) * epsilon * u));
     }
 };
-
-/// Scratch is asked for before anything is written: body(arena) takes its scratch and, unless measuring, does the work.
-template <class Body>
-void with_scratch(arena& scratch, const Body& body)
-{
-    if (!scratch.measuring()) {
-        arena needed;
-        body(needed);
-        scratch.require(needed.bytes());
-    }
-    const int64_t mark = scratch.used();
-    body(scratch);
-    scratch.rewind(mark);
-}
 
 } // namespace detail
 
@@ -118,8 +105,8 @@ void project_input_backward(Executor& ex, type_identity_t<matrix_view<const accu
         }
         const int64_t most = tokens < detail::added_rows ? tokens : detail::added_rows;
         const auto sums = memory.matrix<real>(most, width);
-        const int64_t mark = memory.used();
-        for (int64_t t = 0; t < tokens; t += most, memory.rewind(mark)) {
+        for (int64_t t = 0; t < tokens; t += most) {
+            const arena::scope block(memory);
             const int64_t n = tokens - t < most ? tokens - t : most;
             const auto here = slice_rows(sums, 0, n);
             product.dgrad(ex, one_group(ex, n, memory), plain_rows<real>{slice_rows(dlogits, t, n)}, single(gate), here,
