@@ -4,6 +4,7 @@
 #pragma once
 
 #include <fastmoe/expert/expert.hpp>
+#include <fastmoe/expert/initialize.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI {
 
@@ -76,8 +77,8 @@ struct expert_pair {
     template <class Executor, class T>
     void initialize(Executor& ex, const weights<T>& w, std::uint64_t seed) const
     {
-        first.expert.initialize(ex, w.first, seed);
-        second.expert.initialize(ex, w.second, seed + 1);
+        first.expert.initialize(ex, w.first, seed_of_part(seed, 0));
+        second.expert.initialize(ex, w.second, seed_of_part(seed, 1));
     }
     template <class T>
     auto reserve_saved(arena& memory, int64_t slots) const
