@@ -223,20 +223,21 @@ private:
     void expects_state(const assigned_state<Real>& s) const
     {
         const auto& route = s.routing;
+        arena measure;
+        const auto room = reserve<Real>(measure, route.tokens);
         expects(route.total_experts == experts, "state.routing.total_experts", route.total_experts, "the gate's E = ", experts);
         expects(route.ragged() == Assign::ragged, "state.routing.first", route.ragged() ? "ragged" : "empty",
                 Assign::ragged ? "ragged choices" : "K choices of every token");
         if constexpr (Assign::ragged) {
-            const int64_t choices = assignment.choices(route.tokens, experts, k);
-            expects(route.choices() == choices, "state.routing.experts (C)", route.choices(), "C = ", choices);
+            expects_shape(route.experts, "state.routing.experts (C)", room.routing.choices());
             expects_shape(s.first, "state.first (T+1)", route.tokens + 1);
         } else {
             expects(route.k == k, "state.routing.k", route.k, "the gate's K = ", k);
         }
         detail::expects_routing(route);
         expects_shape(s.losses, "state.losses (2)", 2);
-        if (has_loss()) expects_shape(s.slopes, "state.slopes (E+1)", experts + 1);
-        expects_shape(s.chosen, "state.chosen (C)", route.choices());
+        if (has_loss()) expects_shape(s.slopes, "state.slopes", room.slopes.extent(0));
+        expects_shape(s.chosen, "state.chosen (C)", room.chosen.extent(0));
         expects(!capacity.limited() || route.choices() == 0 || s.chosen.data_handle() != route.experts.data_handle(),
                 "state.chosen", "state.routing.experts", "memory of its own for a gate with capacity");
     }

@@ -192,13 +192,15 @@ private:
     void expects_state(const top_k_state<Real>& s) const
     {
         const auto& route = s.routing;
+        arena measure;
+        const auto room = reserve<Real>(measure, route.tokens);
         expects(route.total_experts == experts, "state.routing.total_experts", route.total_experts, "the gate's E = ", experts);
         expects(!route.ragged(), "state.routing.first", "ragged", "K choices of every token");
         expects(route.k == k, "state.routing.k", route.k, "the gate's K = ", k);
         detail::expects_routing(route);
         expects_shape(s.losses, "state.losses (2)", 2);
-        if (has_loss()) expects_shape(s.slopes, "state.slopes (E+1)", experts + 1);
-        expects_shape(s.chosen, "state.chosen (T*K)", route.choices());
+        if (has_loss()) expects_shape(s.slopes, "state.slopes", room.slopes.extent(0));
+        expects_shape(s.chosen, "state.chosen (T*K)", room.chosen.extent(0));
         expects(!capacity.limited() || route.choices() == 0 || s.chosen.data_handle() != route.experts.data_handle(),
                 "state.chosen", "state.routing.experts", "memory of its own for a gate with capacity");
     }
