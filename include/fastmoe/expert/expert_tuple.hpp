@@ -5,6 +5,7 @@
 
 #include <fastmoe/expert/expert.hpp>
 #include <fastmoe/expert/initialize.hpp>
+#include <fastmoe/expert/weighed_rows.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI {
 
@@ -46,24 +47,28 @@ expert_input<T> part_of(const expert_input<T>& in, int64_t first, int64_t count)
 } // namespace detail
 
 /// Two types of experts behind one gate; either may be a pair again. Each type runs its own grouped GEMMs over its own
-/// experts' rows of the same buffers. Both must agree on `applies_weights`. Weights, saved state and gradients are pairs.
+/// experts' rows of the same buffers. Weights, saved state and gradients are pairs.
+///
+/// A type that does not apply the routing weights may stand beside one that does: the pair then keeps its outputs, takes the
+/// weights' gradient from them, and asks it for model_width(). How many rows go to which type is known to the executor
+/// alone, so each type keeps room for all S rows: a pair keeps the sum of what its types would keep on their own.
 template <class First, class Second>
 struct expert_pair {
     several<First> first;
     several<Second> second;
 
-    static_assert(First::applies_weights == Second::applies_weights,
-                  "experts of one layer either all yield the gradient of the routing weights or none does");
-    static constexpr bool applies_weights = First::applies_weights;
+    static constexpr bool applies_weights = First::applies_weights || Second::applies_weights;
     template <class T>
     using weights = both<typename First::template weights<T>, typename Second::template weights<T>>;
 
     int64_t model_width() const noexcept { return first.expert.model_width(); }
-    /// @throws invalid_argument if the experts disagree
+    /// @throws invalid_argument if the experts disagree, or only one of two kinds would be weighted
     bool weighs_output() const
     {
         const bool one = first.expert.weighs_output(), other = second.expert.weighs_output();
         expects(one == other, "weighs_output() of the first expert", one, "that of the second, ", other);
+        if constexpr (First::applies_weights != Second::applies_weights)
+            expects(one, "weighs_output()", one, "true where an expert does not apply the weights itself");
         return one;
     }
 
@@ -83,15 +88,15 @@ struct expert_pair {
     template <class T>
     auto reserve_saved(arena& memory, int64_t slots) const
     {
-        auto a = first.expert.template reserve_saved<T>(memory, slots);
-        auto b = second.expert.template reserve_saved<T>(memory, slots);
+        auto a = part(first.expert).template reserve_saved<T>(memory, slots);
+        auto b = part(second.expert).template reserve_saved<T>(memory, slots);
         return both<decltype(a), decltype(b)>{a, b};
     }
     template <class T>
     auto reserve_pending(arena& memory, int64_t slots) const
     {
-        auto a = first.expert.template reserve_pending<T>(memory, slots);
-        auto b = second.expert.template reserve_pending<T>(memory, slots);
+        auto a = part(first.expert).template reserve_pending<T>(memory, slots);
+        auto b = part(second.expert).template reserve_pending<T>(memory, slots);
         return both<decltype(a), decltype(b)>{a, b};
     }
 
@@ -99,8 +104,8 @@ struct expert_pair {
     void forward(Executor& ex, const expert_input<T>& in, const weights<const T>& w, const Saved& saved, matrix_view<T> y,
                  arena& scratch) const
     {
-        first.expert.forward(ex, of_first(in), w.first, saved.first, y, scratch);
-        second.expert.forward(ex, of_second(in), w.second, saved.second, y, scratch);
+        part(first.expert).forward(ex, of_first(in), w.first, saved.first, y, scratch);
+        part(second.expert).forward(ex, of_second(in), w.second, saved.second, y, scratch);
     }
     template <class Executor, class T>
     void infer(Executor& ex, const expert_input<T>& in, const weights<const T>& w, matrix_view<T> y, arena& scratch) const
@@ -113,19 +118,26 @@ struct expert_pair {
                   const indexed_rows<T>& dy, const Pending& pending, matrix_view<T> dx,
                   vector_view<accumulate_t<T>> dweights, arena& scratch) const
     {
-        first.expert.backward(ex, of_first(in), w.first, saved.first, dy, pending.first, dx, dweights, scratch);
-        second.expert.backward(ex, of_second(in), w.second, saved.second, dy, pending.second, dx, dweights, scratch);
+        part(first.expert).backward(ex, of_first(in), w.first, saved.first, dy, pending.first, dx, dweights, scratch);
+        part(second.expert).backward(ex, of_second(in), w.second, saved.second, dy, pending.second, dx, dweights, scratch);
     }
     template <class Executor, class T, class Saved, class Pending, class Gradients>
     void weight_gradients(Executor& ex, const expert_input<T>& in, const Saved& saved, const indexed_rows<T>& dy,
                           const Pending& pending, const Gradients& gradients, write_mode mode, arena& scratch) const
     {
-        first.expert.weight_gradients(ex, of_first(in), saved.first, dy, pending.first, gradients.first, mode, scratch);
-        second.expert.weight_gradients(ex, of_second(in), saved.second, dy, pending.second, gradients.second, mode,
-                                       scratch);
+        part(first.expert).weight_gradients(ex, of_first(in), saved.first, dy, pending.first, gradients.first, mode, scratch);
+        part(second.expert)
+            .weight_gradients(ex, of_second(in), saved.second, dy, pending.second, gradients.second, mode, scratch);
     }
 
 private:
+    /// An expert as the pair needs it.
+    template <class Expert>
+    static decltype(auto) part(const Expert& expert)
+    {
+        if constexpr (Expert::applies_weights == applies_weights) return (expert);
+        else return detail::weighed_rows<Expert>{expert, expert.model_width()};
+    }
     template <class T>
     expert_input<T> of_first(const expert_input<T>& in) const
     {
