@@ -3,6 +3,7 @@
 /// Experts of different types behind one gate: the first n0 ids belong to the first, the next n1 to the second, and so on.
 #pragma once
 
+#include <fastmoe/exec/scratch.hpp>
 #include <fastmoe/expert/expert.hpp>
 #include <fastmoe/expert/initialize.hpp>
 #include <fastmoe/expert/weighed_rows.hpp>
@@ -10,7 +11,7 @@
 namespace fastmoe::inline FASTMOE_ABI {
 
 /// `count` experts of one type.
-template <class Expert>
+template <states_weighing Expert>
 struct several {
     Expert expert;
     int64_t count = 0;
@@ -52,7 +53,7 @@ expert_input<T> part_of(const expert_input<T>& in, int64_t first, int64_t count)
 /// A type that does not apply the routing weights may stand beside one that does: the pair then keeps its outputs, takes the
 /// weights' gradient from them, and asks it for model_width(). How many rows go to which type is known to the executor
 /// alone, so each type keeps room for all S rows: a pair keeps the sum of what its types would keep on their own.
-template <class First, class Second>
+template <states_weighing First, states_weighing Second>
 struct expert_pair {
     several<First> first;
     several<Second> second;
@@ -100,34 +101,51 @@ struct expert_pair {
         return both<decltype(a), decltype(b)>{a, b};
     }
 
+    /// @throws invalid_argument unless the views fit both types, and these agree; only types that check are asked
+    template <class A, class B>
+    void check_weights(const both<A, B>& w, int64_t experts, int64_t width, weight_role role) const
+    {
+        expects(experts == first.count + second.count, "experts", experts, "the pair's ", first.count + second.count);
+        (void)weighs_output();
+        detail::check_weights(first.expert, w.first, first.count, width, role);
+        detail::check_weights(second.expert, w.second, second.count, width, role);
+    }
+
     template <class Executor, class T, class Saved>
     void forward(Executor& ex, const expert_input<T>& in, const weights<const T>& w, const Saved& saved, matrix_view<T> y,
                  arena& scratch) const
     {
-        part(first.expert).forward(ex, of_first(in), w.first, saved.first, y, scratch);
-        part(second.expert).forward(ex, of_second(in), w.second, saved.second, y, scratch);
+        run(in, w, weight_role::weights, scratch, [&](const auto& a, const auto& b, arena& memory) {
+            part(first.expert).forward(ex, a, w.first, saved.first, y, memory);
+            part(second.expert).forward(ex, b, w.second, saved.second, y, memory);
+        });
     }
     template <class Executor, class T>
     void infer(Executor& ex, const expert_input<T>& in, const weights<const T>& w, matrix_view<T> y, arena& scratch) const
     {
-        first.expert.infer(ex, of_first(in), w.first, y, scratch);
-        second.expert.infer(ex, of_second(in), w.second, y, scratch);
+        run(in, w, weight_role::weights, scratch, [&](const auto& a, const auto& b, arena& memory) {
+            first.expert.infer(ex, a, w.first, y, memory);
+            second.expert.infer(ex, b, w.second, y, memory);
+        });
     }
     template <class Executor, class T, class Saved, class Pending>
     void backward(Executor& ex, const expert_input<T>& in, const weights<const T>& w, const Saved& saved,
                   const indexed_rows<T>& dy, const Pending& pending, matrix_view<T> dx,
                   vector_view<accumulate_t<T>> dweights, arena& scratch) const
     {
-        part(first.expert).backward(ex, of_first(in), w.first, saved.first, dy, pending.first, dx, dweights, scratch);
-        part(second.expert).backward(ex, of_second(in), w.second, saved.second, dy, pending.second, dx, dweights, scratch);
+        run(in, w, weight_role::weights, scratch, [&](const auto& a, const auto& b, arena& memory) {
+            part(first.expert).backward(ex, a, w.first, saved.first, dy, pending.first, dx, dweights, memory);
+            part(second.expert).backward(ex, b, w.second, saved.second, dy, pending.second, dx, dweights, memory);
+        });
     }
-    template <class Executor, class T, class Saved, class Pending, class Gradients>
+    template <class Executor, class T, class Saved, class Pending, class A, class B>
     void weight_gradients(Executor& ex, const expert_input<T>& in, const Saved& saved, const indexed_rows<T>& dy,
-                          const Pending& pending, const Gradients& gradients, write_mode mode, arena& scratch) const
+                          const Pending& pending, const both<A, B>& gradients, write_mode mode, arena& scratch) const
     {
-        part(first.expert).weight_gradients(ex, of_first(in), saved.first, dy, pending.first, gradients.first, mode, scratch);
-        part(second.expert)
-            .weight_gradients(ex, of_second(in), saved.second, dy, pending.second, gradients.second, mode, scratch);
+        run(in, gradients, weight_role::gradients, scratch, [&](const auto& a, const auto& b, arena& memory) {
+            part(first.expert).weight_gradients(ex, a, saved.first, dy, pending.first, gradients.first, mode, memory);
+            part(second.expert).weight_gradients(ex, b, saved.second, dy, pending.second, gradients.second, mode, memory);
+        });
     }
 
 private:
@@ -138,17 +156,15 @@ private:
         if constexpr (Expert::applies_weights == applies_weights) return (expert);
         else return detail::weighed_rows<Expert>{expert, expert.model_width()};
     }
-    template <class T>
-    expert_input<T> of_first(const expert_input<T>& in) const
+    /// Checks the views and asks for the scratch of both types before either begins.
+    template <class T, class Views, class Body>
+    void run(const expert_input<T>& in, const Views& views, weight_role role, arena& scratch, const Body& body) const
     {
-        expects(in.groups.experts() == first.count + second.count, "experts", in.groups.experts(), "the pair's ",
-                first.count + second.count);
-        return detail::part_of(in, 0, first.count);
-    }
-    template <class T>
-    expert_input<T> of_second(const expert_input<T>& in) const
-    {
-        return detail::part_of(in, first.count, second.count);
+        const int64_t experts = in.groups.experts();
+        expects(experts == first.count + second.count, "experts", experts, "the pair's ", first.count + second.count);
+        if (!scratch.measuring()) check_weights(views, experts, in.x.extent(1), role);
+        const auto a = detail::part_of(in, 0, first.count), b = detail::part_of(in, first.count, second.count);
+        detail::with_scratch(scratch, [&](arena& memory) { body(a, b, memory); });
     }
 };
 

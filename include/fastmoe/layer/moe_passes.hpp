@@ -245,4 +245,48 @@ void run_backward_weights(const Layer& layer, Executor& ex, const Parts& p, cons
         });
 }
 
+// -- what each pass takes ----------------------------------------------------------------------------------------------
+
+template <class Layer, class Executor, class T, class Weights>
+int64_t infer_size(const Layer& layer, Executor& ex, matrix_view<const T> x, const Weights& w, matrix_view<T> y,
+                   const gate_options& options)
+{
+    arena measure;
+    run_infer(layer, ex, x, w, y, options, measure);
+    return measure.bytes();
+}
+template <class Layer, class Executor, class T, class Weights>
+int64_t forward_size(const Layer& layer, Executor& ex, matrix_view<const T> x, const Weights& w, matrix_view<T> y,
+                     const gate_options& options)
+{
+    arena measure;
+    run_forward(layer, ex, x, w, y, options, measure, measure);
+    return measure.bytes();
+}
+template <class Layer, class Executor, class Parts, class T, class Weights>
+int64_t backward_input_size(const Layer& layer, Executor& ex, const Parts& p, matrix_view<const T> dy, const Weights& w,
+                            matrix_view<T> dx, const backward_options& options)
+{
+    arena measure;
+    run_backward_input(layer, ex, p, dy, w, dx, options, measure, measure);
+    return measure.bytes();
+}
+template <class T, class Layer, class Executor, class Parts, class Pending, class Weights>
+int64_t backward_weights_size(const Layer& layer, Executor& ex, const Parts& p, const Pending& pending,
+                              const Weights& gradients, const backward_options& options)
+{
+    arena measure;
+    run_backward_weights<T>(layer, ex, p, pending, gradients, options, measure);
+    return measure.bytes();
+}
+template <class Layer, class Executor, class Parts, class T, class Weights, class Gradients>
+int64_t backward_size(const Layer& layer, Executor& ex, const Parts& p, matrix_view<const T> dy, const Weights& w,
+                      matrix_view<T> dx, const Gradients& gradients, const backward_options& options)
+{
+    arena measure;
+    const auto pending = run_backward_input(layer, ex, p, dy, w, dx, options, measure, measure);
+    run_backward_weights<T>(layer, ex, p, pending, gradients, options, measure);
+    return measure.bytes();
+}
+
 } // namespace fastmoe::inline FASTMOE_ABI::detail
