@@ -16,3 +16,4 @@
 #include <fastmoe/routing/group_limited.hpp>
 #include <fastmoe/routing/lookup.hpp>
 #include <fastmoe/routing/top_k_gate.hpp>
+#include <fastmoe/transfer/dispatch.hpp>

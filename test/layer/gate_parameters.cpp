@@ -46,7 +46,7 @@ struct dot_gate {
     template <class Executor, class T>
     void initialize(Executor&, const parameters<T>& p, std::uint64_t seed) const
     {
-        for (int64_t d = 0; d < p.v.extent(0); ++d) p.v(d) = T(float(seed) + float(d));
+        for (int64_t d = 0; d < p.v.extent(0); ++d) p.v(d) = T(float(seed % 1000) + float(d));
     }
     template <class Real>
     gate_memory<Real> reserve(arena& memory, int64_t tokens) const
@@ -142,7 +142,9 @@ TEST_CASE("a gate's own parameters and the input through them get the gradients 
     probe<layer_type> p{.layer = {dot_gate{.experts = 3}, mlp<gelu>{.width = width, .hidden = 6}, self{}}, .tokens = tokens,
                         .width = width, .x = rng.normals(tokens * width), .direction = rng.normals(tokens * width), .options = {}};
     auto w = random_weights<double>(p.ex, p.layer, 3), g = zero_weights<double>(p.ex, p.layer);
-    CHECK_EQ(w.view().own.v(1), 6.0); // seed + 2, by the gate's own initialize
+    const auto other = random_weights<double>(p.ex, p.layer, 4);
+    CHECK_EQ(w.view().own.v(1), w.view().own.v(0) + 1); // by the gate's own initialize
+    CHECK_NE(other.view().own.v(0), w.view().own.v(0));
     for (int64_t d = 0; d < width; ++d) w.view().own.v(d) = rng.normal();
     const auto dx = p.gradient(w.view(), g.view());
     near(dx, support::finite_difference([&] { return p.value(w.view()); }, p.x));

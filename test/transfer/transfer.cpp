@@ -139,7 +139,7 @@ TEST_CASE_TEMPLATE("the gradient of a weight is the product of its row with the 
         support::guarded<real> dweights(in.route.choices());
         support::fill_normal(r, dy.view());
         support::fill_normal(r, rows.view());
-        combine_weights_backward(ex, matrix_view<const T>(dy.view()), rows.view(), in.route, in.plan, dweights.vector());
+        combine_weights_backward(ex, dy.view(), rows.view(), in.route, in.plan, dweights.vector());
         ex.synchronize();
         std::vector<double> expected(in.route.choices()), magnitude(in.route.choices());
         for (int64_t s = 0; s < in.plan.slots; ++s)
@@ -187,4 +187,16 @@ TEST_CASE("views that do not fit the plan are refused by name")
     CHECK_THROWS_AS(combine(ex, rows.view(), wrong, in.plan, x.view()), invalid_argument);
     const matrix_view<float> skewed(reinterpret_cast<float*>(reinterpret_cast<char*>(x.data()) + 1), 8, 6);
     CHECK(support::has(text([&] { dispatch(ex, skewed, in.plan, rows.view()); }), "aligned to 4 bytes"));
+    CHECK(support::has(text([&] { (void)gathered(few.view(), in.plan); }), "x (T,D) is 7; expected the plan's T = 8"));
+    // A plan whose arrays are shorter than it says would be read out of bounds.
+    plan cut = in.plan;
+    cut.token_of = slice(cut.token_of, 0, 15);
+    CHECK(support::has(text([&] { dispatch(ex, x.view(), cut, rows.view()); }), "plan.token_of (S) is of shape (15); expected (16)"));
+    CHECK(support::has(text([&] { dispatch(ex, x.view(), in.route.weights, cut, rows.view()); }), "plan.token_of (S) is of shape (15)"));
+    CHECK(support::has(text([&] { (void)gathered(x.view(), cut); }), "plan.token_of (S) is 15; expected S = 16"));
+    cut = in.plan;
+    cut.choice_of = slice(cut.choice_of, 0, 15);
+    CHECK(support::has(text([&] { dispatch(ex, x.view(), in.route.weights, cut, rows.view()); }), "plan.choice_of (S) is of shape (15)"));
+    CHECK(support::poisoned(rows.view()) == 16 * 6);
+    CHECK(gathered(matrix_view<const float>(x.view()), in.plan).row(0) == x.data() + 6 * in.plan.token_of(0));
 }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <concepts>
+#include <cstdint>
 #include <utility>
 
 #include <fastmoe/gemm/grouped_gemm.hpp>
@@ -87,6 +88,47 @@ concept expert_policy = names_weights<Expert, T> && reserves_weights<Expert, T> 
 
 template <class Expert, class Executor, class T>
 concept trainable_expert = expert_policy<Expert, Executor, T> && runs_backward<Expert, Executor, T>;
+
+/// Whose views a check is about: the weights, or the gradients of them.
+enum class weight_role : std::uint8_t { weights, gradients };
+
+/// Optional: `check_weights(views, experts, width, role)` throws unless the views fit the expert. With it a layer refuses
+/// what does not fit before it writes anything; without, the expert does so when it is their turn.
+template <class Expert, class Views>
+concept checks_weights = requires(const Expert& e, const Views& w, int64_t experts, int64_t width) {
+    e.check_weights(w, experts, width, weight_role::weights);
+};
+
+namespace detail {
+
+template <class Expert, class Views>
+void check_weights(const Expert& expert, const Views& w, int64_t experts, int64_t width, weight_role role)
+{
+    if constexpr (checks_weights<Expert, Views>) expert.check_weights(w, experts, width, role);
+}
+
+/// What the library's experts ask of their input.
+template <class T>
+void expects_expert_input(const expert_input<T>& in, int64_t width)
+{
+    const auto& g = in.groups;
+    expects_shape(g.counts, "groups.counts (E)", g.experts());
+    expects_shape(g.offsets, "groups.offsets (E+1)", g.experts() + 1);
+    expects_shape(in.x.data, "x (T,D)", in.x.data.extent(0), width);
+    expects_shape(in.x.index, "x.index (S)", g.slots);
+    expects_shape(in.choice_of, "choice_of (S)", g.slots);
+    expects_shape(in.weights, "weights (C)", in.weights.extent(0));
+}
+
+/// The same of the gradient that they are given.
+template <class T>
+void expects_expert_gradient(const indexed_rows<T>& dy, int64_t slots, int64_t width)
+{
+    expects_shape(dy.data, "dy (T,D)", dy.data.extent(0), width);
+    expects_shape(dy.index, "dy.index (S)", slots);
+}
+
+} // namespace detail
 
 /// What an expert keeps that recomputes all from its input.
 struct nothing_saved {};

@@ -3,12 +3,15 @@
 /// Experts of different types behind one gate: the first n0 ids belong to the first, the next n1 to the second, and so on.
 #pragma once
 
+#include <fastmoe/exec/scratch.hpp>
 #include <fastmoe/expert/expert.hpp>
+#include <fastmoe/expert/initialize.hpp>
+#include <fastmoe/expert/weighed_rows.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI {
 
 /// `count` experts of one type.
-template <class Expert>
+template <states_weighing Expert>
 struct several {
     Expert expert;
     int64_t count = 0;
@@ -45,24 +48,28 @@ expert_input<T> part_of(const expert_input<T>& in, int64_t first, int64_t count)
 } // namespace detail
 
 /// Two types of experts behind one gate; either may be a pair again. Each type runs its own grouped GEMMs over its own
-/// experts' rows of the same buffers. Both must agree on `applies_weights`. Weights, saved state and gradients are pairs.
-template <class First, class Second>
+/// experts' rows of the same buffers. Weights, saved state and gradients are pairs.
+///
+/// A type that does not apply the routing weights may stand beside one that does: the pair then keeps its outputs, takes the
+/// weights' gradient from them, and asks it for model_width(). How many rows go to which type is known to the executor
+/// alone, so each type keeps room for all S rows: a pair keeps the sum of what its types would keep on their own.
+template <states_weighing First, states_weighing Second>
 struct expert_pair {
     several<First> first;
     several<Second> second;
 
-    static_assert(First::applies_weights == Second::applies_weights,
-                  "experts of one layer either all yield the gradient of the routing weights or none does");
-    static constexpr bool applies_weights = First::applies_weights;
+    static constexpr bool applies_weights = First::applies_weights || Second::applies_weights;
     template <class T>
     using weights = both<typename First::template weights<T>, typename Second::template weights<T>>;
 
     int64_t model_width() const noexcept { return first.expert.model_width(); }
-    /// @throws invalid_argument if the experts disagree
+    /// @throws invalid_argument if the experts disagree, or only one of two kinds would be weighted
     bool weighs_output() const
     {
         const bool one = first.expert.weighs_output(), other = second.expert.weighs_output();
         expects(one == other, "weighs_output() of the first expert", one, "that of the second, ", other);
+        if constexpr (First::applies_weights != Second::applies_weights)
+            expects(one, "weighs_output()", one, "true where an expert does not apply the weights itself");
         return one;
     }
 
@@ -76,66 +83,88 @@ struct expert_pair {
     template <class Executor, class T>
     void initialize(Executor& ex, const weights<T>& w, std::uint64_t seed) const
     {
-        first.expert.initialize(ex, w.first, seed);
-        second.expert.initialize(ex, w.second, seed + 1);
+        first.expert.initialize(ex, w.first, seed_of_part(seed, 0));
+        second.expert.initialize(ex, w.second, seed_of_part(seed, 1));
     }
     template <class T>
     auto reserve_saved(arena& memory, int64_t slots) const
     {
-        auto a = first.expert.template reserve_saved<T>(memory, slots);
-        auto b = second.expert.template reserve_saved<T>(memory, slots);
+        auto a = part(first.expert).template reserve_saved<T>(memory, slots);
+        auto b = part(second.expert).template reserve_saved<T>(memory, slots);
         return both<decltype(a), decltype(b)>{a, b};
     }
     template <class T>
     auto reserve_pending(arena& memory, int64_t slots) const
     {
-        auto a = first.expert.template reserve_pending<T>(memory, slots);
-        auto b = second.expert.template reserve_pending<T>(memory, slots);
+        auto a = part(first.expert).template reserve_pending<T>(memory, slots);
+        auto b = part(second.expert).template reserve_pending<T>(memory, slots);
         return both<decltype(a), decltype(b)>{a, b};
+    }
+
+    /// @throws invalid_argument unless the views fit both types, and these agree; only types that check are asked
+    template <class A, class B>
+    void check_weights(const both<A, B>& w, int64_t experts, int64_t width, weight_role role) const
+    {
+        expects(experts == first.count + second.count, "experts", experts, "the pair's ", first.count + second.count);
+        (void)weighs_output();
+        detail::check_weights(first.expert, w.first, first.count, width, role);
+        detail::check_weights(second.expert, w.second, second.count, width, role);
     }
 
     template <class Executor, class T, class Saved>
     void forward(Executor& ex, const expert_input<T>& in, const weights<const T>& w, const Saved& saved, matrix_view<T> y,
                  arena& scratch) const
     {
-        first.expert.forward(ex, of_first(in), w.first, saved.first, y, scratch);
-        second.expert.forward(ex, of_second(in), w.second, saved.second, y, scratch);
+        run(in, w, weight_role::weights, scratch, [&](const auto& a, const auto& b, arena& memory) {
+            part(first.expert).forward(ex, a, w.first, saved.first, y, memory);
+            part(second.expert).forward(ex, b, w.second, saved.second, y, memory);
+        });
     }
     template <class Executor, class T>
     void infer(Executor& ex, const expert_input<T>& in, const weights<const T>& w, matrix_view<T> y, arena& scratch) const
     {
-        first.expert.infer(ex, of_first(in), w.first, y, scratch);
-        second.expert.infer(ex, of_second(in), w.second, y, scratch);
+        run(in, w, weight_role::weights, scratch, [&](const auto& a, const auto& b, arena& memory) {
+            first.expert.infer(ex, a, w.first, y, memory);
+            second.expert.infer(ex, b, w.second, y, memory);
+        });
     }
     template <class Executor, class T, class Saved, class Pending>
     void backward(Executor& ex, const expert_input<T>& in, const weights<const T>& w, const Saved& saved,
                   const indexed_rows<T>& dy, const Pending& pending, matrix_view<T> dx,
                   vector_view<accumulate_t<T>> dweights, arena& scratch) const
     {
-        first.expert.backward(ex, of_first(in), w.first, saved.first, dy, pending.first, dx, dweights, scratch);
-        second.expert.backward(ex, of_second(in), w.second, saved.second, dy, pending.second, dx, dweights, scratch);
+        run(in, w, weight_role::weights, scratch, [&](const auto& a, const auto& b, arena& memory) {
+            part(first.expert).backward(ex, a, w.first, saved.first, dy, pending.first, dx, dweights, memory);
+            part(second.expert).backward(ex, b, w.second, saved.second, dy, pending.second, dx, dweights, memory);
+        });
     }
-    template <class Executor, class T, class Saved, class Pending, class Gradients>
+    template <class Executor, class T, class Saved, class Pending, class A, class B>
     void weight_gradients(Executor& ex, const expert_input<T>& in, const Saved& saved, const indexed_rows<T>& dy,
-                          const Pending& pending, const Gradients& gradients, write_mode mode, arena& scratch) const
+                          const Pending& pending, const both<A, B>& gradients, write_mode mode, arena& scratch) const
     {
-        first.expert.weight_gradients(ex, of_first(in), saved.first, dy, pending.first, gradients.first, mode, scratch);
-        second.expert.weight_gradients(ex, of_second(in), saved.second, dy, pending.second, gradients.second, mode,
-                                       scratch);
+        run(in, gradients, weight_role::gradients, scratch, [&](const auto& a, const auto& b, arena& memory) {
+            part(first.expert).weight_gradients(ex, a, saved.first, dy, pending.first, gradients.first, mode, memory);
+            part(second.expert).weight_gradients(ex, b, saved.second, dy, pending.second, gradients.second, mode, memory);
+        });
     }
 
 private:
-    template <class T>
-    expert_input<T> of_first(const expert_input<T>& in) const
+    /// An expert as the pair needs it.
+    template <class Expert>
+    static decltype(auto) part(const Expert& expert)
     {
-        expects(in.groups.experts() == first.count + second.count, "experts", in.groups.experts(), "the pair's ",
-                first.count + second.count);
-        return detail::part_of(in, 0, first.count);
+        if constexpr (Expert::applies_weights == applies_weights) return (expert);
+        else return detail::weighed_rows<Expert>{expert, expert.model_width()};
     }
-    template <class T>
-    expert_input<T> of_second(const expert_input<T>& in) const
+    /// Checks the views and asks for the scratch of both types before either begins.
+    template <class T, class Views, class Body>
+    void run(const expert_input<T>& in, const Views& views, weight_role role, arena& scratch, const Body& body) const
     {
-        return detail::part_of(in, first.count, second.count);
+        const int64_t experts = in.groups.experts();
+        expects(experts == first.count + second.count, "experts", experts, "the pair's ", first.count + second.count);
+        if (!scratch.measuring()) check_weights(views, experts, in.x.extent(1), role);
+        const auto a = detail::part_of(in, 0, first.count), b = detail::part_of(in, first.count, second.count);
+        detail::with_scratch(scratch, [&](arena& memory) { body(a, b, memory); });
     }
 };
 

@@ -39,6 +39,15 @@ struct set_zero {
 
 } // namespace detail
 
+/// A seed for part number `which` of something that has a seed: consecutive seeds and numbers share no draws, which sums
+/// of them would.
+inline std::uint64_t seed_of_part(std::uint64_t seed, std::uint32_t which) noexcept
+{
+    // The fourth word keeps these apart from the draws, whose fourth word is a small number.
+    const random_words r = philox({{which, 0, 0, 0xffffffffu}}, seed);
+    return std::uint64_t{r.word[0]} << 32 | r.word[1];
+}
+
 /// Uniform in +-1/sqrt(in). The values depend on (seed, which, expert, row, column), not on strides or the executor.
 /// @param which  tells apart the matrices that one seed fills
 template <executor Executor, class T>

@@ -24,7 +24,8 @@ struct linear_weights {
 };
 
 /// y[s] = x[s] W[e(s)]^T + b[e(s)]. Keeps nothing: its backward reads x. Input and output width are the layer's.
-template <class Gemm = gemm::portable>
+/// @tparam Gemm  the grouped GEMM; see grouped_gemm.hpp
+template <states_abilities Gemm = gemm::portable>
 struct linear {
     int64_t width = 0; ///< D
     bool biases = false;
@@ -63,10 +64,29 @@ struct linear {
         return {};
     }
 
+    /// @throws invalid_argument unless the views are of this expert's shape
+    template <class T>
+    void check_weights(const linear_weights<T>& w, int64_t experts, int64_t columns, weight_role role) const
+    {
+        const bool given = role == weight_role::weights;
+        expects(columns == width, "x (T,D)", columns, "linear.width = ", width, " columns");
+        detail::expects_weights(w.weight, given ? "weights.weight (E,D,D)" : "gradients.weight (E,D,D)", experts, width, width);
+        if (w.bias.data_handle())
+            expects_shape(w.bias, given ? "weights.bias (E,D)" : "gradients.bias (E,D)", experts, width);
+    }
+
+    /// @param y  overwritten for the rows of every expert, padding untouched  // (S,D)
+    /// @throws invalid_argument if shapes disagree, out_of_memory; nothing is written then
     template <class Executor, class T>
     void forward(Executor& ex, const expert_input<T>& in, const linear_weights<const T>& w, const nothing_saved&,
                  matrix_view<T> y, arena& scratch) const
     {
+        static_assert(multiplies_rows<Gemm, Executor, T>, "the GEMM lacks what an expert asks; see grouped_gemm.hpp");
+        if (!scratch.measuring()) {
+            detail::expects_expert_input(in, width);
+            check_weights(w, in.groups.experts(), in.x.extent(1), weight_role::weights);
+            expects_shape(y, "y (S,D)", in.groups.slots, width);
+        }
         gemm.forward(ex, in.groups, in.x, w.weight, w.bias, y, no_epilogue{}, scratch);
     }
     template <class Executor, class T>
@@ -77,17 +97,33 @@ struct linear {
     }
     /// @param dy  gradient of the rows            // (S,D)
     /// @param dx  overwritten, padding untouched  // (S,D)
+    /// @throws as forward
     template <class Executor, class T>
     void backward(Executor& ex, const expert_input<T>& in, const linear_weights<const T>& w, const nothing_saved&,
                   const indexed_rows<T>& dy, const nothing_saved&, matrix_view<T> dx, vector_view<accumulate_t<T>>,
                   arena& scratch) const
     {
+        static_assert(multiplies_rows<Gemm, Executor, T>, "the GEMM lacks what an expert asks; see grouped_gemm.hpp");
+        if (!scratch.measuring()) {
+            detail::expects_expert_input(in, width);
+            detail::expects_expert_gradient(dy, in.groups.slots, width);
+            check_weights(w, in.groups.experts(), in.x.extent(1), weight_role::weights);
+            expects_shape(dx, "dx (S,D)", in.groups.slots, width);
+        }
         gemm.dgrad(ex, in.groups, dy, w.weight, dx, no_epilogue{}, scratch);
     }
+    /// @param gradients  overwritten or added to; exact zeros for experts without rows. T or a wider type
+    /// @throws as forward
     template <class Executor, class T, class G>
     void weight_gradients(Executor& ex, const expert_input<T>& in, const nothing_saved&, const indexed_rows<T>& dy,
                           const nothing_saved&, const linear_weights<G>& gradients, write_mode mode, arena& scratch) const
     {
+        static_assert(multiplies_weight_gradients<Gemm, Executor, T>, "the GEMM lacks what an expert asks; see grouped_gemm.hpp");
+        if (!scratch.measuring()) {
+            detail::expects_expert_input(in, width);
+            detail::expects_expert_gradient(dy, in.groups.slots, width);
+            check_weights(gradients, in.groups.experts(), in.x.extent(1), weight_role::gradients);
+        }
         gemm.wgrad(ex, in.groups, dy, in.x, gradients.weight, mode, scratch);
         if (gradients.bias.data_handle() && !scratch.measuring())
             sum_groups(ex, dy, in.groups.counts, in.groups.offsets, unit_scale<accumulate_t<T>>{}, gradients.bias, mode);

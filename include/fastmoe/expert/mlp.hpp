@@ -5,6 +5,7 @@
 
 #include <concepts>
 
+#include <fastmoe/exec/scratch.hpp>
 #include <fastmoe/expert/expert.hpp>
 #include <fastmoe/expert/initialize.hpp>
 #include <fastmoe/gemm/portable.hpp>
@@ -144,7 +145,7 @@ struct input_weight {
 
 /// y = act(x W1^T + b1) W2^T + b2 with the routing weight where `weigh` says. Keeps the pre-activation only; its backward
 /// recomputes the activation, and takes the weight's gradient from <dy W2, activation>, so no output is kept.
-template <activation Activation = swiglu, class Gemm = gemm::portable>
+template <activation Activation = swiglu, states_abilities Gemm = gemm::portable>
 struct mlp {
     int64_t width = 0;  ///< D
     int64_t hidden = 0; ///< H
@@ -197,66 +198,104 @@ struct mlp {
         return {memory.matrix<T>(slots, up_width()), memory.matrix<T>(slots, hidden)};
     }
 
+    /// @throws invalid_argument unless the views are of this expert's shape
+    template <class T>
+    void check_weights(const mlp_weights<T>& w, int64_t experts, int64_t columns, weight_role role) const
+    {
+        const bool given = role == weight_role::weights;
+        expects(columns == width, "x (T,D)", columns, "mlp.width = ", width, " columns");
+        detail::expects_weights(w.up, given ? "weights.up (E,H',D)" : "gradients.up (E,H',D)", experts, up_width(), width);
+        detail::expects_weights(w.down, given ? "weights.down (E,D,H)" : "gradients.down (E,D,H)", experts, width, hidden);
+        if (w.up_bias.data_handle())
+            expects_shape(w.up_bias, given ? "weights.up_bias (E,H')" : "gradients.up_bias (E,H')", experts, up_width());
+        if (w.down_bias.data_handle())
+            expects_shape(w.down_bias, given ? "weights.down_bias (E,D)" : "gradients.down_bias (E,D)", experts, width);
+    }
+
     /// @param y  overwritten for the rows of every expert, padding untouched. Carries the routing weight unless it is
     ///           to be applied on the output, which is combine()'s work    // (S,D)
+    /// @throws invalid_argument if shapes disagree, out_of_memory; nothing is written then
     template <class Executor, class T>
     void forward(Executor& ex, const expert_input<T>& in, const mlp_weights<const T>& w, const mlp_saved<T>& saved,
                  matrix_view<T> y, arena& scratch) const
     {
-        if (!scratch.measuring()) expects_weights<T>(in, w);
-        const int64_t mark = scratch.used();
-        const auto a = scratch.matrix<T>(in.groups.slots, hidden);
-        with_input(ex, in, scratch, [&](const indexed_rows<T>& x) {
-            gemm.forward(ex, in.groups, x, w.up, w.up_bias, saved.pre,
-                         detail::activate<Activation, T>{saved.pre, a, columns(), in, weigh == weigh_at::activation},
-                         scratch);
+        static_assert(multiplies_rows<Gemm, Executor, T>, "the GEMM lacks what an expert asks; see grouped_gemm.hpp");
+        if (!scratch.measuring()) {
+            expects_rows(in, saved);
+            check_weights(w, in.groups.experts(), in.x.extent(1), weight_role::weights);
+            expects_shape(y, "y (S,D)", in.groups.slots, width);
+        }
+        detail::with_scratch(scratch, [&](arena& memory) {
+            const auto a = memory.matrix<T>(in.groups.slots, hidden);
+            with_input(ex, in, memory, [&](const indexed_rows<T>& x) {
+                gemm.forward(ex, in.groups, x, w.up, w.up_bias, saved.pre,
+                             detail::activate<Activation, T>{saved.pre, a, columns(), in, weigh == weigh_at::activation},
+                             memory);
+            });
+            gemm.forward(ex, in.groups, plain_rows<T>{a}, w.down, w.down_bias, y, no_epilogue{}, memory);
         });
-        gemm.forward(ex, in.groups, plain_rows<T>{a}, w.down, w.down_bias, y, no_epilogue{}, scratch);
-        scratch.rewind(mark);
     }
 
     template <class Executor, class T>
     void infer(Executor& ex, const expert_input<T>& in, const mlp_weights<const T>& w, matrix_view<T> y,
                arena& scratch) const
     {
-        const int64_t mark = scratch.used();
+        const arena::scope lent(scratch);
         forward(ex, in, w, reserve_saved<T>(scratch, in.groups.slots), y, scratch);
-        scratch.rewind(mark);
     }
 
     /// @param dy        gradient of the combined output, by token; not weighted      // (S,D)
     /// @param pending   overwritten                                                  // see mlp_pending
     /// @param dx        overwritten for the rows of every expert, padding untouched   // (S,D)
     /// @param dweights  written for the choices that have a row, the others untouched  // (C)
+    /// @throws as forward
     template <class Executor, class T>
     void backward(Executor& ex, const expert_input<T>& in, const mlp_weights<const T>& w, const mlp_saved<T>& saved,
                   const indexed_rows<T>& dy, const mlp_pending<T>& pending, matrix_view<T> dx,
                   vector_view<accumulate_t<T>> dweights, arena& scratch) const
     {
-        if (!scratch.measuring()) expects_weights<T>(in, w);
-        gemm.dgrad(ex, in.groups, dy, w.down, pending.activation,
-                   detail::activate_backward<Activation, T>{saved.pre, pending.activation, pending.dpre, dy, w.down_bias,
-                                                            dweights, columns(), in, weigh},
-                   scratch);
-        const plain_rows<T> dpre{pending.dpre};
-        if (weigh == weigh_at::input)
-            gemm.dgrad(ex, in.groups, dpre, w.up, dx, detail::unweigh_input<T>{dx, dweights, in}, scratch);
-        else gemm.dgrad(ex, in.groups, dpre, w.up, dx, no_epilogue{}, scratch);
+        static_assert(multiplies_rows<Gemm, Executor, T>, "the GEMM lacks what an expert asks; see grouped_gemm.hpp");
+        if (!scratch.measuring()) {
+            expects_rows(in, saved);
+            expects_gradient(in, dy, pending);
+            check_weights(w, in.groups.experts(), in.x.extent(1), weight_role::weights);
+            expects_shape(dx, "dx (S,D)", in.groups.slots, width);
+            expects_shape(dweights, "dweights (C)", in.weights.extent(0));
+        }
+        detail::with_scratch(scratch, [&](arena& memory) {
+            gemm.dgrad(ex, in.groups, dy, w.down, pending.activation,
+                       detail::activate_backward<Activation, T>{saved.pre, pending.activation, pending.dpre, dy,
+                                                                w.down_bias, dweights, columns(), in, weigh},
+                       memory);
+            const plain_rows<T> dpre{pending.dpre};
+            if (weigh == weigh_at::input)
+                gemm.dgrad(ex, in.groups, dpre, w.up, dx, detail::unweigh_input<T>{dx, dweights, in}, memory);
+            else gemm.dgrad(ex, in.groups, dpre, w.up, dx, no_epilogue{}, memory);
+        });
     }
 
     /// Gradients of both matrices and biases, from what forward and backward kept.
     /// @param gradients  overwritten or added to; exact zeros for experts without rows. T or a wider type
+    /// @throws as forward
     template <class Executor, class T, class G>
     void weight_gradients(Executor& ex, const expert_input<T>& in, const mlp_saved<T>&, const indexed_rows<T>& dy,
                           const mlp_pending<T>& pending, const mlp_weights<G>& gradients, write_mode mode,
                           arena& scratch) const
     {
         using real = accumulate_t<T>;
+        static_assert(multiplies_weight_gradients<Gemm, Executor, T>, "the GEMM lacks what an expert asks; see grouped_gemm.hpp");
+        if (!scratch.measuring()) {
+            detail::expects_expert_input(in, width);
+            expects_gradient(in, dy, pending);
+            check_weights(gradients, in.groups.experts(), in.x.extent(1), weight_role::gradients);
+        }
         const auto& g = in.groups;
         const plain_rows<T> dpre{pending.dpre};
-        gemm.wgrad(ex, g, dy, plain_rows<T>{pending.activation}, gradients.down, mode, scratch);
-        with_input(ex, in, scratch,
-                   [&](const indexed_rows<T>& x) { gemm.wgrad(ex, g, dpre, x, gradients.up, mode, scratch); });
+        detail::with_scratch(scratch, [&](arena& memory) {
+            gemm.wgrad(ex, g, dy, plain_rows<T>{pending.activation}, gradients.down, mode, memory);
+            with_input(ex, in, memory,
+                       [&](const indexed_rows<T>& x) { gemm.wgrad(ex, g, dpre, x, gradients.up, mode, memory); });
+        });
         if (scratch.measuring()) return;
         if (gradients.up_bias.data_handle())
             sum_groups(ex, dpre, g.counts, g.offsets, unit_scale<real>{}, gradients.up_bias, mode);
@@ -270,14 +309,17 @@ private:
     detail::gated_columns columns() const noexcept { return detail::gated_columns::of(layout, hidden); }
 
     template <class T>
-    void expects_weights(const expert_input<T>& in, const mlp_weights<const T>& w) const
+    void expects_rows(const expert_input<T>& in, const mlp_saved<T>& saved) const
     {
-        const int64_t experts = in.groups.experts();
-        expects(in.x.extent(1) == width, "x (T,D)", in.x.extent(1), "mlp.width = ", width, " columns");
-        detail::expects_weights(w.up, "weights.up (E,H',D)", experts, up_width(), width);
-        detail::expects_weights(w.down, "weights.down (E,D,H)", experts, width, hidden);
-        if (w.up_bias.data_handle()) expects_shape(w.up_bias, "weights.up_bias (E,H')", experts, up_width());
-        if (w.down_bias.data_handle()) expects_shape(w.down_bias, "weights.down_bias (E,D)", experts, width);
+        detail::expects_expert_input(in, width);
+        expects_shape(saved.pre, "saved.pre (S,H')", in.groups.slots, up_width());
+    }
+    template <class T>
+    void expects_gradient(const expert_input<T>& in, const indexed_rows<T>& dy, const mlp_pending<T>& pending) const
+    {
+        detail::expects_expert_gradient(dy, in.groups.slots, width);
+        expects_shape(pending.dpre, "pending.dpre (S,H')", in.groups.slots, up_width());
+        expects_shape(pending.activation, "pending.activation (S,H)", in.groups.slots, hidden);
     }
 
     /// f(x): the input rows, gathered by the GEMM, or weighted into a copy where the weight belongs on the input.
@@ -285,7 +327,7 @@ private:
     void with_input(Executor& ex, const expert_input<T>& in, arena& scratch, F f) const
     {
         if (weigh != weigh_at::input) return f(in.x);
-        const int64_t mark = scratch.used();
+        const arena::scope lent(scratch);
         const auto rows = scratch.matrix<T>(in.groups.slots, width);
         const auto same = scratch.vector<int32_t>(in.groups.slots);
         if (!scratch.measuring()) {
@@ -295,7 +337,6 @@ private:
             for_each(ex, in.groups.slots, detail::count_up{same.data_handle()});
         }
         f(indexed_rows<T>{rows, same});
-        scratch.rewind(mark);
     }
 };
 

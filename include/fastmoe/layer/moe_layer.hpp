@@ -7,14 +7,19 @@
 #include <utility>
 
 #include <fastmoe/comm/self.hpp>
+#include <fastmoe/exec/scratch.hpp>
+#include <fastmoe/layer/moe_checks.hpp>
 #include <fastmoe/layer/moe_passes.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI {
 
+/// Every view is checked before anything is written, so that what does not fit leaves all outputs as they were; only a gate
+/// or an expert of the caller's own that throws later may leave them half written. Whatever throws, workspaces are given back.
 /// @tparam Gate          decides; see gate.hpp
 /// @tparam Expert        computes; see expert.hpp
 /// @tparam Communicator  ranks that share the experts; see communicator.hpp
-template <states_experts Gate, states_weighing Expert, class Communicator = self>
+template <states_experts Gate, states_weighing Expert, counts_ranks Communicator = self>
+    requires states_choices<Gate>
 struct moe_layer {
     Gate gate;
     Expert expert;
@@ -39,18 +44,17 @@ struct moe_layer {
     // -- inference ---------------------------------------------------------------------------------------------------
 
     /// y = sum over a token's choices of weight * expert(x). Keeps nothing.
-    /// @param x        tokens                                         // (T,D)
-    /// @param y        overwritten; zero for a token without choices   // (T,D)
+    /// @param x        tokens                                                     // (T,D)
+    /// @param y        overwritten; zero for a token without choices. May be x     // (T,D)
     /// @param scratch  infer_bytes() of it are taken and given back
     /// @throws invalid_argument if shapes disagree, out_of_memory if scratch is too small: both before y is written
     template <executor Executor, class T>
     void infer(Executor& ex, type_identity_t<matrix_view<const T>> x, const type_identity_t<weights<const T>>& w,
                matrix_view<T> y, arena& scratch, const gate_options& options = {}) const
     {
-        static_assert(inference_gate<Gate, Executor, T, Communicator>, "the gate lacks what inference asks; see gate.hpp");
-        static_assert(expert_policy<Expert, Executor, T>, "the expert lacks what inference asks; see expert.hpp");
-        expects_call(x, w, y);
-        scratch.require(infer_bytes<T>(ex, x.extent(0), x.extent(1)));
+        check_inference<Executor, T>();
+        detail::expects_call(*this, x, w, y);
+        scratch.require(detail::infer_size(*this, ex, x, w, y, options));
         detail::run_infer(*this, ex, x, w, y, options, scratch);
     }
     /// The same with scratch from the executor's memory resource.
@@ -58,24 +62,31 @@ struct moe_layer {
     void infer(Executor& ex, type_identity_t<matrix_view<const T>> x, const type_identity_t<weights<const T>>& w,
                matrix_view<T> y, const gate_options& options = {}) const
     {
-        buffer<std::byte, Executor> memory(ex, infer_bytes<T>(ex, x.extent(0), x.extent(1)));
+        check_inference<Executor, T>();
+        detail::expects_call(*this, x, w, y);
+        buffer<std::byte, Executor> memory(ex, detail::infer_size(*this, ex, x, w, y, options));
         arena scratch(memory.view());
-        infer(ex, x, w, y, scratch, options);
+        detail::run_infer(*this, ex, x, w, y, options, scratch);
     }
 
     // -- training ----------------------------------------------------------------------------------------------------
 
     /// The same values, kept for backward(). `memory` holds what is kept (saved_bytes()) until then, and lends the rest of
     /// forward_bytes() during the call. The result refers to x and to the options' arrays.
+    /// @param y  overwritten; not x, which backward() reads        // (T,D)
+    /// @throws invalid_argument if shapes disagree, y is x, or the expert would let the gate learn nothing; out_of_memory:
+    ///         all before y is written
     template <executor Executor, class T>
     moe_saved<T, Gate, Expert, Executor> forward(Executor& ex, type_identity_t<matrix_view<const T>> x,
                                                  const type_identity_t<weights<const T>>& w, matrix_view<T> y,
                                                  arena& memory, const gate_options& options = {}) const
     {
-        check_training<Executor, T>();
-        expects_call(x, w, y);
-        memory.require(forward_bytes<T>(ex, x.extent(0), x.extent(1)));
-        return {detail::run_forward(*this, ex, x, w, y, options, memory, memory), {}};
+        expects_forward<Executor>(x, w, y);
+        memory.require(detail::forward_size(*this, ex, x, w, y, options));
+        detail::kept_scope kept(memory);
+        const auto parts = detail::run_forward(*this, ex, x, w, y, options, memory, memory);
+        kept.keep();
+        return {parts, {}};
     }
     /// The same with memory from the executor's resource; the result owns what it keeps.
     template <executor Executor, class T>
@@ -83,8 +94,7 @@ struct moe_layer {
                                                  const type_identity_t<weights<const T>>& w, matrix_view<T> y,
                                                  const gate_options& options = {}) const
     {
-        check_training<Executor, T>();
-        expects_call(x, w, y);
+        expects_forward<Executor>(x, w, y);
         arena kept, lent;
         detail::run_forward(*this, ex, x, w, y, options, kept, lent);
         buffer<std::byte, Executor> storage(ex, kept.bytes()), scratch(ex, lent.bytes());
@@ -94,73 +104,92 @@ struct moe_layer {
     }
 
     /// All gradients: backward_input() and backward_weights() in one call.
-    /// @param dy         gradient of y                                       // (T,D)
-    /// @param dx         overwritten                                          // (T,D)
-    /// @param gradients  overwritten or added to, as the options say; T or a wider type
+    /// @param dy         gradient of y                                                                  // (T,D)
+    /// @param dx         overwritten; neither dy nor x. A row of an expert is rounded to T; their sum, with what
+    ///                   comes back through the router, once more                                      // (T,D)
+    /// @param gradients  overwritten or added to, as the options say; T or a wider type. The router's is left alone by a
+    ///                   gate that reads no logits
+    /// @throws invalid_argument if a shape disagrees or dx shares memory with dy or x, out_of_memory: both before anything
+    ///         is written
     template <executor Executor, class T, class G, class Own>
     void backward(Executor& ex, const moe_saved<T, Gate, Expert, Executor>& saved,
                   type_identity_t<matrix_view<const T>> dy, const type_identity_t<weights<const T>>& w,
                   type_identity_t<matrix_view<T>> dx, const moe_weights<G, Expert, Own>& gradients, arena& scratch,
                   const backward_options& options = {}) const
     {
-        expects_gradients(saved, dy, w, dx, gradients);
-        const int64_t mark = scratch.used();
-        scratch.require(backward_bytes<T, G>(ex, saved.x().extent(0), saved.x().extent(1)));
-        const auto pending = detail::run_backward_input(*this, ex, saved.parts(), dy, w, dx, options, scratch, scratch);
-        detail::run_backward_weights<T>(*this, ex, saved.parts(), pending, gradients, options, scratch);
-        scratch.rewind(mark);
+        expects_both(saved, dy, w, dx, gradients);
+        scratch.require(detail::backward_size(*this, ex, saved.parts(), dy, w, dx, gradients, options));
+        run_backward(ex, saved, dy, w, dx, gradients, scratch, options);
     }
+    /// The same with scratch from the executor's memory resource.
     template <executor Executor, class T, class G, class Own>
     void backward(Executor& ex, const moe_saved<T, Gate, Expert, Executor>& saved,
                   type_identity_t<matrix_view<const T>> dy, const type_identity_t<weights<const T>>& w,
                   type_identity_t<matrix_view<T>> dx, const moe_weights<G, Expert, Own>& gradients,
                   const backward_options& options = {}) const
     {
-        buffer<std::byte, Executor> memory(ex, backward_bytes<T, G>(ex, saved.x().extent(0), saved.x().extent(1)));
+        expects_both(saved, dy, w, dx, gradients);
+        buffer<std::byte, Executor> memory(ex, detail::backward_size(*this, ex, saved.parts(), dy, w, dx, gradients, options));
         arena scratch(memory.view());
-        backward(ex, saved, dy, w, dx, gradients, scratch, options);
+        run_backward(ex, saved, dy, w, dx, gradients, scratch, options);
     }
 
-    /// The gradient of the input alone. What the weight gradients still need stays in `memory` until backward_weights().
+    /// The gradient of the input alone. What the weight gradients still need stays in `memory` until backward_weights(), and
+    /// so must dy: dx may be dy only if that is not called.
+    /// @throws as backward
     template <executor Executor, class T>
     moe_pending<T, Expert> backward_input(Executor& ex, const moe_saved<T, Gate, Expert, Executor>& saved,
                                           type_identity_t<matrix_view<const T>> dy,
                                           const type_identity_t<weights<const T>>& w, type_identity_t<matrix_view<T>> dx,
                                           arena& memory, const backward_options& options = {}) const
     {
-        expects_shape(dy, "dy (T,D)", saved.x().extent(0), saved.x().extent(1));
-        expects_shape(dx, "dx (T,D)", saved.x().extent(0), saved.x().extent(1));
-        memory.require(backward_input_bytes<T>(ex, saved.x().extent(0), saved.x().extent(1)));
-        return detail::run_backward_input(*this, ex, saved.parts(), dy, w, dx, options, memory, memory);
+        check_training<Executor, T>();
+        detail::expects_backward(*this, saved.parts(), dy, w, dx);
+        memory.require(detail::backward_input_size(*this, ex, saved.parts(), dy, w, dx, options));
+        detail::kept_scope kept(memory);
+        const auto pending = detail::run_backward_input(*this, ex, saved.parts(), dy, w, dx, options, memory, memory);
+        kept.keep();
+        return pending;
     }
     /// The gradients of the weights, at any later time; dy must still be there.
+    /// @throws as backward
     template <executor Executor, class T, class G, class Own>
     void backward_weights(Executor& ex, const moe_saved<T, Gate, Expert, Executor>& saved,
                           const moe_pending<T, Expert>& pending, const moe_weights<G, Expert, Own>& gradients, arena& scratch,
                           const backward_options& options = {}) const
     {
-        expects_weights(saved.x().extent(1), gradients, "gradients.gate (E,D)");
-        scratch.require(backward_weights_bytes<T, G>(ex, saved.x().extent(0), saved.x().extent(1)));
+        check_training<Executor, T>();
+        expects_gradients<T>(saved, gradients);
+        scratch.require(detail::backward_weights_size<T>(*this, ex, saved.parts(), pending, gradients, options));
         detail::run_backward_weights<T>(*this, ex, saved.parts(), pending, gradients, options, scratch);
     }
 
-    // -- sizes: the same functions, run on arenas without storage -------------------------------------------------------
+    // -- sizes: the same functions, run on arenas without storage ------------------------------------------------------
+    //
+    // How much a product takes depends on the strides of its matrices. With a width alone, these serve weights and gradients
+    // in the layout of reserve_weights(); with views, those in their layout. Of views only extents and strides are read.
 
     template <class T, executor Executor>
     int64_t infer_bytes(Executor& ex, int64_t tokens, int64_t width) const
     {
-        arena measure;
-        detail::run_infer(*this, ex, shaped<const T>(tokens, width), measured_weights<const T>(width), shaped<T>(tokens, width), {},
-                  measure);
-        return measure.bytes();
+        return infer_bytes<T>(ex, tokens, width, measured_weights<const T>(width));
+    }
+    template <class T, executor Executor>
+    int64_t infer_bytes(Executor& ex, int64_t tokens, int64_t width, const type_identity_t<weights<const T>>& w,
+                        const gate_options& options = {}) const
+    {
+        return detail::infer_size(*this, ex, shaped<const T>(tokens, width), w, shaped<T>(tokens, width), options);
     }
     template <class T, executor Executor>
     int64_t forward_bytes(Executor& ex, int64_t tokens, int64_t width) const
     {
-        arena measure;
-        detail::run_forward(*this, ex, shaped<const T>(tokens, width), measured_weights<const T>(width), shaped<T>(tokens, width), {},
-                    measure, measure);
-        return measure.bytes();
+        return forward_bytes<T>(ex, tokens, width, measured_weights<const T>(width));
+    }
+    template <class T, executor Executor>
+    int64_t forward_bytes(Executor& ex, int64_t tokens, int64_t width, const type_identity_t<weights<const T>>& w,
+                          const gate_options& options = {}) const
+    {
+        return detail::forward_size(*this, ex, shaped<const T>(tokens, width), w, shaped<T>(tokens, width), options);
     }
     /// What forward() keeps: routing, plan, and what the expert declares.
     template <class T>
@@ -173,28 +202,39 @@ struct moe_layer {
     template <class T, class G = T, executor Executor>
     int64_t backward_bytes(Executor& ex, int64_t tokens, int64_t width) const
     {
-        arena measure;
-        const auto kept = measured_parts<T>(tokens, width);
-        const auto pending = detail::run_backward_input(*this, ex, kept, shaped<const T>(tokens, width), measured_weights<const T>(width),
-                                                shaped<T>(tokens, width), {}, measure, measure);
-        detail::run_backward_weights<T>(*this, ex, kept, pending, measured_weights<G>(width), {}, measure);
-        return measure.bytes();
+        return backward_bytes<T>(ex, tokens, width, measured_weights<const T>(width), measured_weights<G>(width));
+    }
+    template <class T, executor Executor, class G, class Own>
+    int64_t backward_bytes(Executor& ex, int64_t tokens, int64_t width, const type_identity_t<weights<const T>>& w,
+                           const moe_weights<G, Expert, Own>& gradients) const
+    {
+        return detail::backward_size(*this, ex, measured_parts<T>(tokens, width), shaped<const T>(tokens, width), w,
+                                     shaped<T>(tokens, width), gradients, {});
     }
     template <class T, executor Executor>
     int64_t backward_input_bytes(Executor& ex, int64_t tokens, int64_t width) const
     {
-        arena measure;
-        detail::run_backward_input(*this, ex, measured_parts<T>(tokens, width), shaped<const T>(tokens, width),
-                           measured_weights<const T>(width), shaped<T>(tokens, width), {}, measure, measure);
-        return measure.bytes();
+        return backward_input_bytes<T>(ex, tokens, width, measured_weights<const T>(width));
+    }
+    template <class T, executor Executor>
+    int64_t backward_input_bytes(Executor& ex, int64_t tokens, int64_t width, const type_identity_t<weights<const T>>& w) const
+    {
+        return detail::backward_input_size(*this, ex, measured_parts<T>(tokens, width), shaped<const T>(tokens, width), w,
+                                           shaped<T>(tokens, width), {});
     }
     template <class T, class G = T, executor Executor>
     int64_t backward_weights_bytes(Executor& ex, int64_t tokens, int64_t width) const
     {
-        arena kept, measure;
-        detail::run_backward_weights<T>(*this, ex, measured_parts<T>(tokens, width), detail::reserve_pending<T>(*this, kept, tokens, width),
-                             measured_weights<G>(width), {}, measure);
-        return measure.bytes();
+        return backward_weights_bytes<T>(ex, tokens, width, measured_weights<G>(width));
+    }
+    template <class T, executor Executor, class G, class Own>
+    int64_t backward_weights_bytes(Executor& ex, int64_t tokens, int64_t width, const moe_weights<G, Expert, Own>& gradients) const
+    {
+        arena kept;
+        const auto parts = measured_parts<T>(tokens, width);
+        auto pending = detail::reserve_pending<T>(*this, kept, tokens, width);
+        pending.dy = {shaped<const T>(tokens, width), parts.slots.token_of};
+        return detail::backward_weights_size<T>(*this, ex, parts, pending, gradients, {});
     }
 
 private:
@@ -219,35 +259,52 @@ private:
     }
 
     template <class Executor, class T>
+    static void check_inference()
+    {
+        static_assert(scalar<T>, "the element type is none of double, float, bfloat16 and half");
+        static_assert(sums_over_ranks<Communicator, Executor, double>, "the communicator lacks what gates ask; see communicator.hpp");
+        static_assert(inference_gate<Gate, Executor, T, Communicator>, "the gate lacks what inference asks; see gate.hpp");
+        static_assert(expert_policy<Expert, Executor, T>, "the expert lacks what inference asks; see expert.hpp");
+    }
+    template <class Executor, class T>
     static void check_training()
     {
+        check_inference<Executor, T>();
         static_assert(gate_policy<Gate, Executor, T, Communicator>, "the gate lacks what training asks; see gate.hpp");
         static_assert(trainable_expert<Expert, Executor, T>, "the expert lacks what training asks; see expert.hpp");
     }
 
-    template <class T, class Own>
-    void expects_weights(int64_t width, const moe_weights<T, Expert, Own>& w, const char* name) const
-    {
-        expects(communicator.size() == 1, "communicator.size()", communicator.size(), "1");
-        if constexpr (gate_reads_logits<Gate>) expects_shape(w.gate, name, gate.experts, width);
-        if (w.gate_bias.data_handle()) expects_shape(w.gate_bias, "gate_bias (E)", gate.experts);
-    }
-    template <class T>
-    void expects_call(matrix_view<const T> x, const weights<const T>& w, matrix_view<T> y) const
-    {
-        expects_shape(x, "x (T,D)", y.extent(0), y.extent(1));
-        expects_shape(y, "y (T,D)", x.extent(0), x.extent(1));
-        expects_weights(x.extent(1), w, "weights.gate (E,D)");
-    }
-    template <class T, class Executor, class G, class Own>
-    void expects_gradients(const moe_saved<T, Gate, Expert, Executor>& saved, matrix_view<const T> dy,
-                           const weights<const T>& w, matrix_view<T> dx, const moe_weights<G, Expert, Own>& gradients) const
+    template <class Executor, class T>
+    void expects_forward(matrix_view<const T> x, const weights<const T>& w, matrix_view<T> y) const
     {
         check_training<Executor, T>();
-        expects_shape(dy, "dy (T,D)", saved.x().extent(0), saved.x().extent(1));
-        expects_shape(dx, "dx (T,D)", saved.x().extent(0), saved.x().extent(1));
-        expects_weights(saved.x().extent(1), w, "weights.gate (E,D)");
-        expects_weights(saved.x().extent(1), gradients, "gradients.gate (E,D)");
+        detail::expects_call(*this, x, w, y);
+        detail::expects_apart(y, "y (T,D)", x, "x (T,D), which backward() reads");
+        detail::expects_learning(gate, expert);
+    }
+    template <class T, class Executor, class G, class Own>
+    void expects_gradients(const moe_saved<T, Gate, Expert, Executor>& saved, const moe_weights<G, Expert, Own>& gradients) const
+    {
+        static_assert(scalar<G>, "the gradients' element type is none of double, float, bfloat16 and half");
+        detail::expects_parameters(*this, gradients, saved.x().extent(1), weight_role::gradients);
+    }
+    template <class T, class Executor, class G, class Own>
+    void expects_both(const moe_saved<T, Gate, Expert, Executor>& saved, matrix_view<const T> dy, const weights<const T>& w,
+                      matrix_view<T> dx, const moe_weights<G, Expert, Own>& gradients) const
+    {
+        check_training<Executor, T>();
+        detail::expects_backward(*this, saved.parts(), dy, w, dx);
+        detail::expects_apart(dx, "dx (T,D)", dy, "dy (T,D), which the weight gradients read");
+        expects_gradients(saved, gradients);
+    }
+    template <class T, class Executor, class G, class Own>
+    void run_backward(Executor& ex, const moe_saved<T, Gate, Expert, Executor>& saved, matrix_view<const T> dy,
+                      const weights<const T>& w, matrix_view<T> dx, const moe_weights<G, Expert, Own>& gradients,
+                      arena& scratch, const backward_options& options) const
+    {
+        const arena::scope lent(scratch);
+        const auto pending = detail::run_backward_input(*this, ex, saved.parts(), dy, w, dx, options, scratch, scratch);
+        detail::run_backward_weights<T>(*this, ex, saved.parts(), pending, gradients, options, scratch);
     }
 };
 

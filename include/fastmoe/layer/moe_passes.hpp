@@ -4,10 +4,10 @@
 /// another (which may be the same); on measuring arenas they only count, so query and use cannot drift.
 #pragma once
 
+#include <fastmoe/exec/scratch.hpp>
 #include <fastmoe/layer/moe_state.hpp>
 #include <fastmoe/routing/project.hpp>
 #include <fastmoe/transfer/combine.hpp>
-#include <fastmoe/transfer/dispatch.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI::detail {
 
@@ -15,14 +15,12 @@ template <class T, class Layer>
 typename Layer::template parts<T> reserve_parts(const Layer& layer, arena& memory, int64_t tokens, int64_t width)
 {
     using gate_type = std::remove_cvref_t<decltype(layer.gate)>;
-    using expert_type = std::remove_cvref_t<decltype(layer.expert)>;
     typename Layer::template parts<T> p{};
     if constexpr (gate_reads_logits<gate_type>) p.logits = memory.matrix<accumulate_t<T>>(tokens, layer.gate.experts);
     p.gate = reserve_gate<accumulate_t<T>>(layer.gate, memory, tokens);
     const auto& route = p.gate.routing;
     p.slots = reserve_plan(memory, tokens, route.choices(), layer.gate.experts);
-    p.expert = layer.expert.template reserve_saved<T>(memory, p.slots.slots);
-    if constexpr (!expert_type::applies_weights) p.rows = memory.matrix<T>(p.slots.slots, width);
+    p.expert = applying(layer.expert, width).template reserve_saved<T>(memory, p.slots.slots);
     return p;
 }
 
@@ -35,32 +33,9 @@ auto reserve_pending(const Layer& layer, arena& memory, int64_t tokens, int64_t 
     const int64_t slots = reserve_parts<T>(layer, measure, tokens, width).slots.slots;
     moe_pending<T, expert_type> p{};
     if constexpr (gate_reads_logits<gate_type>) p.dlogits = memory.matrix<accumulate_t<T>>(tokens, layer.gate.experts);
-    p.expert = layer.expert.template reserve_pending<T>(memory, slots);
-    if constexpr (!expert_type::applies_weights) {
-        p.rows = memory.matrix<T>(slots, width);
-        p.row_numbers = memory.vector<int32_t>(slots);
-        p.dy = {p.rows, p.row_numbers};
-    }
+    p.expert = applying(layer.expert, width).template reserve_pending<T>(memory, slots);
     return p;
 }
-
-/// Adds what came back through a jittered input: dx += u dx', with the u of the forward pass.
-template <class T>
-struct add_jittered {
-    using vectorized = void;
-    using real = accumulate_t<T>;
-    const real* from; // (T,D)
-    T* dx;            // (T,D)
-    random_source random;
-    std::uint64_t first;
-    real epsilon;
-
-    FASTMOE_HOST_DEVICE void operator()(int64_t i) const
-    {
-        const real u = random.template uniform<real>(first + static_cast<std::uint64_t>(i));
-        dx[i] = T(real(dx[i]) + from[i] * (real(1) - epsilon + real(2) * epsilon * u));
-    }
-};
 
 /// The factor's reach in training; 0 for a gate that asks for none.
 template <class Gate>
@@ -77,11 +52,10 @@ void with_router_input(const Layer& layer, Executor& ex, matrix_view<const T> x,
 {
     const double epsilon = jitter_of(layer.gate);
     if (epsilon == 0 || mode != gate_mode::training) return f(x);
-    const int64_t mark = scratch.used();
+    const arena::scope lent(scratch);
     const auto jittered = scratch.matrix<T>(x.extent(0), x.extent(1));
     if (!scratch.measuring()) jitter(ex, x, options.random, epsilon, jittered, options.first_token);
     f(matrix_view<const T>(jittered));
-    scratch.rewind(mark);
 }
 
 /// Logits, routing and plan.
@@ -98,32 +72,88 @@ void run_gate(const Layer& layer, Executor& ex, const Parts& p, const Weights& w
     make_plan(ex, p.gate.routing, p.slots, scratch);
 }
 
-/// From the routing weights' gradients to the logits' and, added, to the input's.
+/// dx (+)= the sum of a token's rows, in choice order, and what comes back through the router, whose input may have been
+/// jittered: by the same u. Rounded once.
+template <class T>
+struct finish_input_gradient {
+    using real = accumulate_t<T>;
+    matrix_view<const T> rows;          // (S,D)
+    vector_view<const int32_t> slot_of; // (C)
+    routing<real> route;
+    matrix_view<T> dx;                  // (T,D)
+    write_mode mode;
+    random_source random;
+    std::uint64_t first;
+    real epsilon; // 0: no jitter
+
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t t, const real* sums) const
+    {
+        const int64_t n = dx.extent(1), begin = route.begin(t), end = route.end(t);
+        const auto& self = *this;
+        team.for_each((n + row_piece - 1) / row_piece, [=, &self](int64_t piece) {
+            const int64_t at = piece * row_piece, width = n - at < row_piece ? n - at : row_piece;
+            T* to = self.dx.data_handle() + t * n + at;
+            real total[row_piece] = {};
+            for (int64_t c = begin; c < end; ++c) {
+                const int64_t s = self.slot_of(c);
+                if (s < 0) continue;
+                const T* from = self.rows.data_handle() + s * n + at;
+                if (width == row_piece)
+                    for (int64_t j = 0; j < row_piece; ++j) total[j] += real(from[j]);
+                else
+                    for (int64_t j = 0; j < width; ++j) total[j] += real(from[j]);
+            }
+            if (sums) self.add_router(total, sums + at, static_cast<std::uint64_t>(t * n + at), width);
+            if (self.mode == write_mode::accumulate)
+                for (int64_t j = 0; j < width; ++j) total[j] += real(to[j]);
+            for (int64_t j = 0; j < width; ++j) to[j] = T(total[j]);
+        });
+    }
+
+    FASTMOE_HOST_DEVICE void add_router(real* total, const real* sums, std::uint64_t at, int64_t width) const
+    {
+        if (epsilon == real(0)) {
+            for (int64_t j = 0; j < width; ++j) total[j] += sums[j];
+            return;
+        }
+        for (int64_t j = 0; j < width; ++j) {
+            const real u = random.template uniform<real>(first + at + static_cast<std::uint64_t>(j));
+            total[j] += sums[j] * (real(1) - epsilon + real(2) * epsilon * u);
+        }
+    }
+};
+
+/// From the routing weights' gradients and those of the rows to the logits' and the input's. A gate with parameters adds
+/// its own part to dx first, since it adds to a finished dx.
 template <class T, class Layer, class Executor, class Parts, class Weights, class Pending>
 void run_gate_backward(const Layer& layer, Executor& ex, const Parts& p, const Weights& w, const Pending& pending,
-                       vector_view<const accumulate_t<T>> dweights, accumulate_t<T> loss_scale, matrix_view<T> dx,
-                       arena& scratch)
+                       vector_view<const accumulate_t<T>> dweights, accumulate_t<T> loss_scale, matrix_view<const T> drows,
+                       matrix_view<T> dx, arena& scratch)
 {
     using real = accumulate_t<T>;
     using gate_type = std::remove_cvref_t<decltype(layer.gate)>;
-    constexpr bool projects = gate_reads_logits<gate_type>;
-    if constexpr (owns_parameters<gate_type>)
+    constexpr bool owns = owns_parameters<gate_type>, projects = gate_reads_logits<gate_type>;
+    const bool live = !scratch.measuring();
+    if constexpr (owns) {
+        if (live) for_each(ex, dx.extent(0) * dx.extent(1), fill<T>{dx.data_handle(), T(real(0))});
         layer.gate.backward(ex, p.gate_view(gate_mode::training), w.own, layer.communicator, p.gate, dweights, loss_scale,
                             pending.dlogits, dx, scratch);
-    else if constexpr (projects)
+    } else if constexpr (projects) {
         layer.gate.backward(ex, p.gate_view(gate_mode::training), layer.communicator, p.gate, dweights, loss_scale,
                             pending.dlogits, scratch);
+    }
+    constexpr write_mode mode = owns ? write_mode::accumulate : write_mode::overwrite;
     if constexpr (projects) {
-        const double epsilon = jitter_of(layer.gate);
-        if (epsilon == 0) return project_input_backward(ex, pending.dlogits, w.gate, dx, write_mode::accumulate, scratch);
-        const int64_t mark = scratch.used(), tokens = dx.extent(0), width = dx.extent(1);
-        const auto through = scratch.matrix<real>(tokens, width);
-        project_input_backward(ex, pending.dlogits, w.gate, through, write_mode::overwrite, scratch);
-        if (!scratch.measuring())
-            for_each(ex, tokens * width,
-                     add_jittered<T>{through.data_handle(), dx.data_handle(), {p.options.random, random_stream::jitter},
-                                     static_cast<std::uint64_t>(p.options.first_token * width), real(epsilon)});
-        scratch.rewind(mark);
+        const finish_input_gradient<T> finish{drows, p.slots.slot_of, p.gate.routing, dx, mode,
+                                              {p.options.random, random_stream::jitter},
+                                              static_cast<std::uint64_t>(p.options.first_token * dx.extent(1)),
+                                              real(jitter_of(layer.gate))};
+        with_scratch(scratch, [&](arena& memory) {
+            project_rows_backward(ex, matrix_view<const real>(pending.dlogits), w.gate, finish, memory);
+        });
+    } else if (live) {
+        combine_unweighted(ex, drows, p.gate.routing, p.slots, dx, mode);
     }
 }
 
@@ -139,7 +169,7 @@ template <class Layer, class Executor, class T, class Weights>
 void run_infer(const Layer& layer, Executor& ex, matrix_view<const T> x, const Weights& w, matrix_view<T> y,
                const gate_options& options, arena& scratch)
 {
-    const int64_t mark = scratch.used();
+    const arena::scope lent(scratch);
     typename Layer::template parts<T> p{};
     p.x = x;
     p.options = options;
@@ -152,7 +182,15 @@ void run_infer(const Layer& layer, Executor& ex, matrix_view<const T> x, const W
     run_gate<T>(layer, ex, p, w, gate_mode::inference, scratch);
     layer.expert.infer(ex, p.expert_view(), w.expert, rows, scratch);
     if (!scratch.measuring()) run_combine(layer, ex, p, rows, y);
-    scratch.rewind(mark);
+}
+
+/// Room for the experts' outputs: where they are kept, if they are.
+template <class T, class Saved>
+matrix_view<T> room_for_rows(const Saved& saved, arena& lend, int64_t slots, int64_t width)
+{
+    if constexpr (requires { saved.rows; })
+        if (saved.rows.extent(0) == slots) return saved.rows;
+    return lend.matrix<T>(slots, width);
 }
 
 template <class Layer, class Executor, class T, class Weights>
@@ -162,29 +200,12 @@ typename Layer::template parts<T> run_forward(const Layer& layer, Executor& ex, 
     auto p = reserve_parts<T>(layer, keep, x.extent(0), x.extent(1));
     p.x = x;
     p.options = options;
-    const int64_t mark = lend.used();
+    const arena::scope lent(lend);
     run_gate<T>(layer, ex, p, w, gate_mode::training, lend);
-    const auto rows = std::remove_cvref_t<decltype(layer.expert)>::applies_weights
-                          ? lend.matrix<T>(p.slots.slots, x.extent(1))
-                          : p.rows;
-    layer.expert.forward(ex, p.expert_view(), w.expert, p.expert, rows, lend);
+    const auto rows = room_for_rows<T>(p.expert, lend, p.slots.slots, x.extent(1));
+    applying(layer.expert, x.extent(1)).forward(ex, p.expert_view(), w.expert, p.expert, rows, lend);
     if (!lend.measuring()) run_combine(layer, ex, p, rows, y);
-    lend.rewind(mark);
     return p;
-}
-
-/// The gradient that an expert which does not apply the weights gets: that of its own rows.
-template <class Layer, class Executor, class T, class Parts, class Pending>
-void run_unweigh(const Layer& layer, Executor& ex, const Parts& p, matrix_view<const T> dy, const Pending& pending,
-                 vector_view<accumulate_t<T>> dweights)
-{
-    if (layer.expert.weighs_output()) {
-        combine_weights_backward(ex, dy, p.rows, p.gate.routing, p.slots, dweights);
-        dispatch(ex, dy, p.gate.routing.weights, p.slots, pending.rows);
-    } else {
-        dispatch(ex, dy, p.slots, pending.rows);
-    }
-    for_each(ex, p.slots.slots, count_up{pending.row_numbers.data_handle()});
 }
 
 template <class Layer, class Executor, class T, class Weights>
@@ -193,20 +214,16 @@ auto run_backward_input(const Layer& layer, Executor& ex, const typename Layer::
                         arena& keep, arena& lend)
 {
     using real = accumulate_t<T>;
-    using expert_type = std::remove_cvref_t<decltype(layer.expert)>;
-    auto pending = reserve_pending<T>(layer, keep, p.x.extent(0), p.x.extent(1));
-    const int64_t mark = lend.used();
-    const auto& route = p.gate.routing;
-    const auto dweights = lend.vector<real>(route.choices());
-    const auto drows = lend.matrix<T>(p.slots.slots, p.x.extent(1));
-    const bool live = !lend.measuring();
-    if (live) for_each(ex, route.choices(), fill<real>{dweights.data_handle(), real(0)});
-    if constexpr (expert_type::applies_weights) pending.dy = {dy, p.slots.token_of};
-    else if (live) run_unweigh(layer, ex, p, dy, pending, dweights);
-    layer.expert.backward(ex, p.expert_view(), w.expert, p.expert, pending.dy, pending.expert, drows, dweights, lend);
-    if (live) combine_unweighted(ex, drows, route, p.slots, dx);
-    run_gate_backward<T>(layer, ex, p, w, pending, dweights, real(options.loss_scale), dx, lend);
-    lend.rewind(mark);
+    const int64_t width = p.x.extent(1);
+    auto pending = reserve_pending<T>(layer, keep, p.x.extent(0), width);
+    pending.dy = {dy, p.slots.token_of};
+    const arena::scope lent(lend);
+    const auto dweights = lend.vector<real>(p.gate.routing.choices());
+    const auto drows = lend.matrix<T>(p.slots.slots, width);
+    if (!lend.measuring()) for_each(ex, dweights.extent(0), fill<real>{dweights.data_handle(), real(0)});
+    applying(layer.expert, width)
+        .backward(ex, p.expert_view(), w.expert, p.expert, pending.dy, pending.expert, drows, dweights, lend);
+    run_gate_backward<T>(layer, ex, p, w, pending, dweights, real(options.loss_scale), drows, dx, lend);
     return pending;
 }
 
@@ -214,9 +231,10 @@ template <class T, class Layer, class Executor, class Parts, class Pending, clas
 void run_backward_weights(const Layer& layer, Executor& ex, const Parts& p, const Pending& pending,
                           const Weights& gradients, const backward_options& options, arena& scratch)
 {
-    const int64_t mark = scratch.used();
-    layer.expert.weight_gradients(ex, p.expert_view(), p.expert, pending.dy, pending.expert, gradients.expert,
-                                  options.gradients, scratch);
+    const arena::scope lent(scratch);
+    applying(layer.expert, p.x.extent(1))
+        .weight_gradients(ex, p.expert_view(), p.expert, pending.dy, pending.expert, gradients.expert, options.gradients,
+                          scratch);
     using gate_type = std::remove_cvref_t<decltype(layer.gate)>;
     if constexpr (owns_parameters<gate_type>)
         layer.gate.parameter_gradients(ex, p.gate_view(gate_mode::training), p.gate, gradients.own, options.gradients,
@@ -225,7 +243,50 @@ void run_backward_weights(const Layer& layer, Executor& ex, const Parts& p, cons
         with_router_input(layer, ex, p.x, p.options, gate_mode::training, scratch, [&](matrix_view<const T> x) {
             project_weights_backward(ex, pending.dlogits, x, gradients.gate, gradients.gate_bias, options.gradients, scratch);
         });
-    scratch.rewind(mark);
+}
+
+// -- what each pass takes ----------------------------------------------------------------------------------------------
+
+template <class Layer, class Executor, class T, class Weights>
+int64_t infer_size(const Layer& layer, Executor& ex, matrix_view<const T> x, const Weights& w, matrix_view<T> y,
+                   const gate_options& options)
+{
+    arena measure;
+    run_infer(layer, ex, x, w, y, options, measure);
+    return measure.bytes();
+}
+template <class Layer, class Executor, class T, class Weights>
+int64_t forward_size(const Layer& layer, Executor& ex, matrix_view<const T> x, const Weights& w, matrix_view<T> y,
+                     const gate_options& options)
+{
+    arena measure;
+    run_forward(layer, ex, x, w, y, options, measure, measure);
+    return measure.bytes();
+}
+template <class Layer, class Executor, class Parts, class T, class Weights>
+int64_t backward_input_size(const Layer& layer, Executor& ex, const Parts& p, matrix_view<const T> dy, const Weights& w,
+                            matrix_view<T> dx, const backward_options& options)
+{
+    arena measure;
+    run_backward_input(layer, ex, p, dy, w, dx, options, measure, measure);
+    return measure.bytes();
+}
+template <class T, class Layer, class Executor, class Parts, class Pending, class Weights>
+int64_t backward_weights_size(const Layer& layer, Executor& ex, const Parts& p, const Pending& pending,
+                              const Weights& gradients, const backward_options& options)
+{
+    arena measure;
+    run_backward_weights<T>(layer, ex, p, pending, gradients, options, measure);
+    return measure.bytes();
+}
+template <class Layer, class Executor, class Parts, class T, class Weights, class Gradients>
+int64_t backward_size(const Layer& layer, Executor& ex, const Parts& p, matrix_view<const T> dy, const Weights& w,
+                      matrix_view<T> dx, const Gradients& gradients, const backward_options& options)
+{
+    arena measure;
+    const auto pending = run_backward_input(layer, ex, p, dy, w, dx, options, measure, measure);
+    run_backward_weights<T>(layer, ex, p, pending, gradients, options, measure);
+    return measure.bytes();
 }
 
 } // namespace fastmoe::inline FASTMOE_ABI::detail

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include <fastmoe/expert/expert.hpp>
+#include <fastmoe/expert/weighed_rows.hpp>
 #include <fastmoe/routing/gate.hpp>
 #include <fastmoe/routing/plan.hpp>
 
@@ -52,6 +53,14 @@ struct backward_options {
 template <class Gate, class T>
 using gate_state_of = gate_state_t<Gate, accumulate_t<T>>;
 
+namespace detail {
+/// What a layer's expert keeps; where it does not apply the weights, its outputs too.
+template <class Expert, class T>
+using kept_of = saved_of<std::remove_cvref_t<applying_t<Expert>>, T>;
+template <class Expert, class T>
+using left_of = pending_of<std::remove_cvref_t<applying_t<Expert>>, T>;
+} // namespace detail
+
 /// What forward keeps, as views: x by reference, the routing, the plan, and what the expert declares.
 template <class T, class Gate, class Expert>
 struct moe_parts {
@@ -60,8 +69,7 @@ struct moe_parts {
     matrix_view<accumulate_t<T>> logits; // (T,E)
     gate_state_of<Gate, T> gate;
     plan slots;
-    saved_of<Expert, T> expert;
-    matrix_view<T> rows;                 // (S,D)  outputs; only for an expert that does not apply the weights
+    detail::kept_of<Expert, T> expert;
 
     gate_input<T> gate_view(gate_mode mode) const
     {
@@ -102,11 +110,9 @@ private:
 /// What the weight gradients still need after the input's gradient is done.
 template <class T, class Expert>
 struct moe_pending {
-    indexed_rows<T> dy;                   // (S,D)  what the expert got as gradient
-    matrix_view<T> rows;                  // (S,D)  its memory, if the expert does not apply the weights
-    vector_view<int32_t> row_numbers;     // (S)
+    indexed_rows<T> dy;                   // (S,D)  gradient of the output, by token
     matrix_view<accumulate_t<T>> dlogits; // (T,E)
-    pending_of<Expert, T> expert;
+    detail::left_of<Expert, T> expert;
 };
 
 } // namespace fastmoe::inline FASTMOE_ABI

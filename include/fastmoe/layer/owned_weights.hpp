@@ -57,15 +57,16 @@ zero_weights(Executor& ex, const moe_layer<Gate, Expert, Communicator>& layer)
     return {ex, layer, layer.expert.model_width()};
 }
 
-/// Uniform in +-1/sqrt(fan in), biases zero: the same values for a seed on any executor.
+/// Uniform in +-1/sqrt(fan in), biases zero: the same values for a seed on any executor, and for no two seeds, nor for two
+/// parts of a layer, the same draws.
 template <class T, executor Executor, class Gate, class Expert, class Communicator>
 owned_weights_t<T, moe_layer<Gate, Expert, Communicator>, Executor>
 random_weights(Executor& ex, const moe_layer<Gate, Expert, Communicator>& layer, std::uint64_t seed)
 {
     owned_weights_t<T, moe_layer<Gate, Expert, Communicator>, Executor> out(ex, layer, layer.expert.model_width());
-    if constexpr (gate_reads_logits<Gate>) fill_uniform(ex, single(out.view().gate), seed, 2);
-    if constexpr (owns_parameters<Gate>) layer.gate.initialize(ex, out.view().own, seed + 2);
-    layer.expert.initialize(ex, out.view().expert, seed + 1);
+    if constexpr (gate_reads_logits<Gate>) fill_uniform(ex, single(out.view().gate), seed_of_part(seed, 0), 0);
+    layer.expert.initialize(ex, out.view().expert, seed_of_part(seed, 1));
+    if constexpr (owns_parameters<Gate>) layer.gate.initialize(ex, out.view().own, seed_of_part(seed, 2));
     return out;
 }
 

@@ -153,8 +153,8 @@ struct assigned_gate {
     }
 
     /// Fills state.routing, state.losses, and what backward reads.
-    /// @throws invalid_argument if the gate's own values or the shapes of the input make no sense; out_of_memory;
-    ///         nothing is written then
+    /// @throws invalid_argument if the gate's own values or the shapes of the input make no sense, or the state is not one
+    ///         that reserve() gave; out_of_memory; nothing is written then
     template <executor Executor, class T, class Communicator, class Real>
     void route(Executor& ex, const gate_input<T>& in, const Communicator& c, const assigned_state<Real>& state,
                arena& scratch) const
@@ -162,6 +162,7 @@ struct assigned_gate {
         static_assert(assigns<Assign, Executor, T, Communicator>, "the assignment lacks what a gate asks; see assigned_gate.hpp");
         expects_sane();
         if (!scratch.measuring()) {
+            expects_state(state);
             if constexpr (reads_logits) detail::expects_gate_input(in, state.routing.tokens, experts);
             else if (in.mask.extent(0) != 0) expects_shape(in.mask, "mask (T)", state.routing.tokens);
             arena measure;
@@ -174,6 +175,7 @@ struct assigned_gate {
     /// The gradient of <dweights, weights> + loss_scale * (sum of losses). None flows through the assignment.
     /// @param dweights  of a dropped choice: not read                       // (C)
     /// @param dlogits   overwritten                                         // (T,E)
+    /// @throws invalid_argument as route
     template <executor Executor, class T, class Communicator, class Real>
     void backward(Executor& ex, const gate_input<T>& in, const Communicator&, const assigned_state<Real>& state,
                   type_identity_t<vector_view<const Real>> dweights, type_identity_t<Real> loss_scale,
@@ -181,6 +183,7 @@ struct assigned_gate {
     {
         expects_sane();
         if (scratch.measuring()) return;
+        expects_state(state);
         if constexpr (reads_logits) {
             detail::expects_gate_input(in, state.routing.tokens, experts);
             expects_shape(dweights, "dweights (C)", state.routing.choices());
@@ -215,6 +218,30 @@ struct assigned_gate {
     }
 
 private:
+    /// The state of another gate would be written, or read, out of bounds.
+    template <class Real>
+    void expects_state(const assigned_state<Real>& s) const
+    {
+        const auto& route = s.routing;
+        arena measure;
+        const auto room = reserve<Real>(measure, route.tokens);
+        expects(route.total_experts == experts, "state.routing.total_experts", route.total_experts, "the gate's E = ", experts);
+        expects(route.ragged() == Assign::ragged, "state.routing.first", route.ragged() ? "ragged" : "empty",
+                Assign::ragged ? "ragged choices" : "K choices of every token");
+        if constexpr (Assign::ragged) {
+            expects_shape(route.experts, "state.routing.experts (C)", room.routing.choices());
+            expects_shape(s.first, "state.first (T+1)", route.tokens + 1);
+        } else {
+            expects(route.k == k, "state.routing.k", route.k, "the gate's K = ", k);
+        }
+        detail::expects_routing(route);
+        expects_shape(s.losses, "state.losses (2)", 2);
+        if (has_loss()) expects_shape(s.slopes, "state.slopes", room.slopes.extent(0));
+        expects_shape(s.chosen, "state.chosen (C)", room.chosen.extent(0));
+        expects(!capacity.limited() || route.choices() == 0 || s.chosen.data_handle() != route.experts.data_handle(),
+                "state.chosen", "state.routing.experts", "memory of its own for a gate with capacity");
+    }
+
     bool has_loss() const noexcept { return balance.coefficient != 0 || z.coefficient != 0; }
 
     template <class Executor, class T, class Communicator, class Real>
@@ -223,9 +250,10 @@ private:
     {
         const auto& route = state.routing;
         const bool live = !scratch.measuring();
-        const int64_t mark = scratch.used();
-        assignment.assign(ex, in, c, fastmoe::assignment<Real>{route.tokens, experts, k, route.experts, state.first}, scratch);
-        scratch.rewind(mark);
+        {
+            const arena::scope lent(scratch);
+            assignment.assign(ex, in, c, fastmoe::assignment<Real>{route.tokens, experts, k, route.experts, state.first}, scratch);
+        }
         if (live) {
             for_each(ex, route.choices(), detail::check_assigned{route.experts, experts, ex.faults()});
             if constexpr (detail::score_reads_logits<Score>) detail::weigh(ex, score, weigh, scale, in.logits, route);

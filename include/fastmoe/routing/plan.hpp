@@ -49,6 +49,23 @@ struct make_plan;
 
 namespace detail {
 
+/// Everything that make_plan writes, as reserve_plan gives it.
+template <class Real>
+void expects_plan(const plan& p, const routing<Real>& route)
+{
+    expects(p.tokens == route.tokens, "plan.tokens", p.tokens, "the routing's T = ", route.tokens);
+    expects(p.alignment >= 1, "plan.alignment", p.alignment, "1 or more");
+    const int64_t padding = route.total_experts * (p.alignment - 1);
+    expects(p.slots >= route.choices() + padding, "plan.slots", p.slots, "C + E * (alignment - 1) = ",
+            route.choices() + padding, " or more");
+    expects(p.slots <= INT32_MAX, "plan.slots", p.slots, "at most 2^31 - 1");
+    expects_shape(p.counts, "plan.counts (E)", route.total_experts);
+    expects_shape(p.offsets, "plan.offsets (E+1)", route.total_experts + 1);
+    expects_shape(p.slot_of, "plan.slot_of (C)", route.choices());
+    expects_shape(p.choice_of, "plan.choice_of (S)", p.slots);
+    expects_shape(p.token_of, "plan.token_of (S)", p.slots);
+}
+
 /// The offsets of ragged choices as they should be: from 0, without a decrease, up to C. So no choice belongs to two
 /// tokens, and whatever stands in `first`, each is written by one of them or by none.
 template <class Real>
@@ -209,17 +226,15 @@ struct implementation<verbs::make_plan, Executor> {
 template <executor Executor, class Real>
 void make_plan(Executor& ex, const routing<Real>& route, const plan& p, arena& scratch)
 {
-    const int64_t mark = scratch.used();
     if (!scratch.measuring()) {
         detail::expects_routing(route);
-        expects_shape(p.counts, "plan.counts (E)", route.total_experts);
-        expects_shape(p.slot_of, "plan.slot_of (C)", route.choices());
+        detail::expects_plan(p, route);
         arena measure;
         implementation<verbs::make_plan, Executor>::run(ex, route, p, measure);
         scratch.require(measure.bytes());
     }
+    const arena::scope lent(scratch);
     implementation<verbs::make_plan, Executor>::run(ex, route, p, scratch);
-    scratch.rewind(mark);
     if (!scratch.measuring()) ex.deliver_faults();
 }
 

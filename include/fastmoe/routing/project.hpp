@@ -5,6 +5,7 @@
 #pragma once
 
 #include <fastmoe/exec/random.hpp>
+#include <fastmoe/exec/scratch.hpp>
 #include <fastmoe/gemm/portable.hpp>
 #include <fastmoe/ops/reduce.hpp>
 
@@ -16,24 +17,57 @@ struct jitter;
 
 namespace detail {
 
-/// Rows of the input's gradient that wait in scratch to be added.
-inline constexpr int64_t added_rows = 1024;
+/// Rows of the input's gradient that wait in scratch to be rounded.
+inline constexpr int64_t waiting_rows = 1024;
 
-/// Adds a finished row to its place in dx, and rounds once.
-template <class T>
-struct add_row {
+/// index[t] = t, or -1 where a row of dlogits is all zero: of a token that chose nothing. So products leave its x out,
+/// which may hold anything: 0 * NaN is NaN.
+template <class Real>
+struct number_chosen {
     using vectorized = void;
-    matrix_view<const accumulate_t<T>> sums; // (n,D)
-    matrix_view<T> dx;                       // (n,D)
+    matrix_view<const Real> dlogits; // (T,E)
+    int32_t* index;                  // (T)
 
     template <class Team>
-    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t, int64_t row) const
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t t) const
+    {
+        const int64_t experts = dlogits.extent(1);
+        const Real* row = dlogits.data_handle() + t * experts;
+        const int32_t any = team.reduce(
+            experts, int32_t{0}, [](int32_t a, int32_t b) { return a | b; },
+            [=](int64_t e) { return static_cast<int32_t>(row[e] != Real(0)); });
+        if (team.lane() == 0) index[t] = any != 0 ? static_cast<int32_t>(t) : -1;
+    }
+};
+
+/// Hands each token its row of sums, or null if it chose nothing.
+template <class Real, class Finish>
+struct finish_rows {
+    using vectorized = void;
+    matrix_view<const Real> sums;     // (n,D)
+    vector_view<const int32_t> index; // (n)
+    int64_t first;                    // token
+    Finish finish;
+
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t row) const
+    {
+        finish(team, first + row, index(row) < 0 ? nullptr : sums.data_handle() + row * sums.extent(1));
+    }
+};
+
+/// dx += sums, rounded once.
+template <class T>
+struct add_sums {
+    matrix_view<T> dx; // (T,D)
+
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t t, const accumulate_t<T>* sums) const
     {
         using real = accumulate_t<T>;
-        const int64_t width = dx.extent(1);
-        const real* from = sums.data_handle() + row * width;
-        T* to = dx.data_handle() + row * width;
-        team.for_each(width, [=](int64_t d) { to[d] = T(real(to[d]) + from[d]); });
+        if (!sums) return;
+        T* to = dx.data_handle() + t * dx.extent(1);
+        team.for_each(dx.extent(1), [=](int64_t d) { to[d] = T(real(to[d]) + sums[d]); });
     }
 };
 
@@ -54,18 +88,37 @@ struct jitter_element {
     }
 };
 
-/// Scratch is asked for before anything is written: body(arena) takes its scratch and, unless measuring, does the work.
-template <class Body>
-void with_scratch(arena& scratch, const Body& body)
+/// Takes room for the numbers of the tokens that chose something, and finds them.                          // (T)
+template <class Executor, class Real>
+vector_view<const int32_t> chosen_rows(Executor& ex, matrix_view<const Real> dlogits, arena& memory)
 {
-    if (!scratch.measuring()) {
-        arena needed;
-        body(needed);
-        scratch.require(needed.bytes());
+    const auto index = memory.vector<int32_t>(dlogits.extent(0));
+    if (!memory.measuring())
+        for_each_row(ex, dlogits.extent(0), number_chosen<Real>{dlogits, index.data_handle()}, {.width = dlogits.extent(1)});
+    return index;
+}
+
+/// finish(team, t, sums) for every token: sums is row t of dlogits gate, not rounded, or null if that row of dlogits is all
+/// zero. So what else belongs to the row can be added before it is rounded, without a matrix of sums.
+template <class Executor, class Real, class W, class Finish>
+void project_rows_backward(Executor& ex, matrix_view<const Real> dlogits, matrix_view<W> gate, const Finish& finish,
+                           arena& memory)
+{
+    const int64_t tokens = dlogits.extent(0), width = gate.extent(1);
+    const int64_t most = tokens < waiting_rows ? tokens : waiting_rows;
+    const auto index = chosen_rows(ex, dlogits, memory);
+    const auto waiting = memory.matrix<Real>(most, width);
+    for (int64_t t = 0; t < tokens; t += most) {
+        const arena::scope block(memory);
+        const int64_t n = tokens - t < most ? tokens - t : most;
+        const auto sums = slice_rows(waiting, 0, n);
+        const auto here = slice(index, t, n);
+        gemm::portable{}.dgrad(ex, one_group(ex, n, memory), indexed_rows<Real>{dlogits, here}, single(gate), sums,
+                               no_epilogue{}, memory);
+        if (!memory.measuring())
+            for_each_row(ex, n, finish_rows<Real, Finish>{sums, here, t, finish}, {.width = width});
+        if (memory.measuring()) return; // no later block takes more
     }
-    const int64_t mark = scratch.used();
-    body(scratch);
-    scratch.rewind(mark);
 }
 
 } // namespace detail
@@ -94,7 +147,7 @@ void project(Executor& ex, matrix_view<T> x, matrix_view<W> gate, vector_view<B>
     });
 }
 
-/// dx (+)= dlogits gate.
+/// dx (+)= dlogits gate. Nothing is added for a token whose row of dlogits is all zero, whatever stands in the gate.
 /// @param dlogits  the gradient of the logits                                                  // (T,E)
 /// @param dx       overwritten, or added to and rounded once                                   // (T,D)
 /// @throws as project
@@ -109,26 +162,16 @@ void project_input_backward(Executor& ex, type_identity_t<matrix_view<const accu
         expects_shape(gate, "gate (E,D)", experts, width);
         expects_shape(dlogits, "dlogits (T,E)", tokens, experts);
     }
-    const gemm::portable product;
     detail::with_scratch(scratch, [&](arena& memory) {
-        if (mode == write_mode::overwrite) {
-            product.dgrad(ex, one_group(ex, tokens, memory), plain_rows<real>{dlogits}, single(gate), dx, no_epilogue{},
-                          memory);
-            return;
-        }
-        const int64_t most = tokens < detail::added_rows ? tokens : detail::added_rows;
-        const auto sums = memory.matrix<real>(most, width);
-        const int64_t mark = memory.used();
-        for (int64_t t = 0; t < tokens; t += most, memory.rewind(mark)) {
-            const int64_t n = tokens - t < most ? tokens - t : most;
-            const auto here = slice_rows(sums, 0, n);
-            product.dgrad(ex, one_group(ex, n, memory), plain_rows<real>{slice_rows(dlogits, t, n)}, single(gate), here,
-                          detail::add_row<T>{here, slice_rows(dx, t, n)}, memory);
-        }
+        if (mode == write_mode::overwrite)
+            gemm::portable{}.dgrad(ex, one_group(ex, tokens, memory), plain_rows<real>{dlogits}, single(gate), dx,
+                                   no_epilogue{}, memory);
+        else detail::project_rows_backward(ex, dlogits, gate, detail::add_sums<T>{dx}, memory);
     });
 }
 
-/// dgate (+)= dlogits^T x,  dbias (+)= the sum of dlogits over tokens. Zeros, or nothing to add, for no tokens.
+/// dgate (+)= dlogits^T x,  dbias (+)= the sum of dlogits over tokens. Zeros, or nothing to add, for no tokens. Where a row of
+/// dlogits is all zero, as it is for a padding token, its x is not read: it may hold NaN.
 /// @param dlogits  the gradient of the logits                                                  // (T,E)
 /// @param x        the tokens                                                                  // (T,D)
 /// @param dgate    overwritten, or added to and rounded once                                   // (E,D)
@@ -151,7 +194,9 @@ void project_weights_backward(Executor& ex,
     }
     detail::with_scratch(scratch, [&](arena& memory) {
         const row_groups all = one_group(ex, tokens, memory);
-        gemm::portable{}.wgrad(ex, all, plain_rows<real>{dlogits}, plain_rows<element>{x}, single(dgate), mode, memory);
+        const auto index = detail::chosen_rows(ex, dlogits, memory);
+        gemm::portable{}.wgrad(ex, all, indexed_rows<real>{dlogits, index}, indexed_rows<element>{x, index}, single(dgate),
+                               mode, memory);
         if (!memory.measuring() && dbias.data_handle())
             sum_groups(ex, plain_rows<real>{dlogits}, all.counts, all.offsets, unit_scale<real>{},
                        matrix_view<G>(dbias.data_handle(), 1, experts), mode);

@@ -131,8 +131,9 @@ struct top_k_gate {
     }
 
     /// Fills state.routing, state.losses, and what backward reads.
-    /// @throws invalid_argument if the gate's own values or the shapes of the input make no sense, or if training would
-    ///         give the router no gradient (K = 1, renormalized); out_of_memory; nothing is written then
+    /// @throws invalid_argument if the gate's own values or the shapes of the input make no sense, the state is not one that
+    ///         reserve() gave, or training would give the router no gradient (K = 1, renormalized); out_of_memory; nothing
+    ///         is written then
     template <executor Executor, class T, class Communicator, class Real>
     void route(Executor& ex, const gate_input<T>& in, const Communicator& c, const top_k_state<Real>& state,
                arena& scratch) const
@@ -140,8 +141,8 @@ struct top_k_gate {
         expects_sane();
         if (in.mode == gate_mode::training) check_training();
         if (!scratch.measuring()) {
+            expects_state(state);
             detail::expects_gate_input(in, state.routing.tokens, experts);
-            detail::expects_routing(state.routing);
             arena measure;
             after_choice(ex, in, c, state, measure);
             scratch.require(measure.bytes());
@@ -153,6 +154,7 @@ struct top_k_gate {
     /// The gradient of <dweights, weights> + loss_scale * (sum of losses).
     /// @param dweights  of a dropped choice: not read                       // (T*K)
     /// @param dlogits   overwritten                                         // (T,E)
+    /// @throws invalid_argument as route
     template <executor Executor, class T, class Communicator, class Real>
     void backward(Executor& ex, const gate_input<T>& in, const Communicator&, const top_k_state<Real>& state,
                   type_identity_t<vector_view<const Real>> dweights, type_identity_t<Real> loss_scale,
@@ -161,6 +163,7 @@ struct top_k_gate {
         expects_sane();
         check_training();
         if (scratch.measuring()) return;
+        expects_state(state);
         detail::expects_gate_input(in, state.routing.tokens, experts);
         expects_shape(dweights, "dweights (T*K)", state.routing.choices());
         expects_shape(dlogits, "dlogits (T,E)", state.routing.tokens, experts);
@@ -184,6 +187,24 @@ struct top_k_gate {
     }
 
 private:
+    /// The state of another gate would be written, or read, out of bounds.
+    template <class Real>
+    void expects_state(const top_k_state<Real>& s) const
+    {
+        const auto& route = s.routing;
+        arena measure;
+        const auto room = reserve<Real>(measure, route.tokens);
+        expects(route.total_experts == experts, "state.routing.total_experts", route.total_experts, "the gate's E = ", experts);
+        expects(!route.ragged(), "state.routing.first", "ragged", "K choices of every token");
+        expects(route.k == k, "state.routing.k", route.k, "the gate's K = ", k);
+        detail::expects_routing(route);
+        expects_shape(s.losses, "state.losses (2)", 2);
+        if (has_loss()) expects_shape(s.slopes, "state.slopes", room.slopes.extent(0));
+        expects_shape(s.chosen, "state.chosen (T*K)", room.chosen.extent(0));
+        expects(!capacity.limited() || route.choices() == 0 || s.chosen.data_handle() != route.experts.data_handle(),
+                "state.chosen", "state.routing.experts", "memory of its own for a gate with capacity");
+    }
+
     bool has_loss() const noexcept { return balance.coefficient != 0 || z.coefficient != 0; }
 
     void check_training() const

@@ -62,6 +62,7 @@ void combine(Executor& ex, matrix_view<T> rows, const routing<Real>& route, cons
 }
 
 /// The same with every weight 1: the adjoint of dispatch(), which sums gradients of rows into gradients of tokens.
+/// @throws invalid_argument if shapes disagree with the plan
 template <executor Executor, class T, class Real, class Y>
 void combine_unweighted(Executor& ex, matrix_view<T> rows, const routing<Real>& route, const plan& p, matrix_view<Y> y,
                         write_mode mode = write_mode::overwrite)
@@ -89,15 +90,17 @@ struct implementation<verbs::combine_weights_backward, Executor> {
 /// @param dy        gradient of y                   // (T,D)
 /// @param rows      what combine() read              // (S,D)
 /// @param dweights  overwritten                      // (C)
+/// @throws invalid_argument if shapes disagree with the plan
 template <executor Executor, class T, class Real>
-void combine_weights_backward(Executor& ex, matrix_view<const T> dy, type_identity_t<matrix_view<const T>> rows,
-                              const routing<Real>& route, const plan& p, type_identity_t<vector_view<Real>> dweights)
+void combine_weights_backward(Executor& ex, matrix_view<T> dy,
+                              type_identity_t<matrix_view<const std::remove_const_t<T>>> rows, const routing<Real>& route, const plan& p, type_identity_t<vector_view<Real>> dweights)
 {
     detail::expects_same_plan(route, p);
     expects_shape(dy, "dy (T,D)", p.tokens, rows.extent(1));
     expects_shape(rows, "rows (S,D)", p.slots, dy.extent(1));
     expects_shape(dweights, "dweights (C)", route.choices());
-    implementation<verbs::combine_weights_backward, Executor>::run(ex, dy, rows, route, p, dweights);
+    using element = std::remove_const_t<T>;
+    implementation<verbs::combine_weights_backward, Executor>::run(ex, matrix_view<const element>(dy), rows, route, p, dweights);
 }
 
 } // namespace fastmoe::inline FASTMOE_ABI

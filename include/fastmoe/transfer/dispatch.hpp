@@ -27,12 +27,25 @@ struct slot_weight {
     }
 };
 
+template <class T>
+void expects_dispatch(matrix_view<const T> x, const plan& p, matrix_view<T> rows)
+{
+    expects_shape(x, "x (T,D)", p.tokens, rows.extent(1));
+    expects_shape(rows, "rows (S,D)", p.slots, x.extent(1));
+    expects_shape(p.token_of, "plan.token_of (S)", p.slots);
+}
+
 } // namespace detail
 
 /// The rows that dispatch would copy, as a view.                                  // (S,D)
+/// Looks at extents alone, so it serves a plan from a measuring arena too.
+/// @param x  tokens                                     // (T,D)
+/// @throws invalid_argument if x has not the plan's tokens, or the plan not an entry for every slot
 template <class T>
-indexed_rows<T> gathered(matrix_view<T> x, const plan& p) noexcept
+indexed_rows<std::remove_const_t<T>> gathered(matrix_view<T> x, const plan& p)
 {
+    expects(x.extent(0) == p.tokens, "x (T,D)", x.extent(0), "the plan's T = ", p.tokens);
+    expects(p.token_of.extent(0) == p.slots, "plan.token_of (S)", p.token_of.extent(0), "S = ", p.slots);
     return {x, p.token_of};
 }
 
@@ -52,8 +65,7 @@ struct implementation<verbs::dispatch, Executor> {
 template <executor Executor, class T>
 void dispatch(Executor& ex, type_identity_t<matrix_view<const T>> x, const plan& p, matrix_view<T> rows)
 {
-    expects_shape(x, "x (T,D)", p.tokens, rows.extent(1));
-    expects_shape(rows, "rows (S,D)", p.slots, x.extent(1));
+    detail::expects_dispatch(x, p, rows);
     using Real = accumulate_t<T>;
     implementation<verbs::dispatch, Executor>::template run<Real>(ex, indexed_rows<T>{x, p.token_of}, rows,
                                                                   unit_scale<Real>{});
@@ -62,13 +74,14 @@ void dispatch(Executor& ex, type_identity_t<matrix_view<const T>> x, const plan&
 /// rows[s] = weights[choice_of[s]] * x[token_of[s]], rounded once: routing weights applied on the input.
 /// Also the gradient of combine() with respect to its rows, with dy for x.
 /// @param weights  of the choices                       // (C)
+/// @throws invalid_argument if shapes disagree with the plan
 template <executor Executor, class T>
 void dispatch(Executor& ex, type_identity_t<matrix_view<const T>> x,
               type_identity_t<vector_view<const accumulate_t<T>>> weights, const plan& p, matrix_view<T> rows)
 {
-    expects_shape(x, "x (T,D)", p.tokens, rows.extent(1));
-    expects_shape(rows, "rows (S,D)", p.slots, x.extent(1));
+    detail::expects_dispatch(x, p, rows);
     expects_shape(weights, "weights (C)", p.slot_of.extent(0));
+    expects_shape(p.choice_of, "plan.choice_of (S)", p.slots);
     using Real = accumulate_t<T>;
     implementation<verbs::dispatch, Executor>::template run<Real>(ex, indexed_rows<T>{x, p.token_of}, rows,
                                                                   detail::slot_weight<Real>{weights, p.choice_of});

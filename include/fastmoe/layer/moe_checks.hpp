@@ -1,0 +1,80 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// What a layer asks of the views that it is given, at its door: all of it is checked before anything is written. Nothing
+/// here looks at elements.
+#pragma once
+
+#include <cstdint>
+
+#include <fastmoe/layer/moe_state.hpp>
+
+namespace fastmoe::inline FASTMOE_ABI::detail {
+
+/// Throws unless two views have no byte in common.
+template <class A, class B>
+void expects_apart(matrix_view<A> a, const char* name, matrix_view<B> b, const char* other)
+{
+    const auto begin = [](auto v) { return reinterpret_cast<std::uintptr_t>(v.data_handle()); };
+    const auto bytes = [](auto v) {
+        return static_cast<std::uintptr_t>(v.extent(0) * v.extent(1)) * sizeof(*v.data_handle());
+    };
+    const bool apart = bytes(a) == 0 || bytes(b) == 0 || begin(a) + bytes(a) <= begin(b) || begin(b) + bytes(b) <= begin(a);
+    expects(apart, name, "memory that is shared", "none in common with ", other);
+}
+
+/// A gate whose parameters, or their gradients, can be checked early.
+template <class Gate, class Views>
+concept checks_parameters = requires(const Gate& g, const Views& own, int64_t width) {
+    g.check_parameters(own, width, weight_role::weights);
+};
+
+/// All parameters of a layer, or their gradients.
+template <class Layer, class Weights>
+void expects_parameters(const Layer& layer, const Weights& w, int64_t width, weight_role role)
+{
+    using gate_type = std::remove_cvref_t<decltype(layer.gate)>;
+    const bool given = role == weight_role::weights;
+    const int64_t experts = layer.gate.experts;
+    expects(layer.communicator.size() == 1, "communicator.size()", layer.communicator.size(), "1");
+    if constexpr (gate_reads_logits<gate_type>) {
+        expects_shape(w.gate, given ? "weights.gate (E,D)" : "gradients.gate (E,D)", experts, width);
+        if (w.gate_bias.data_handle())
+            expects_shape(w.gate_bias, given ? "weights.gate_bias (E)" : "gradients.gate_bias (E)", experts);
+    }
+    if constexpr (checks_parameters<gate_type, decltype(w.own)>) layer.gate.check_parameters(w.own, width, role);
+    check_weights(layer.expert, w.expert, experts, width, role);
+}
+
+/// Tokens in, tokens out.
+template <class T, class Layer, class Weights>
+void expects_call(const Layer& layer, matrix_view<const T> x, const Weights& w, matrix_view<T> y)
+{
+    expects_shape(x, "x (T,D)", y.extent(0), y.extent(1));
+    expects_shape(y, "y (T,D)", x.extent(0), x.extent(1));
+    expects_parameters(layer, w, x.extent(1), weight_role::weights);
+}
+
+/// A router learns from the gradients of its weights, which an expert can withhold.
+template <class Gate, class Expert>
+void expects_learning(const Gate&, const Expert& expert)
+{
+    if constexpr (!Expert::applies_weights && (gate_reads_logits<Gate> || owns_parameters<Gate>))
+        expects(expert.weighs_output(), "expert.weighs_output()", "false",
+                "true: an expert that does not apply the routing weights leaves them to combine(), or the gate learns nothing");
+}
+
+/// What forward kept is of this layer, and the gradients that go in and out fit it. dx may be dy, not x.
+template <class T, class Layer, class Parts, class Weights>
+void expects_backward(const Layer& layer, const Parts& kept, matrix_view<const T> dy, const Weights& w, matrix_view<T> dx)
+{
+    const int64_t tokens = kept.x.extent(0), width = kept.x.extent(1), experts = layer.gate.experts;
+    expects(kept.slots.counts.extent(0) == experts, "saved.plan().counts (E)", kept.slots.counts.extent(0), "the gate's E = ",
+            experts);
+    expects_shape(dy, "dy (T,D)", tokens, width);
+    expects_shape(dx, "dx (T,D)", tokens, width);
+    expects_apart(dx, "dx (T,D)", kept.x, "x (T,D), which the weight gradients read");
+    expects_parameters(layer, w, width, weight_role::weights);
+    expects_learning(layer.gate, layer.expert);
+}
+
+} // namespace fastmoe::inline FASTMOE_ABI::detail
