@@ -21,7 +21,7 @@ public:
     weight_view<G> dw;   // (E,O,I), col_stride 1
     write_mode mode;
 
-    int64_t tasks() const { return groups.experts() * row_blocks() * column_blocks(); }
+    int64_t tasks() const { return block().tasks(*this); }
 
     struct scratch {
         vector_view<Unit> panels;  // (panels, depth, lanes)
@@ -33,19 +33,18 @@ public:
     {
         constexpr auto n = blocks_of_host;
         const int64_t depth = least(n.packed_depth, round_up(ceil_div(groups.slots, elements), lanes));
-        const int64_t rows = least(n.gradient_rows, round_up(dw.out, 48));
-        const int64_t columns = least(n.gradient_columns, round_up(dw.in, lanes));
+        const block_size size = block();
+        const int64_t rows = least(size.rows, round_up(dw.out, 48)), columns = least(size.columns, round_up(dw.in, lanes));
         return {a.vector<Unit>(depth * columns), a.matrix<Unit>(rows, depth + lanes), a.matrix<Real>(rows, columns)};
     }
 
     void task(int worker, int64_t task, arena& a) const
     {
         const scratch s = reserve(a);
-        const int64_t e = task / (row_blocks() * column_blocks()), in_matrix = task % (row_blocks() * column_blocks());
-        const int64_t o = in_matrix / column_blocks() * blocks_of_host.gradient_rows;
-        const int64_t i = in_matrix % column_blocks() * blocks_of_host.gradient_columns;
-        const int64_t rows = least(blocks_of_host.gradient_rows, dw.out - o);
-        const int64_t columns = least(blocks_of_host.gradient_columns, dw.in - i), count = groups.counts(e);
+        const block_size size = block();
+        const int64_t beside = ceil_div(dw.in, size.columns), each = ceil_div(dw.out, size.rows) * beside;
+        const int64_t e = task / each, o = task % each / beside * size.rows, i = task % each % beside * size.columns;
+        const int64_t rows = least(size.rows, dw.out - o), columns = least(size.columns, dw.in - i), count = groups.counts(e);
         if (count == 0 && mode == write_mode::accumulate) return;
         G* const to = dw.base(e) + o * dw.row_stride + i;
         if (count == 0) return fill(worker, rows, columns, to, s);
@@ -60,8 +59,25 @@ public:
 private:
     static constexpr int64_t elements = unit_elements<Unit>, lanes = vector_lanes<Unit>, full = panel_lanes<Unit>;
 
-    int64_t row_blocks() const { return ceil_div(dw.out, blocks_of_host.gradient_rows); }
-    int64_t column_blocks() const { return ceil_div(dw.in, blocks_of_host.gradient_columns); }
+    /// The part of dW that a task computes: large, to pack little, where a group is summed in one go; small enough to stay
+    /// in cache where it is added to again and again; and with enough tasks for some threads.
+    struct block_size {
+        int64_t rows, columns;
+
+        int64_t tasks(const gradient_product& p) const
+        {
+            return p.groups.experts() * ceil_div(p.dw.out, rows) * ceil_div(p.dw.in, columns);
+        }
+    };
+    block_size block() const
+    {
+        constexpr auto n = blocks_of_host;
+        const bool once = groups.slots <= n.packed_depth * elements * groups.experts();
+        block_size size{once ? n.gradient_rows : n.gradient_rows / 2, once ? n.gradient_columns : n.gradient_columns / 2};
+        while (size.columns > 128 && size.tasks(*this) < n.gradient_tasks) size.columns /= 2;
+        while (size.rows > 96 && size.tasks(*this) < n.gradient_tasks) size.rows /= 2;
+        return size;
+    }
 
     /// Tiles that lie in the block as a whole write dW itself where it is of the sums' type, and add to it from pass to pass.
     static constexpr bool direct = std::is_same_v<G, Real>;
@@ -111,21 +127,21 @@ private:
                                    ceil_div(columns * static_cast<int64_t>(sizeof(G)), 128),
                                    128,
                                    ceil_div(padded, full) * ceil_div(rows, tile_rows)};
-        int64_t done = 0;
-        for (int64_t r = 0; r < rows; r += tile_rows) {
-            for (int64_t at = 0; at < padded; at += full) {
-                const int64_t here = least(full, padded - at);
-                tile<Unit> t{s.panels.data_handle() + at * depth, {}, depth, here / lanes, &s.total(r, at),
-                             s.total.extent(1), target.part(done++, depth), is_first};
-                if constexpr (direct)
-                    if (at + full <= direct_columns(columns) && r + tile_rows <= direct_rows(rows)) {
-                        t.total = to + r * dw.row_stride + at;
-                        t.total_step = dw.row_stride;
-                        t.fresh = is_first && mode == write_mode::overwrite;
-                        t.ahead = next_row(to, columns, rows, r + tile_rows + at / full, depth);
-                    }
-                run_tile(ex.best(), t, &s.scalars(r, 0), s.scalars.extent(1), rows - r);
-            }
+        // In place, strips of rows keep few of dW's pages open; totals are close at hand, so there the panels take turns.
+        const int64_t strips = ceil_div(rows, tile_rows), panels = ceil_div(padded, full);
+        for (int64_t n = 0; n < strips * panels; ++n) {
+            const int64_t r = (direct ? n / panels : n % strips) * tile_rows, at = (direct ? n % panels : n / strips) * full;
+            const int64_t here = least(full, padded - at);
+            tile<Unit> t{s.panels.data_handle() + at * depth, {}, depth, here / lanes, &s.total(r, at), s.total.extent(1),
+                         target.part(n, depth), is_first};
+            if constexpr (direct)
+                if (at + full <= direct_columns(columns) && r + tile_rows <= direct_rows(rows)) {
+                    t.total = to + r * dw.row_stride + at;
+                    t.total_step = dw.row_stride;
+                    t.fresh = is_first && mode == write_mode::overwrite;
+                    t.ahead = next_row(to, columns, rows, r + tile_rows + at / full, depth);
+                }
+            run_tile(ex.best(), t, &s.scalars(r, 0), s.scalars.extent(1), rows - r);
         }
     }
 };
