@@ -14,7 +14,5 @@ struct my_expert {
     static constexpr bool weighs_output() { return true; }
 };
 
-template <class Expert>
-    requires fm::states_weighing<Expert>
-struct holder {};
-using held = holder<my_expert>;
+using layer = fm::moe_layer<fm::top_k_gate<fm::softmax_score>, my_expert>;
+fm::int64_t experts(const layer& l) { return l.gate.experts; }

@@ -8,6 +8,7 @@
 #include <fastmoe/routing/plan.hpp>
 #include <fastmoe/routing/top_k_gate.hpp>
 
+#include "support/bad_views.hpp"
 #include "support/executors.hpp"
 #include "support/poison.hpp"
 #include "support/scratch.hpp"
@@ -162,4 +163,64 @@ TEST_CASE("a plan is not made into arrays of another shape: each is refused by n
     CHECK_TEXT(refused([](plan& p) { p.tokens = 11; }), "plan.tokens is 11; expected the routing's T = 10");
     make_plan(ex, route, good, lent);
     CHECK_EQ(good.counts(1), 10);
+}
+
+namespace {
+
+/// Logits, a mask and gradients of every wrong shape.
+template <class Gate>
+void check_input(const Gate& gate)
+{
+    host_executor ex({.threads = 2});
+    const int64_t tokens = 6, experts = gate.experts;
+    std::vector<float> logits_memory(tokens * experts + 8, 0.5f), dweights_memory(64, 1), dlogits_memory(tokens * experts, -7);
+    std::vector<std::uint8_t> mask_memory(tokens + 1, 1);
+    support::workspace memory(ex, 1 << 14), lent(ex, 1 << 14);
+    const auto state = gate.template reserve<float>(memory.arena(), tokens);
+    matrix_view<const float> logits(logits_memory.data(), tokens, experts);
+    vector_view<const std::uint8_t> mask(mask_memory.data(), tokens);
+    vector_view<const float> dweights(dweights_memory.data(), state.routing.choices());
+    matrix_view<float> dlogits(dlogits_memory.data(), tokens, experts);
+    const auto refuses = [&](bool forward, const char* name) {
+        gate_input<float> in;
+        in.logits = logits;
+        in.mask = mask;
+        const auto check = [&](auto run) {
+            const auto text = support::message_of<invalid_argument>(run);
+            CHECK_TEXT(text, name);
+            CHECK_EQ(support::poisoned(state.routing.experts), state.routing.choices());
+            CHECK_EQ(support::poisoned(state.routing.weights), state.routing.choices());
+            CHECK_EQ(support::poisoned(state.losses), 2);
+            for (const float v : dlogits_memory) REQUIRE_EQ(v, -7.0f);
+            CHECK_EQ(lent.arena().used(), 0);
+        };
+        if (forward) check([&] { gate.route(ex, in, self{}, state, lent.arena()); });
+        check([&] { gate.backward(ex, in, self{}, state, dweights, 1.0f, dlogits, lent.arena()); });
+    };
+    const auto all = [&](auto& view, const auto& bad, bool forward, const char* name) {
+        const auto good = view;
+        for (const auto& b : bad) {
+            CAPTURE(b.what);
+            view = b.view;
+            refuses(forward, name);
+            view = good;
+        }
+    };
+    all(logits, support::bad_views(logits), true, "logits (T,E) is ");
+    all(dweights, support::bad_views(dweights), false, "dweights (");
+    all(dlogits, support::bad_views(dlogits), false, "logits (T,E) is ");
+    mask = vector_view<const std::uint8_t>(mask_memory.data(), tokens - 1);
+    refuses(true, "mask (T) is of shape (5); expected (6)");
+    mask = vector_view<const std::uint8_t>(mask_memory.data(), tokens + 1);
+    refuses(true, "mask (T) is of shape (7); expected (6)");
+    mask = vector_view<const std::uint8_t>(nullptr, tokens);
+    refuses(true, "mask (T) is a null pointer");
+}
+
+} // namespace
+
+TEST_CASE("logits, masks and gradients of a wrong shape are refused by name, and the state stays as it was")
+{
+    check_input(top_k_gate<>{.experts = 5, .k = 2, .capacity = {.factor = 1.0}, .balance = {0.1}});
+    check_input(assigned_gate<nowhere<false>>{.experts = 5, .k = 2, .capacity = {.factor = 1.0}, .balance = {0.1}});
 }
