@@ -157,26 +157,31 @@ struct even_out {
 
 private:
     /// Dijkstra's algorithm from one expert to the nearest with room, which it returns; then raises the prices of the
-    /// experts that are nearer.
+    /// experts that are nearer. A move whose token has left costs no more than those that remain, so it may wait until the
+    /// way over it is the shortest.
     template <class Team>
     FASTMOE_HOST_DEVICE int64_t search(Team& team, int64_t start, int64_t most) const
     {
         const int64_t all = p.total_experts();
         int64_t *prices = p.prices, *distances = p.distances, *pending = p.pending;
         int32_t* origins = p.origins;
+        const int32_t* load = p.load;
         team.for_each(all, [=](int64_t e) { distances[e] = pending[e] = e == start ? 0 : unreachable; });
         team.sync();
         for (;;) {
             const int64_t distance =
                 team.reduce(all, unreachable, lesser_of{}, [pending](int64_t e) { return pending[e]; });
-            const int32_t nearest = team.reduce(
-                all, static_cast<int32_t>(all), lesser_of{}, [pending, distance, all](int64_t e) {
-                    return static_cast<int32_t>(pending[e] == distance ? e : all);
-                });
-            if (p.load[nearest] < most) {
-                team.sync(); // everybody has read the loads and prices
+            // Of equally near ones, one with room before the others.
+            const int64_t found = team.reduce(all, 2 * all, lesser_of{}, [=](int64_t e) {
+                const int64_t order = load[e] < most ? e : all + e;
+                return pending[e] == distance ? order : 2 * all;
+            });
+            const int64_t nearest = found < all ? found : found - all;
+            if (nearest != start && renew(team, nearest)) continue;
+            if (found < all) {
                 team.for_each(all, [=](int64_t e) {
-                    prices[e] += distances[e] < distance ? distance - distances[e] : 0;
+                    const int64_t before = distances[e];
+                    prices[e] += before < distance ? distance - before : 0;
                 });
                 team.sync();
                 return nearest;
@@ -188,81 +193,93 @@ private:
                 const int32_t origin = origins[e];
                 distances[e] = reached < before ? reached : before;
                 pending[e] = reached < before ? reached : open;
-                origins[e] = reached < before ? nearest : origin;
+                origins[e] = reached < before ? static_cast<int32_t>(nearest) : origin;
                 if (e == nearest) pending[e] = unreachable;
             });
             team.sync();
         }
     }
 
-    /// Moves one token over every edge of the way, the last first, and keeps the cheapest moves up to date.
+    /// If the token of the last move to an expert has left, finds another, and the shortest way with it.
     template <class Team>
-    FASTMOE_HOST_DEVICE void shift(Team& team, int64_t start, int64_t room) const
+    FASTMOE_HOST_DEVICE bool renew(Team& team, int64_t to) const
     {
-        for (int64_t to = room; to != start;) {
-            const int64_t from = p.origins[to];
-            const int32_t t = p.movers(from, to);
-            team.sync(); // everybody has read which
-            if (team.lane() == 0) {
-                p.unlink(t, from);
-                p.link(t, to);
-            }
-            team.sync();
-            gained(team, to, t);
-            lost(team, from, t);
-            to = from;
+        const assignment_problem in = p;
+        const int64_t all = in.total_experts(), from = in.origins[to];
+        if (in.experts[in.movers(from, to)] == from) return false;
+        replace(team, from, to);
+        const int64_t *distances = in.distances, *pending = in.pending;
+        const auto way = [=](int64_t e) { // over e, if that is settled
+            const int64_t sum = distances[e] - in.prices[e] + in.moves(e, to) + in.prices[to];
+            return (distances[e] < unreachable) & (pending[e] == unreachable) ? sum : unreachable;
+        };
+        const int64_t shortest = team.reduce(all, unreachable, lesser_of{}, way);
+        const int64_t origin =
+            team.reduce(all, all, lesser_of{}, [=](int64_t e) { return way(e) == shortest ? e : all; });
+        team.sync(); // everybody has read what was
+        if (team.lane() == 0) {
+            in.distances[to] = in.pending[to] = shortest;
+            in.origins[to] = static_cast<int32_t>(origin);
         }
+        team.sync();
+        return true;
     }
 
+    /// The cheapest of the moves that remain: by one lane along a short list, by all among all tokens if it is long.
     template <class Team>
-    FASTMOE_HOST_DEVICE void gained(Team& team, int64_t e, int32_t t) const
+    FASTMOE_HOST_DEVICE void replace(Team& team, int64_t from, int64_t to) const
     {
         const assignment_problem in = p;
-        team.for_each(in.total_experts(), [in, e, t](int64_t to) {
-            const int64_t cost = in.column(to)[t] - in.own[t];
-            int64_t& move = in.moves(e, to);
-            int32_t& mover = in.movers(e, to);
-            if (cost > move || (cost == move && t > mover)) return;
-            move = cost;
-            mover = t;
-        });
-    }
-
-    /// Where the token that left was the cheapest, another must be found: by every lane for itself in a short list, by all
-    /// together among all tokens if the list is long.
-    template <class Team>
-    FASTMOE_HOST_DEVICE void lost(Team& team, int64_t e, int32_t gone) const
-    {
-        const assignment_problem in = p;
-        const int64_t all = in.total_experts(), tokens = in.tokens();
+        const int64_t tokens = in.tokens();
         constexpr int64_t longer = 16; // a step of a list costs as much as so many tokens in a row
-        if (in.load[e] * longer < tokens) {
-            team.for_each(all, [in, e, gone](int64_t to) {
-                if (in.movers(e, to) == gone) in.find_move(e, to);
-            });
+        if (in.load[from] * longer < tokens) {
+            team.sync(); // everybody has read who it was
+            if (team.lane() == 0) in.find_move(from, to);
             team.sync();
             return;
         }
         const int32_t* experts = in.experts;
-        const int64_t* own = in.own;
-        for (int64_t to = 0; to < all; ++to) {
-            if (in.movers(e, to) != gone) continue;
-            const int64_t* cost = in.column(to);
-            // No load hangs on a condition: g++ 12 -O3 makes a masked one of it, and takes its zeros for the other case.
-            const int64_t least = team.reduce(tokens, unreachable, lesser_of{}, [=](int64_t t) {
-                const int64_t move = cost[t] - own[t];
-                return experts[t] == e ? move : unreachable;
-            });
-            const int32_t mover = team.reduce(tokens, INT32_MAX, lesser_of{}, [=](int64_t t) {
-                const int64_t move = cost[t] - own[t];
-                return (experts[t] == e) & (move == least) ? static_cast<int32_t>(t) : INT32_MAX;
-            });
-            team.sync(); // everybody has read who it was
-            if (team.lane() != 0) continue;
-            in.moves(e, to) = least;
-            in.movers(e, to) = mover;
+        const int64_t *own = in.own, *cost = in.column(to);
+        // No load hangs on a condition: g++ 12 -O3 makes a masked one of it, and takes its zeros for the other case.
+        const int64_t least = team.reduce(tokens, unreachable, lesser_of{}, [=](int64_t t) {
+            const int64_t move = cost[t] - own[t];
+            return experts[t] == from ? move : unreachable;
+        });
+        const int32_t mover = team.reduce(tokens, INT32_MAX, lesser_of{}, [=](int64_t t) {
+            const int64_t move = cost[t] - own[t];
+            return (experts[t] == from) & (move == least) ? static_cast<int32_t>(t) : INT32_MAX;
+        });
+        team.sync();
+        if (team.lane() == 0) {
+            in.moves(from, to) = least;
+            in.movers(from, to) = mover;
         }
         team.sync();
+    }
+
+    /// Moves one token over every edge of the way, the last first.
+    template <class Team>
+    FASTMOE_HOST_DEVICE void shift(Team& team, int64_t start, int64_t room) const
+    {
+        const assignment_problem in = p;
+        for (int64_t to = room; to != start;) {
+            const int64_t from = in.origins[to];
+            const int32_t t = in.movers(from, to);
+            team.sync(); // everybody has read which
+            if (team.lane() == 0) {
+                in.unlink(t, from);
+                in.link(t, to);
+            }
+            team.sync();
+            team.for_each(in.total_experts(), [in, to, t](int64_t next) {
+                const int64_t cost = in.column(next)[t] - in.own[t];
+                if (cost > in.moves(to, next)) return;
+                in.moves(to, next) = cost;
+                in.movers(to, next) = t;
+            });
+            team.sync();
+            to = from;
+        }
     }
 };
 

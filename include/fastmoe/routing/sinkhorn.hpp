@@ -9,6 +9,8 @@
 /// differences to a row's greatest is ever raised to a power, so no logit is too large.
 #pragma once
 
+#include <cuda/std/bit>
+
 #include <fastmoe/routing/assigned_gate.hpp>
 #include <fastmoe/routing/biased_score.hpp>
 #include <fastmoe/routing/choose.hpp>
@@ -33,10 +35,38 @@ struct scaling {
     FASTMOE_HOST_DEVICE double logit(int64_t t, int64_t e) const noexcept
     {
         constexpr double bound = 1e300;
-        const auto l = static_cast<double>(logits(t, e));
-        if (peaks[t] == infinity<Real>) return l == infinity<double> ? 0.0 : -infinity<double>;
-        if (!math::is_finite(l)) return -infinity<double>;
-        return l > bound ? bound : (l < -bound ? -bound : l);
+        const auto l = static_cast<double>(logits.data_handle()[t * logits.extent(1) + e]);
+        const double below = l > bound ? bound : l, inside = below < -bound ? -bound : below;
+        const double finite = math::is_finite(l) ? inside : -infinity<double>;
+        const double limit = l == infinity<double> ? 0.0 : -infinity<double>;
+        return peaks[t] == infinity<Real> ? limit : finite;
+    }
+
+    /// e^x for x from -Inf to 0, within 2 units in the last place: a polynomial, since the standard library's does not
+    /// vectorize and this is most of the work.
+    FASTMOE_HOST_DEVICE static double power(double x) noexcept
+    {
+        using ::cuda::std::bit_cast;
+        constexpr double magic = 6755399441055744.0; // 1.5 * 2^52: adding it rounds to an integer in the low bits
+        const double y = x < -750.0 ? -750.0 : x;
+        const double shifted = y * 1.4426950408889634 + magic, n = shifted - magic;
+        const double r = (y - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10; // ln 2 in two parts
+        double p = 1.6059043836821613e-10;                                                   // 1 / 13!
+        p = p * r + 2.0876756987868099e-09;
+        p = p * r + 2.5052108385441719e-08;
+        p = p * r + 2.7557319223985891e-07;
+        p = p * r + 2.7557319223985891e-06;
+        p = p * r + 2.4801587301587302e-05;
+        p = p * r + 1.9841269841269841e-04;
+        p = p * r + 1.3888888888888889e-03;
+        p = p * r + 8.3333333333333333e-03;
+        p = p * r + 4.1666666666666667e-02;
+        p = p * r + 1.6666666666666667e-01;
+        p = p * r + 0.5;
+        p = p * r * r + r + 1.0;
+        const std::uint64_t k = bit_cast<std::uint64_t>(shifted) - bit_cast<std::uint64_t>(magic) + 2048;
+        const std::uint64_t half = k >> 1, rest = k - half; // 2^n in two factors, so that small results come out right
+        return p * bit_cast<double>((half - 1) << 52) * bit_cast<double>((rest - 1) << 52);
     }
 };
 
@@ -76,6 +106,7 @@ struct count_scaled {
 /// p of a block of tokens: its sums, and the greatest of its logarithms, by expert.
 template <class Real>
 struct scale_rows {
+    using vectorized = void;
     scaling<Real> s;
 
     template <class Team>
@@ -93,13 +124,13 @@ struct scale_rows {
             if (!(in.peaks[t] > -infinity<Real>)) continue;
             const double peak = team.reduce(experts, -infinity<double>, greater_of{},
                                             [&in, v, t](int64_t e) { return in.logit(t, e) + v[e]; });
-            team.for_each(experts, [&in, v, t, power, peak](int64_t e) { power[e] = math::exp(in.logit(t, e) + v[e] - peak); });
+            team.for_each(experts, [&in, v, t, power, peak](int64_t e) { power[e] = in.power(in.logit(t, e) + v[e] - peak); });
             team.sync();
             const double total = team.reduce(experts, 0.0, adds{}, [power](int64_t e) { return power[e]; });
-            const double normalizer = peak + math::log(total);
-            team.for_each(experts, [&in, v, t, power, sum, top, total, normalizer](int64_t e) {
+            const double normalizer = peak + math::log(total), inverse = 1 / total;
+            team.for_each(experts, [&in, v, t, power, sum, top, inverse, normalizer](int64_t e) {
                 const double log_p = in.logit(t, e) + v[e] - normalizer;
-                sum[e] += power[e] / total;
+                sum[e] += power[e] * inverse;
                 top[e] = log_p > top[e] ? log_p : top[e];
             });
             team.sync();
@@ -130,7 +161,7 @@ struct scale_columns {
             sum = 0;
             for (int64_t t = 0; t < s.logits.extent(0); ++t)
                 if (s.peaks[t] > -infinity<Real>)
-                    sum += math::exp(s.logit(t, e) + s.scales[e] - s.normalizers[t] - shift);
+                    sum += s.power(s.logit(t, e) + s.scales[e] - s.normalizers[t] - shift);
         }
         const double share = static_cast<double>(experts) / static_cast<double>(*s.tokens);
         s.scales[e] -= shift + math::log(sum * share);
