@@ -211,7 +211,8 @@ private:
         const int64_t *distances = in.distances, *pending = in.pending;
         const auto way = [=](int64_t e) { // over e, if that is settled
             const int64_t sum = distances[e] - in.prices[e] + in.moves(e, to) + in.prices[to];
-            return (distances[e] < unreachable) & (pending[e] == unreachable) ? sum : unreachable;
+            const bool settled = (distances[e] < unreachable) & (pending[e] == unreachable);
+            return settled ? sum : unreachable;
         };
         const int64_t shortest = team.reduce(all, unreachable, lesser_of{}, way);
         const int64_t origin =
@@ -247,7 +248,8 @@ private:
         });
         const int32_t mover = team.reduce(tokens, INT32_MAX, lesser_of{}, [=](int64_t t) {
             const int64_t move = cost[t] - own[t];
-            return (experts[t] == from) & (move == least) ? static_cast<int32_t>(t) : INT32_MAX;
+            const bool is = (experts[t] == from) & (move == least);
+            return is ? static_cast<int32_t>(t) : INT32_MAX;
         });
         team.sync();
         if (team.lane() == 0) {

@@ -18,7 +18,7 @@ namespace detail {
 template <class Real>
 struct logit_costs {
     static constexpr int bits = 40;
-    static constexpr double near = 65536; // what is further counts as -Inf, so that it cannot coarsen the unit
+    static constexpr double reach = 65536; // what is further counts as -Inf, so that it cannot coarsen the unit
     matrix_view<const Real> logits; // (T,E)
     const Real* peaks;              // (T)  greatest logit
     const double* scale;            // (1)  units in 1
@@ -26,13 +26,13 @@ struct logit_costs {
     FASTMOE_HOST_DEVICE int64_t operator()(int64_t t, int64_t e) const
     {
         // More than E moves can gain together, so that as few tokens as can be get such an expert.
-        const int64_t far = (logits.extent(1) + 1) << bits;
+        const int64_t beyond = (logits.extent(1) + 1) << bits;
         const Real l = logits(t, e), peak = peaks[t];
         const double distance = static_cast<double>(peak) - static_cast<double>(l);
         if (l == peak) return 0;
-        if (l != l) return far + 2;
-        if (l == -infinity<Real>) return far + 1;
-        return distance <= near ? static_cast<int64_t>(distance * *scale + 0.5) : far;
+        if (l != l) return beyond + 2;
+        if (l == -infinity<Real>) return beyond + 1;
+        return distance <= reach ? static_cast<int64_t>(distance * *scale + 0.5) : beyond;
     }
 };
 
@@ -58,7 +58,7 @@ struct start_assignment {
         });
         const double reach = team.reduce(all, 0.0, greater_of{}, [=](int64_t e) {
             const double distance = static_cast<double>(peak) - static_cast<double>(l[e]); // NaN loses
-            return distance <= logit_costs<Real>::near ? distance : 0.0;
+            return distance <= logit_costs<Real>::reach ? distance : 0.0;
         });
         if (team.lane() != 0) return;
         experts[t] = open ? best : -1;
@@ -133,7 +133,8 @@ struct balanced_assignment {
                      detail::start_assignment<Real>{in.logits, in.mask.data_handle(), to.experts.data_handle(),
                                                     peaks.data_handle(), reaches.data_handle()},
                      {.width = 3 * experts});
-        for_each_row(ex, 1, detail::choose_scale<Real>{reaches.data_handle(), scale.data_handle(), tokens}, {.width = tokens});
+        for_each_row(ex, 1, detail::choose_scale<Real>{reaches.data_handle(), scale.data_handle(), tokens},
+                     {.width = tokens});
         detail::fill_columns(ex, costs, detail::logit_costs<Real>{in.logits, peaks.data_handle(), scale.data_handle()});
         detail::solve_assignment(ex, problem);
     }

@@ -81,6 +81,10 @@ struct sum_powers {
     }
 };
 
+/// A constant, as infinity is.
+template <class Real>
+inline constexpr double least_finite = static_cast<double>(std::numeric_limits<Real>::lowest());
+
 /// The order of log softmax(l)_te, at most 0; no_key for a token that takes no part.
 template <class Real>
 struct log_probability {
@@ -90,13 +94,12 @@ struct log_probability {
 
     FASTMOE_HOST_DEVICE order_key<Real> operator()(int64_t t, int64_t e) const
     {
-        constexpr double least = static_cast<double>(std::numeric_limits<Real>::lowest());
         const Real l = logits(t, e), peak = peaks[t];
         if (!(peak > -infinity<Real>)) return no_key<order_key<Real>>;
         const double distance = l == peak ? 0.0 : static_cast<double>(l) - static_cast<double>(peak);
-        double p = distance - log_sums[t];
-        if (math::is_finite(l) && math::is_finite(peak) && p < least) p = least; // stays above -Inf
-        return ordered(static_cast<Real>(p));
+        const double p = distance - log_sums[t];
+        const bool finite = math::is_finite(l) && math::is_finite(peak); // and so stays above -Inf
+        return ordered(static_cast<Real>(finite && p < least_finite<Real> ? least_finite<Real> : p));
     }
 };
 
@@ -126,10 +129,13 @@ struct mark_greatest {
         const int64_t room = n - above;
         team.scan(
             column_blocks(tokens), int64_t{0}, adds{},
-            [=](int64_t b) { return static_cast<int64_t>(::cuda::std::popcount(word<equal>(keys, b, tokens, least))); },
+            [=](int64_t b) {
+                return static_cast<int64_t>(::cuda::std::popcount(word<equal>(keys, b, tokens, least)));
+            },
             [=](int64_t b, int64_t before) {
                 std::uint64_t taken = word<more>(keys, b, tokens, least), ties = word<equal>(keys, b, tokens, least);
-                for (int64_t left = room - before; left > 0 && ties != 0; --left, ties &= ties - 1) taken |= ties & (~ties + 1);
+                for (int64_t left = room - before; left > 0 && ties != 0; --left, ties &= ties - 1)
+                    taken |= ties & (~ties + 1);
                 words[b * experts] = taken;
             });
     }
@@ -151,7 +157,8 @@ private:
         std::uint32_t half[2] = {0, 0};
         if (tokens - begin >= column_block) {
             for (int h = 0; h < 2; ++h)
-                for (int i = 0; i < 32; ++i) half[h] |= static_cast<std::uint32_t>(Compare::holds(first[32 * h + i], bound)) << i;
+                for (int i = 0; i < 32; ++i)
+                    half[h] |= static_cast<std::uint32_t>(Compare::holds(first[32 * h + i], bound)) << i;
         } else {
             for (int64_t i = 0; i < tokens - begin; ++i)
                 half[i / 32] |= static_cast<std::uint32_t>(Compare::holds(first[i], bound)) << (i % 32);
@@ -186,7 +193,8 @@ struct start_choices {
     {
         int32_t* at = first;
         const int32_t total = team.scan(
-            tokens, int32_t{0}, adds{}, [at](int64_t t) { return at[t]; }, [at](int64_t t, int32_t start) { at[t] = start; });
+            tokens, int32_t{0}, adds{}, [at](int64_t t) { return at[t]; },
+            [at](int64_t t, int32_t start) { at[t] = start; });
         if (team.lane() == 0) at[tokens] = total;
     }
 };

@@ -124,7 +124,9 @@ struct scale_rows {
             if (!(in.peaks[t] > -infinity<Real>)) continue;
             const double peak = team.reduce(experts, -infinity<double>, greater_of{},
                                             [&in, v, t](int64_t e) { return in.logit(t, e) + v[e]; });
-            team.for_each(experts, [&in, v, t, power, peak](int64_t e) { power[e] = in.power(in.logit(t, e) + v[e] - peak); });
+            team.for_each(experts, [&in, v, t, power, peak](int64_t e) {
+                power[e] = in.power(in.logit(t, e) + v[e] - peak);
+            });
             team.sync();
             const double total = team.reduce(experts, 0.0, adds{}, [power](int64_t e) { return power[e]; });
             const double normalizer = peak + math::log(total), inverse = 1 / total;
@@ -240,7 +242,8 @@ struct sinkhorn {
                                       blocks.size,
                                       blocks.count};
         if (scratch.measuring()) return;
-        for_each_row(ex, tokens, detail::start_scaling<Real>{s, in.mask.data_handle(), peaks.data_handle()}, {.width = experts});
+        for_each_row(ex, tokens, detail::start_scaling<Real>{s, in.mask.data_handle(), peaks.data_handle()},
+                     {.width = experts});
         for_each_row(ex, 1, detail::count_scaled<Real>{s}, {.width = tokens});
         const row_hint hint{.width = blocks.size * experts, .scratch_bytes = experts * int64_t{sizeof(double)} + 64};
         for (int round = 0; round < rounds; ++round) {
