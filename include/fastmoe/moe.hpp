@@ -12,8 +12,12 @@
 #include <fastmoe/layer/moe_layer.hpp>
 #include <fastmoe/layer/owned_weights.hpp>
 #include <fastmoe/layer/shared_expert.hpp>
+#include <fastmoe/routing/balanced_assignment.hpp>
 #include <fastmoe/routing/biased_score.hpp>
+#include <fastmoe/routing/expert_choice.hpp>
 #include <fastmoe/routing/group_limited.hpp>
 #include <fastmoe/routing/lookup.hpp>
+#include <fastmoe/routing/sinkhorn.hpp>
+#include <fastmoe/routing/token_rounding.hpp>
 #include <fastmoe/routing/top_k_gate.hpp>
 #include <fastmoe/transfer/dispatch.hpp>

@@ -14,9 +14,9 @@
 ///                     arena& scratch) const;
 ///     };
 ///
-/// `assign` writes every one of to.experts, an id in [0, E) or -1, at most once each in a token; if ragged, also to.first.
-/// A masked token, and one without a finite or +Inf logit where logits are read, gets -1. Scratch is taken from the
-/// arena; on a measuring arena only counted.
+/// `assign` writes every one of to.experts, an id in [0, E) or -1, at most once each in a token; if ragged, also to.first,
+/// and -1 where a choice belongs to no token. A masked token, and one without a finite or +Inf logit where logits are
+/// read, gets -1. Scratch is taken from the arena; on a measuring arena only counted.
 #pragma once
 
 #include <fastmoe/ops/rows.hpp>
@@ -34,7 +34,8 @@ struct assignment {
     int64_t total_experts;        ///< E
     int64_t k;                    ///< K of the gate
     vector_view<int32_t> experts; // (C)
-    vector_view<int32_t> first;   // (T+1)  of a ragged assignment; ends at C
+    vector_view<int32_t> first;   // (T+1)  of a ragged assignment: from 0, without a decrease; choices past its end
+                                  //        belong to no token
 };
 
 /// Says whether it reads logits and whether its choices are ragged.
@@ -256,6 +257,8 @@ private:
         }
         if (live) {
             for_each(ex, route.choices(), detail::check_assigned{route.experts, experts, ex.faults()});
+            if constexpr (Assign::ragged) // those that belong to no token
+                for_each(ex, route.choices(), detail::fill<Real>{route.weights.data_handle(), Real(0)});
             if constexpr (detail::score_reads_logits<Score>) detail::weigh(ex, score, weigh, scale, in.logits, route);
             else for_each(ex, route.tokens, detail::weigh_constant<Real>{route, Real(scale), Weigh::over_chosen});
             if (state.chosen.data_handle() != route.experts.data_handle())

@@ -219,7 +219,7 @@ struct implementation<verbs::make_plan, Executor> {
 /// Fills the plan from a routing. Ids that are out of range, or that stand twice in one token, count as dropped, so that
 /// nothing is ever read or written out of bounds, and are reported: by deliver_faults() on the host, which this calls
 /// (the plan is complete when it throws), by synchronize() elsewhere.
-/// @param route    ids and choices; `first` must not decrease and end at C
+/// @param route    ids and choices; `first` must not decrease nor pass C
 /// @param p        from reserve_plan with the same tokens, choices and experts; overwritten
 /// @param scratch  taken and given back; on a measuring arena only counted
 /// @throws invalid_argument if shapes disagree, out_of_memory if the scratch is too small (before anything is written)

@@ -1,0 +1,146 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// BASE: the assignment of tokens to experts that has the greatest sum of logits among those in which every expert gets
+/// as many tokens as any other.
+#pragma once
+
+#include <fastmoe/routing/assigned_gate.hpp>
+#include <fastmoe/routing/assignment_solver.hpp>
+#include <fastmoe/routing/biased_score.hpp>
+#include <fastmoe/routing/choose.hpp>
+#include <fastmoe/routing/columns.hpp>
+
+namespace fastmoe::inline FASTMOE_ABI {
+
+namespace detail {
+
+/// Logits as costs: how far below the greatest of its row, in units of a power of two that gives the furthest 40 bits.
+template <class Real>
+struct logit_costs {
+    static constexpr int bits = 40;
+    static constexpr double reach = 65536; // what is further counts as -Inf, so that it cannot coarsen the unit
+    matrix_view<const Real> logits; // (T,E)
+    const Real* peaks;              // (T)  greatest logit
+    const double* scale;            // (1)  units in 1
+
+    FASTMOE_HOST_DEVICE int64_t operator()(int64_t t, int64_t e) const
+    {
+        // More than E moves can gain together, so that as few tokens as can be get such an expert.
+        const int64_t beyond = (logits.extent(1) + 1) << bits;
+        const Real l = logits(t, e), peak = peaks[t];
+        const double distance = static_cast<double>(peak) - static_cast<double>(l);
+        if (l == peak) return 0;
+        if (l != l) return beyond + 2;
+        if (l == -infinity<Real>) return beyond + 1;
+        return distance <= reach ? static_cast<int64_t>(distance * *scale + 0.5) : beyond;
+    }
+};
+
+/// The first of the best experts, or -1; and how far the row reaches down from it.
+template <class Real>
+struct start_assignment {
+    using vectorized = void;
+    matrix_view<const Real> logits; // (T,E)
+    const std::uint8_t* mask;       // (T), or null
+    int32_t* experts;               // (T)
+    Real* peaks;                    // (T)
+    double* reaches;                // (T)
+
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t t) const
+    {
+        const int64_t all = logits.extent(1);
+        const Real* l = logits.data_handle() + t * all;
+        const Real peak = mask && mask[t] == 0 ? -infinity<Real> : greatest(team, l, all);
+        const bool open = peak > -infinity<Real>;
+        const int32_t best = team.reduce(all, static_cast<int32_t>(all), lesser_of{}, [=](int64_t e) {
+            return static_cast<int32_t>(l[e] == peak ? e : all);
+        });
+        const double reach = team.reduce(all, 0.0, greater_of{}, [=](int64_t e) {
+            const double distance = static_cast<double>(peak) - static_cast<double>(l[e]); // NaN loses
+            return distance <= logit_costs<Real>::reach ? distance : 0.0;
+        });
+        if (team.lane() != 0) return;
+        experts[t] = open ? best : -1;
+        peaks[t] = peak;
+        reaches[t] = open ? reach : 0;
+    }
+};
+
+/// The power of two that puts the furthest distance just below 2^bits.
+template <class Real>
+struct choose_scale {
+    const double* reaches; // (T)
+    double* scale;         // (1)
+    int64_t tokens;
+
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t) const
+    {
+        const double* from = reaches;
+        const double furthest = team.reduce(tokens, 0.0, greater_of{}, [from](int64_t t) { return from[t]; });
+        if (team.lane() != 0) return;
+        const auto exponent = static_cast<int>(::cuda::std::bit_cast<std::uint64_t>(furthest) >> 52) - 1023;
+        int power = logit_costs<Real>::bits - 1 - exponent;
+        power = power > 1000 ? 1000 : power;
+        *scale = ::cuda::std::bit_cast<double>(static_cast<std::uint64_t>(power + 1023) << 52);
+    }
+};
+
+} // namespace detail
+
+/// In training, of all assignments of one expert to every token that give no expert more than ceil(N / E) of the N tokens
+/// that take part, one with the greatest sum of logits (Lewis et al. 2021, eq. 2, where E divides N). In inference the
+/// greatest logit of each token, as there. K is 1. No gradient flows through the assignment.
+///
+/// Sums are compared exactly, in integers: a logit counts by its distance from the greatest of its row, rounded to D / 2^39
+/// or finer, D the furthest distance in the batch. So the sum is less than the greatest by at most N D / 2^39; float logits
+/// are mostly not rounded at all. Tokens, experts and logits alone decide, not the executor; ties are broken somehow, but
+/// always alike.
+///
+/// A masked token, and one without a finite or +Inf logit, gets no expert and counts in no bound. As few tokens as can be
+/// get an expert whose logit is -Inf, NaN, finite beside a +Inf, or more than 2^16 below the greatest of its row; where one
+/// must, in the order of choice.
+///
+/// Time grows with the tokens that must move, at most N - N/E; memory is 8 T E + 12 E^2 bytes and a little. One team solves
+/// it: see assignment_solver.hpp.
+struct balanced_assignment {
+    static constexpr bool reads_logits = true;
+    static constexpr bool ragged = false;
+
+    /// @throws invalid_argument if K is not 1, or there are more than 2^18 experts
+    void check(int64_t experts, int64_t k) const
+    {
+        expects(k == 1, "k", k, "1 for a balanced assignment");
+        expects(experts <= int64_t{1} << 18, "experts", experts, "at most 2^18 for a balanced assignment");
+    }
+
+    template <class Executor, class T, class Communicator, class Real>
+    void assign(Executor& ex, const gate_input<T>& in, const Communicator&, const assignment<Real>& to, arena& scratch) const
+    {
+        const int64_t tokens = to.tokens, experts = to.total_experts;
+        if (in.mode == gate_mode::inference) {
+            if (!scratch.measuring()) detail::choose_rows(ex, in.logits, in.mask, 1, detail::logit_rows{}, to.experts);
+            return;
+        }
+        const auto costs = scratch.matrix<int64_t>(experts, tokens);
+        const auto problem = detail::assignment_problem::reserve(scratch, costs, to.experts);
+        const auto peaks = scratch.vector<Real>(tokens);
+        const auto reaches = scratch.vector<double>(tokens);
+        const auto scale = scratch.vector<double>(1);
+        if (scratch.measuring()) return;
+        for_each_row(ex, tokens,
+                     detail::start_assignment<Real>{in.logits, in.mask.data_handle(), to.experts.data_handle(),
+                                                    peaks.data_handle(), reaches.data_handle()},
+                     {.width = 3 * experts});
+        for_each_row(ex, 1, detail::choose_scale<Real>{reaches.data_handle(), scale.data_handle(), tokens},
+                     {.width = tokens});
+        detail::fill_columns(ex, costs, detail::logit_costs<Real>{in.logits, peaks.data_handle(), scale.data_handle()});
+        detail::solve_assignment(ex, problem);
+    }
+};
+
+/// Weights are sigmoid(l_S), as in the paper: `base_gate{.experts = 64}`.
+using base_gate = assigned_gate<balanced_assignment, sigmoid_score, raw_scores>;
+
+} // namespace fastmoe::inline FASTMOE_ABI
