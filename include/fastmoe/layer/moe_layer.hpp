@@ -230,7 +230,7 @@ private:
     {
         expects(communicator.size() == 1, "communicator.size()", communicator.size(), "1");
         if constexpr (gate_reads_logits<Gate>) expects_shape(w.gate, name, gate.experts, width);
-        if (w.gate_bias.data_handle()) expects_shape(w.gate_bias, "gate_bias (E)", gate.experts);
+        if (pointer_or_null(w.gate_bias)) expects_shape(w.gate_bias, "gate_bias (E)", gate.experts);
     }
     template <class T>
     void expects_call(matrix_view<const T> x, const weights<const T>& w, matrix_view<T> y) const

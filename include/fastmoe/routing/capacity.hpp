@@ -22,7 +22,7 @@ enum class drop_order : std::uint8_t {
 /// What happens to the other weights of a token that lost a choice.
 enum class after_drop : std::uint8_t {
     keep,    ///< nothing
-    rescale, ///< they grow in proportion until the token's sum is what it was
+    rescale, ///< they grow in proportion until the sum of the token's magnitudes is what it was
 };
 
 /// An expert keeps ceil(factor * C / E) of the choices, C = K * T, computed in double; T counts all of this rank's
@@ -81,14 +81,31 @@ struct sort_offsets {
     }
 };
 
+/// Copies ids; -1 for one that is out of range, which is recorded, and for a choice of no token.
 template <class Real>
-struct sort_keys {
+struct copy_choices {
     routing<Real> route;
-    sorted_choices<order_key<Real>> by_expert;
+    vector_view<int32_t> ids; // (C)
+    fault_recorder faults;
 
     FASTMOE_HOST_DEVICE void operator()(int64_t c) const
     {
         const int32_t e = route.experts(c);
+        const bool inside = e >= -1 && e < route.total_experts, owned = !route.ragged() || c < route.first(route.tokens);
+        if (!inside) faults.record(fault_kind::expert_out_of_range, c, e);
+        ids(c) = inside && owned ? e : -1;
+    }
+};
+
+template <class Real>
+struct sort_keys {
+    routing<Real> route;
+    vector_view<const int32_t> ids; // (C)
+    sorted_choices<order_key<Real>> by_expert;
+
+    FASTMOE_HOST_DEVICE void operator()(int64_t c) const
+    {
+        const int32_t e = ids(c);
         if (e >= 0) by_expert.keys(by_expert.offsets(e) + by_expert.ranks(c)) = ordered(route.weights(c));
     }
 };
@@ -125,6 +142,7 @@ struct keep_greatest {
 template <class Real>
 struct drop_choices {
     routing<Real> route;
+    vector_view<const int32_t> ids;   // (C)
     vector_view<const int32_t> ranks; // (C)
     int64_t limit;
     after_drop weights;
@@ -134,26 +152,31 @@ struct drop_choices {
     FASTMOE_HOST_DEVICE bool stays(int64_t c) const
     {
         const int64_t at = ranks(c);
-        return by_weight ? by_expert.kept(by_expert.offsets(route.experts(c)) + at) != 0 : at < limit;
+        return by_weight ? by_expert.kept(by_expert.offsets(ids(c)) + at) != 0 : at < limit;
     }
 
     FASTMOE_HOST_DEVICE void operator()(int64_t t) const
     {
         Real before = 0, left = 0;
+        bool dropped = false;
         for (int64_t c = route.begin(t); c < route.end(t); ++c) {
-            if (route.experts(c) < 0) continue;
-            before += route.weights(c);
-            if (stays(c)) {
-                left += route.weights(c);
-            } else {
-                route.experts(c) = -1;
-                route.weights(c) = Real(0);
+            const Real size = ids(c) < 0 ? Real(0) : magnitude(route.weights(c));
+            before += size;
+            if (ids(c) >= 0 && stays(c)) {
+                left += size;
+                continue;
             }
+            dropped = dropped || ids(c) >= 0;
+            route.experts(c) = -1;
+            route.weights(c) = Real(0);
         }
-        if (weights != after_drop::rescale || left == before || !(left > Real(0))) return;
-        const Real growth = before / left;
-        for (int64_t c = route.begin(t); c < route.end(t); ++c) route.weights(c) *= growth;
+        if (weights != after_drop::rescale || !dropped || !(left > Real(0))) return;
+        // The quotient first: it is at most 1, where one over a subnormal sum is infinite.
+        for (int64_t c = route.begin(t); c < route.end(t); ++c)
+            if (route.experts(c) >= 0) route.weights(c) = route.weights(c) / left * before;
     }
+
+    FASTMOE_HOST_DEVICE static Real magnitude(Real weight) noexcept { return weight < Real(0) ? -weight : weight; }
 };
 
 } // namespace detail
@@ -167,6 +190,15 @@ struct implementation<verbs::apply_capacity, Executor> {
         const int64_t choices = route.choices(), experts = route.total_experts, limit = bound.of(choices, experts);
         const bool by_weight = bound.order == drop_order::by_weight;
         detail::sorted_choices<key> sorted{};
+        const auto ids = scratch.vector<int32_t>(choices);
+        routing<Real> safe = route;
+        if (route.ragged()) {
+            const auto repaired = scratch.vector<int32_t>(route.tokens + 1);
+            safe.first = repaired;
+            if (!scratch.measuring())
+                for_each_row(ex, 1, detail::repair_first<Real>{route, repaired, ex.faults()}, {.width = route.tokens});
+        }
+        if (!scratch.measuring()) for_each(ex, choices, detail::copy_choices<Real>{safe, ids, ex.faults()});
         sorted.ranks = scratch.vector<int32_t>(choices);
         sorted.counts = scratch.vector<int32_t>(experts);
         if (by_weight) {
@@ -175,21 +207,23 @@ struct implementation<verbs::apply_capacity, Executor> {
             sorted.kept = scratch.vector<int32_t>(choices);
         }
         const bool columns = bound.order == drop_order::choice_major && route.k > 0;
-        bucket(ex, route.experts, sorted.counts, sorted.ranks, scratch,
+        bucket(ex, ids, sorted.counts, sorted.ranks, scratch,
                columns ? bucket_order::by_column : bucket_order::by_position, columns ? route.k : 1);
         if (scratch.measuring()) return;
         if (by_weight) {
             for_each_row(ex, 1, detail::sort_offsets<key>{sorted}, {.width = experts});
-            for_each(ex, choices, detail::sort_keys<Real>{route, sorted});
+            for_each(ex, choices, detail::sort_keys<Real>{route, ids, sorted});
             const int64_t mean = experts > 0 ? choices / experts + 1 : 1;
             for_each_row(ex, experts, detail::keep_greatest<key>{sorted, limit}, {.width = 64 * mean});
         }
         for_each(ex, route.tokens,
-                 detail::drop_choices<Real>{route, sorted.ranks, limit, bound.weights, sorted, by_weight});
+                 detail::drop_choices<Real>{safe, ids, sorted.ranks, limit, bound.weights, sorted, by_weight});
     }
 };
 
 /// Drops choices beyond the capacity: their expert becomes -1, their weight 0. The same choices on any executor.
+/// An id out of range counts as dropped, and so does what stands in a disorderly `first` twice; both are reported as
+/// make_plan does, when all is done.
 /// @param route    ids in [-1, E); read and overwritten
 /// @param scratch  taken and given back; on a measuring arena only counted
 /// @throws invalid_argument if the factor is negative or NaN, shapes disagree, or choice_major meets ragged choices;
@@ -210,6 +244,7 @@ void apply_capacity(Executor& ex, const capacity& bound, const routing<Real>& ro
     }
     implementation<verbs::apply_capacity, Executor>::run(ex, bound, route, scratch);
     scratch.rewind(mark);
+    if (!scratch.measuring()) ex.deliver_faults();
 }
 
 } // namespace fastmoe::inline FASTMOE_ABI

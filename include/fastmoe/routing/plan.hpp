@@ -49,29 +49,6 @@ struct make_plan;
 
 namespace detail {
 
-/// The offsets of ragged choices as they should be: from 0, without a decrease, up to C. So no choice belongs to two
-/// tokens, and whatever stands in `first`, each is written by one of them or by none.
-template <class Real>
-struct repair_first {
-    routing<Real> route;
-    vector_view<int32_t> repaired; // (T+1)
-    fault_recorder faults;
-
-    template <class Team>
-    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t) const
-    {
-        if (team.lane() != 0) return;
-        int32_t least = 0;
-        for (int64_t t = 0; t <= route.tokens; ++t) {
-            const int32_t here = route.first(t);
-            const bool wrong = here < least || here > route.choices() || (t == 0 && here != 0);
-            if (wrong) faults.record(fault_kind::first_out_of_order, t, here);
-            else least = here;
-            repaired(t) = least;
-        }
-    }
-};
-
 /// Copies ids, with -1 for those that are out of range or stand earlier in the same token, and records both.
 /// Few choices are compared with each other; many are looked up in a table of the token that last chose an expert.
 template <class Real>
