@@ -256,7 +256,7 @@ private:
         } else if (live) {
             for_each(ex, 2, detail::fill<Real>{state.losses.data_handle(), Real(0)});
         }
-        apply_capacity(ex, capacity, route, scratch);
+        apply_capacity(ex, capacity, route, c, scratch);
     }
 };
 

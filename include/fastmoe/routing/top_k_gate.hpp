@@ -224,7 +224,7 @@ private:
             router_losses_forward(ex, score, gate_logits<Real>{in.logits, in.mask}, state.routing.experts, k, balance,
                                   z, c, router_losses<Real>{state.losses, state.slopes}, scratch);
         else if (live) for_each(ex, 2, detail::fill<Real>{state.losses.data_handle(), Real(0)});
-        apply_capacity(ex, capacity, state.routing, scratch);
+        apply_capacity(ex, capacity, state.routing, c, scratch);
     }
 };
 
