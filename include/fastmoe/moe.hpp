@@ -13,7 +13,9 @@
 #include <fastmoe/layer/moe_layer.hpp>
 #include <fastmoe/layer/owned_weights.hpp>
 #include <fastmoe/layer/shared_expert.hpp>
+#include <fastmoe/routing/bias_update.hpp>
 #include <fastmoe/routing/biased_score.hpp>
 #include <fastmoe/routing/group_limited.hpp>
+#include <fastmoe/routing/load.hpp>
 #include <fastmoe/routing/lookup.hpp>
 #include <fastmoe/routing/top_k_gate.hpp>
