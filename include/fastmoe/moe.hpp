@@ -18,4 +18,6 @@
 #include <fastmoe/routing/group_limited.hpp>
 #include <fastmoe/routing/load.hpp>
 #include <fastmoe/routing/lookup.hpp>
+#include <fastmoe/routing/swipe.hpp>
 #include <fastmoe/routing/top_k_gate.hpp>
+#include <fastmoe/routing/topology.hpp>

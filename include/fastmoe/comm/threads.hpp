@@ -41,7 +41,7 @@ struct rank_sum<T, true> {
 
 /// Adds `ranks` blocks in rank order, rounds once, and writes the sum to `copies` places.
 template <class T>
-struct sum_blocks {
+struct sum_rank_blocks {
     using vectorized = void;
     using sum = typename rank_sum<T>::type;
     const T* from[most_ranks];
@@ -267,7 +267,7 @@ private:
     {
         static_assert(!std::is_same_v<T, std::byte>, "bytes have no sum");
         if (count <= 0) return;
-        detail::sum_blocks<T> f{};
+        detail::sum_rank_blocks<T> f{};
         f.ranks = size();
         f.copies = copies;
         f.count = count;

@@ -99,7 +99,7 @@ struct implementation<verbs::router_losses, Executor> {
     {
         const int64_t tokens = in.logits.extent(0), experts = in.logits.extent(1), width = experts + 1;
         const int64_t sequences = balance.sequences(tokens);
-        const auto blocks = detail::token_blocks::of(tokens, sequences);
+        const auto blocks = detail::sequence_blocks::of(tokens, sequences);
         const auto values = scratch.matrix<Real>(blocks.count, experts);
         const auto sums = scratch.matrix<Real>(blocks.count, width);
         const auto counts = scratch.matrix<int32_t>(blocks.count, width);
@@ -112,9 +112,9 @@ struct implementation<verbs::router_losses, Executor> {
                                                       blocks, k, z.coefficient != 0, ex.faults()},
                      {.width = blocks.size * experts});
         double* all = totals.data_handle();
-        const detail::add_blocks<int32_t> add_counts{counts.data_handle(), all, blocks.each, width, 2 * width};
+        const detail::add_sequence_blocks<int32_t> add_counts{counts.data_handle(), all, blocks.each, width, 2 * width};
         for_each_row(ex, sequences * add_counts.parts(), add_counts, {.width = 64 * blocks.each});
-        const detail::add_blocks<Real> add_sums{sums.data_handle(), all + width, blocks.each, width, 2 * width};
+        const detail::add_sequence_blocks<Real> add_sums{sums.data_handle(), all + width, blocks.each, width, 2 * width};
         for_each_row(ex, sequences * add_sums.parts(), add_sums, {.width = 64 * blocks.each});
         Real *losses = out.losses.data_handle(), *slopes = out.slopes.data_handle();
         if (balance.sequence == 0) {

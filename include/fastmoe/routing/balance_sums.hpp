@@ -10,13 +10,13 @@
 namespace fastmoe::inline FASTMOE_ABI::detail {
 
 /// Blocks of tokens whose sums are taken on their own; none crosses the end of a sequence. Cut by the shape alone.
-struct token_blocks {
+struct sequence_blocks {
     int64_t length; ///< tokens of a sequence
     int64_t size;   ///< tokens of a block
     int64_t each;   ///< blocks of a sequence
     int64_t count;  ///< blocks in all
 
-    static constexpr token_blocks of(int64_t tokens, int64_t sequences) noexcept
+    static constexpr sequence_blocks of(int64_t tokens, int64_t sequences) noexcept
     {
         const int64_t length = sequences > 0 ? tokens / sequences : 0;
         const int64_t even = tokens / 512 > 64 ? (tokens + 511) / 512 : 64;
@@ -47,7 +47,7 @@ struct router_sums {
     Real* sums;                     // (blocks,E+1)
     int32_t* counts;                // (blocks,E+1)
     Score score;
-    token_blocks blocks;
+    sequence_blocks blocks;
     int64_t k;
     bool with_z;
     fault_recorder faults;
@@ -108,7 +108,7 @@ struct router_sums {
 
 /// Adds the blocks of each sequence, in order and in double.
 template <class Real>
-struct add_blocks {
+struct add_sequence_blocks {
     using vectorized = void;
     const Real* from; // (blocks,W)
     double* to;       // (Q,stride)
