@@ -134,9 +134,9 @@ struct stay_but_first {
 /// greatest probability, ties by token and place. The others become the token's best experts of its own node. Acts in
 /// training and in inference: a rank needs only its own tokens for it.
 ///
-/// FastMoE's code differs from the paper, and is off_node_choices::first: it counts first choices alone, so that second ones
-/// leave the node freely while fewer than L first ones do; from L on, no second choice leaves, and the L first choices of the
-/// greatest logit, which tokens do not share a scale of, take the last place of their token.
+/// FastMoE's code differs from the paper, and is off_node_choices::first: it counts first choices alone, so that second
+/// ones leave the node freely while fewer than L first ones do; from L on, no second choice leaves, and the L first choices
+/// of the greatest logit, which tokens do not share a scale of, take the last place of their token.
 struct topology_aware {
     static constexpr bool reads_logits = true;
     static constexpr bool ragged = false;
