@@ -3,6 +3,7 @@
 /// The umbrella: every component that needs no more than a C++20 compiler and the headers of the CUDA Toolkit.
 #pragma once
 
+#include <fastmoe/comm/threads.hpp>
 #include <fastmoe/core/version.hpp>
 #include <fastmoe/exec/host_executor.hpp>
 #include <fastmoe/expert/expert_tuple.hpp>
@@ -13,11 +14,15 @@
 #include <fastmoe/layer/owned_weights.hpp>
 #include <fastmoe/layer/shared_expert.hpp>
 #include <fastmoe/routing/balanced_assignment.hpp>
+#include <fastmoe/routing/bias_update.hpp>
 #include <fastmoe/routing/biased_score.hpp>
 #include <fastmoe/routing/expert_choice.hpp>
 #include <fastmoe/routing/group_limited.hpp>
+#include <fastmoe/routing/load.hpp>
 #include <fastmoe/routing/lookup.hpp>
 #include <fastmoe/routing/sinkhorn.hpp>
+#include <fastmoe/routing/swipe.hpp>
 #include <fastmoe/routing/token_rounding.hpp>
 #include <fastmoe/routing/top_k_gate.hpp>
+#include <fastmoe/routing/topology.hpp>
 #include <fastmoe/transfer/dispatch.hpp>

@@ -11,6 +11,7 @@
 
 #include <fastmoe/routing/capacity.hpp>
 
+#include "support/choices.hpp"
 #include "support/compare.hpp"
 #include "support/executors.hpp"
 #include "support/poison.hpp"
@@ -22,38 +23,9 @@ using fm::int64_t;
 
 namespace {
 
-/// A routing in memory that the test can read and write.
-template <class Real>
-struct choices {
-    int64_t tokens, experts_total, k; // k = 0: ragged
-    std::vector<int32_t> experts, first;
-    std::vector<Real> weights;
-
-    fm::routing<Real> view()
-    {
-        fm::routing<Real> r{tokens, experts_total, k, fm::as_vector(experts), fm::as_vector(weights), {}};
-        if (k == 0) r.first = fm::vector_view<const int32_t>(first.data(), tokens + 1);
-        return r;
-    }
-};
-
-/// Random choices: distinct ids in a token, some dropped already, weights with many ties.
-template <class Real>
-choices<Real> random_choices(support::random& rng, int64_t tokens, int64_t experts, int64_t k)
-{
-    choices<Real> c{tokens, experts, k, {}, {0}, {}};
-    for (int64_t t = 0; t < tokens; ++t) {
-        const auto order = rng.permutation(experts);
-        const int64_t n = k > 0 ? k : rng.integer(0, std::min<int64_t>(experts, 5));
-        for (int64_t j = 0; j < n; ++j) {
-            const bool lost = rng.coin(0.1);
-            c.experts.push_back(lost ? -1 : order[j]);
-            c.weights.push_back(lost ? Real(0) : Real(rng.integer(1, 6)) / 8);
-        }
-        c.first.push_back(static_cast<int32_t>(c.experts.size()));
-    }
-    return c;
-}
+using support::choices;
+using support::kept;
+using support::random_choices;
 
 template <class Executor, class Real>
 void apply(Executor& ex, const fm::capacity& bound, choices<Real>& c)
@@ -66,26 +38,6 @@ void apply(Executor& ex, const fm::capacity& bound, choices<Real>& c)
     fm::apply_capacity(ex, bound, c.view(), scratch);
     ex.synchronize();
     CHECK_EQ(scratch.used(), 0);
-}
-
-/// Which choices stay, decided one at a time in the order that the policy names.
-template <class Real>
-std::vector<bool> kept(const choices<Real>& c, fm::drop_order order, int64_t limit)
-{
-    const int64_t n = static_cast<int64_t>(c.experts.size());
-    std::vector<int64_t> turn;
-    if (order == fm::drop_order::choice_major)
-        for (int64_t j = 0; j < c.k; ++j)
-            for (int64_t t = 0; t < c.tokens; ++t) turn.push_back(t * c.k + j);
-    else
-        for (int64_t i = 0; i < n; ++i) turn.push_back(i);
-    if (order == fm::drop_order::by_weight)
-        std::stable_sort(turn.begin(), turn.end(), [&](int64_t a, int64_t b) { return c.weights[a] > c.weights[b]; });
-    std::vector<int64_t> taken(c.experts_total, 0);
-    std::vector<bool> out(n, false);
-    for (int64_t i : turn)
-        if (c.experts[i] >= 0) out[i] = taken[c.experts[i]]++ < limit;
-    return out;
 }
 
 constexpr fm::drop_order orders[] = {fm::drop_order::token_major, fm::drop_order::choice_major, fm::drop_order::by_weight};

@@ -501,7 +501,7 @@ TEST_CASE("a gate that makes no sense is refused by the name of the member, its 
     CHECK_EQ(refusal(gate{.experts = 4, .k = 1}, fm::gate_mode::inference), "");
     CHECK_EQ(refusal(fm::switch_gate{.experts = 4}), "");
     // More experts than a team's scratch has room for are refused too, not half chosen.
-    says(refusal(gate{.experts = 20000, .k = 2}), "scratch_bytes is");
+    says(refusal(gate{.experts = 20000, .k = 2}), "experts is 20000; expected less: a team would need");
 }
 
 TEST_CASE("wrong shapes and a workspace one byte too small are refused before anything is written")

@@ -111,6 +111,46 @@ TEST_CASE_TEMPLATE("a plan is the stable sort of choices by expert", Cell, FASTM
     }
 }
 
+TEST_CASE_TEMPLATE("a padded plan gives every expert exactly its slots, the first choices in them, and drops the rest", Cell,
+                   FASTMOE_EXECUTORS)
+{
+    FASTMOE_SEEDED(r, 13);
+    FASTMOE_EXECUTOR(ex, Cell);
+    for (int round = 0; round < 20; ++round) {
+        const int64_t total = r.integer(1, 20), tokens = r.one_of<int64_t>(0, 1, 7, 60), k = r.integer(1, total);
+        const int64_t each = r.one_of<int64_t>(0, 1, 5, tokens * k, r.integer(0, 40));
+        CAPTURE(each);
+        const auto c = random_choices(r, tokens, total, k);
+        auto experts = support::upload(ex, c.experts);
+        buffer<float, typename Cell::executor> weights(ex, experts.size());
+        const routing<float> route{tokens, total, k, experts.view(), weights.view(), {}};
+        std::vector<int32_t> counts(total), slot_of, choice_of(total * each, -1), token_of(total * each, -1);
+        for (std::size_t i = 0; i < c.experts.size(); ++i) {
+            const int32_t e = c.experts[i];
+            slot_of.push_back(e >= 0 && counts[e] < each ? static_cast<int32_t>(e * each) + counts[e]++ : -1);
+            if (slot_of.back() < 0) continue;
+            choice_of[slot_of.back()] = static_cast<int32_t>(i);
+            token_of[slot_of.back()] = static_cast<int32_t>(static_cast<int64_t>(i) / k);
+        }
+        support::in_workspace(ex, [&](arena& memory) {
+            const plan p = reserve_padded_plan(memory, tokens, route.choices(), total, each);
+            make_plan(ex, route, p, memory);
+            if (memory.measuring()) return;
+            CHECK_EQ(p.slots, total * each);
+            CHECK_EQ(support::download(ex, p.counts), counts);
+            CHECK_EQ(support::download(ex, p.slot_of), slot_of);
+            CHECK_EQ(support::download(ex, p.choice_of), choice_of);
+            CHECK_EQ(support::download(ex, p.token_of), token_of);
+            for (int64_t e = 0; e <= total; ++e) CHECK_EQ(p.offsets(e), e * each);
+        });
+    }
+    arena none;
+    CHECK(support::has(support::message_of<invalid_argument>([&] { reserve_padded_plan(none, 1, 1, 2, -3); }),
+                       "slots_each is -3; expected zero or more"));
+    CHECK(support::has(support::message_of<invalid_argument>([&] { reserve_padded_plan(none, 1, 1, 1 << 20, 1 << 20); }),
+                       "slots_each is 1048576; expected at most 2^31 - 1 slots in all"));
+}
+
 TEST_CASE("a plan is the same for any number of threads")
 {
     FASTMOE_SEEDED(r, 12);

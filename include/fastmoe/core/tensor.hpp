@@ -51,6 +51,13 @@ FASTMOE_HOST_DEVICE constexpr matrix_view<T> slice_rows(matrix_view<T> m, int64_
     return matrix_view<T>(m.data_handle() + first * m.extent(1), count, m.extent(1));
 }
 
+/// The memory of a vector that may be left out: null if it is empty, whatever its pointer is.
+template <class T>
+FASTMOE_HOST_DEVICE constexpr T* pointer_or_null(vector_view<T> v) noexcept
+{
+    return v.extent(0) != 0 ? v.data_handle() : nullptr;
+}
+
 /// The raw pointer behind a raw or a fancy pointer (thrust::device_ptr, std::unique_ptr).
 template <class Pointer>
 constexpr auto* raw_pointer(const Pointer& p) noexcept

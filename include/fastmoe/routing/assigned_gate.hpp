@@ -110,7 +110,7 @@ template <class Real>
 struct assigned_state {
     fastmoe::routing<Real> routing;
     vector_view<Real> losses;    // (2)    balance, z: times their coefficients; zero in inference
-    vector_view<Real> slopes;    // (E+1)  see router_losses; without memory if there is no loss
+    vector_view<Real> slopes;    // (Q*E+1) see router_losses; without memory if there is no loss
     vector_view<int32_t> chosen; // (C)    before capacity; routing.experts itself if that is not limited
     vector_view<int32_t> first;  // (T+1)  of ragged choices
 };
@@ -137,7 +137,7 @@ struct assigned_gate {
     template <class Real>
     assigned_state<Real> reserve(arena& memory, int64_t tokens) const
     {
-        expects_sane();
+        expects_room<Real>();
         assigned_state<Real> s;
         if constexpr (Assign::ragged) {
             const int64_t choices = assignment.choices(tokens, experts, k);
@@ -148,7 +148,7 @@ struct assigned_gate {
             s.routing = reserve_routing<Real>(memory, tokens, experts, k);
         }
         s.losses = memory.vector<Real>(2);
-        if (has_loss()) s.slopes = memory.vector<Real>(experts + 1);
+        if (has_loss()) s.slopes = memory.vector<Real>(balance.sequences(tokens) * experts + 1);
         s.chosen = capacity.limited() ? memory.vector<int32_t>(s.routing.choices()) : s.routing.experts;
         return s;
     }
@@ -161,7 +161,7 @@ struct assigned_gate {
                arena& scratch) const
     {
         static_assert(assigns<Assign, Executor, T, Communicator>, "the assignment lacks what a gate asks; see assigned_gate.hpp");
-        expects_sane();
+        expects_room<Real>();
         if (!scratch.measuring()) {
             expects_state(state);
             if constexpr (reads_logits) detail::expects_gate_input(in, state.routing.tokens, experts);
@@ -191,8 +191,7 @@ struct assigned_gate {
             expects_shape(dlogits, "dlogits (T,E)", state.routing.tokens, experts);
             if constexpr (detail::score_reads_logits<Score>) {
                 detail::weigh_backward(ex, score, weigh, scale, in.logits, state.routing, state.chosen,
-                                       state.routing.experts, capacity.rescales(), dweights, dlogits,
-                                       Assign::ragged ? experts : k);
+                                       state.routing.experts, capacity.rescales(), dweights, dlogits, most());
                 if (has_loss())
                     router_losses_backward(ex, score, {in.logits, in.mask}, balance, z, state.slopes, loss_scale, dlogits);
             } else {
@@ -216,6 +215,7 @@ struct assigned_gate {
             expects(z.coefficient == 0, "z.coefficient", z.coefficient, "0 for a score that reads no logits");
         detail::check_policy(assignment, experts, k);
         detail::check_policy(score, experts, k);
+        detail::check_policy(weigh, experts, k);
     }
 
 private:
@@ -243,6 +243,18 @@ private:
                 "state.chosen", "state.routing.experts", "memory of its own for a gate with capacity");
     }
 
+    /// expects_sane(), and that a team has room for the gradients of a token's weights.
+    template <class Real>
+    void expects_room() const
+    {
+        expects_sane();
+        if constexpr (detail::score_reads_logits<Score>)
+            detail::expects_team_room(detail::weigh_scratch_bytes<Real>(most()), Assign::ragged ? "experts" : "k", most());
+    }
+
+    /// The most choices that a token can have.
+    int64_t most() const noexcept { return Assign::ragged ? experts : k; }
+
     bool has_loss() const noexcept { return balance.coefficient != 0 || z.coefficient != 0; }
 
     template <class Executor, class T, class Communicator, class Real>
@@ -257,6 +269,8 @@ private:
         }
         if (live) {
             for_each(ex, route.choices(), detail::check_assigned{route.experts, experts, ex.faults()});
+            if constexpr (Assign::ragged)
+                for_each_row(ex, 1, detail::repair_first<Real>{route, state.first, ex.faults()}, {.width = route.tokens});
             if constexpr (Assign::ragged) // those that belong to no token
                 for_each(ex, route.choices(), detail::fill<Real>{route.weights.data_handle(), Real(0)});
             if constexpr (detail::score_reads_logits<Score>) detail::weigh(ex, score, weigh, scale, in.logits, route);
@@ -273,7 +287,7 @@ private:
         } else if (live) {
             for_each(ex, 2, detail::fill<Real>{state.losses.data_handle(), Real(0)});
         }
-        apply_capacity(ex, capacity, route, scratch);
+        apply_capacity(ex, capacity, route, c, scratch);
     }
 };
 

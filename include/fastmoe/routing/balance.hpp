@@ -5,22 +5,38 @@
 ///     balance   coefficient * E * sum_e f_e P_e      f_e = c_e / (K T), P_e = mean_t p_te        (Fedus 2021, eq. 4-6)
 ///     z         coefficient * mean_t (log sum_e exp l_te)^2                                      (ST-MoE, eq. 5)
 ///
-/// p_te = value(e) / (sum of values): the softmax, or s / sum s for other scores. c counts choices before any is
-/// dropped for capacity, and has no gradient: it flows through P only. T, c and the means are over all ranks' tokens,
-/// summed through the communicator, so that the sum of the ranks' gradients is the gradient of the joined batch. Tokens
-/// that the mask takes out count nowhere; those without a finite or +Inf logit count in T and add 0. A row with +Inf
-/// adds nothing to z.
+/// p_te = value(e) / (sum of values): the softmax, or s / sum s for other scores; 0 where all values have underflowed. c
+/// counts choices before any is dropped for capacity, and has no gradient: it flows through P only. T, c and the means are
+/// over all ranks' tokens, summed through the communicator, so that the sum of the ranks' gradients is the gradient of the
+/// joined batch. Tokens that the mask takes out count nowhere; those without a finite or +Inf logit count in T and add 0.
+/// A row with +Inf adds nothing to z.
 #pragma once
 
 #include <fastmoe/comm/communicator.hpp>
+#include <fastmoe/routing/balance_sums.hpp>
 #include <fastmoe/routing/gate.hpp>
-#include <fastmoe/routing/score.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI {
 
 /// The loss of Switch and GShard; 1 times the coefficient where experts are used evenly.
 struct balance_loss {
     double coefficient = 0;
+    /// Tokens of a sequence: the loss of each sequence, averaged over all ranks' sequences that have a token which counts
+    /// (DeepSeek-V3, eq. 17-20). No sequence lies on two ranks. 0: the loss of the batch.
+    int64_t sequence = 0;
+    /// The loss of the global batch (Qwen3): every training route adds its counts c and, last, its tokens, of all ranks, and
+    /// f is that of the sums. Memory of the executor, set to zero before the first microbatch; empty: f of this batch.
+    vector_view<int64_t> accumulated{}; // (E+1)
+
+    /// How many sequences a rank's tokens are.
+    /// @throws invalid_argument if sequences do not divide the tokens
+    int64_t sequences(int64_t tokens) const
+    {
+        expects(sequence >= 0, "balance.sequence", sequence, "zero or more");
+        if (sequence == 0) return 1;
+        expects(tokens % sequence == 0, "balance.sequence", sequence, "a divisor of the ", tokens, " tokens");
+        return tokens / sequence;
+    }
 };
 
 /// The router z-loss.
@@ -31,14 +47,15 @@ struct z_loss {
 /// What the losses leave for their backward.
 template <class Real>
 struct router_losses {
-    vector_view<Real> losses; // (2)    balance, z: times their coefficients
-    vector_view<Real> slopes; // (E+1)  d balance / d p_te, the same for every token; then 2 coefficient / T of z
+    vector_view<Real> losses; // (2)      balance, z: times their coefficients
+    vector_view<Real> slopes; // (Q*E+1)  by sequence: d balance / d p_te; then 2 coefficient / T of z
 };
 
+/// @param sequences  Q, see balance_loss::sequences
 template <class Real>
-router_losses<Real> reserve_router_losses(arena& memory, int64_t experts)
+router_losses<Real> reserve_router_losses(arena& memory, int64_t experts, int64_t sequences = 1)
 {
-    return {memory.vector<Real>(2), memory.vector<Real>(experts + 1)};
+    return {memory.vector<Real>(2), memory.vector<Real>(sequences * experts + 1)};
 }
 
 /// The part of a gate's input that losses read.
@@ -61,204 +78,15 @@ struct router_losses_backward;
 
 namespace detail {
 
-/// Blocks of tokens whose sums are taken on their own: cut by the shape alone.
-struct token_blocks {
-    int64_t size, count;
-
-    static constexpr token_blocks of(int64_t tokens) noexcept
-    {
-        const int64_t size = tokens / 512 > 64 ? (tokens + 511) / 512 : 64;
-        return {size, (tokens + size - 1) / size};
-    }
-};
-
-/// Writes every expert's value; returns their sum.
-template <class Team, class Row, class Real>
-FASTMOE_HOST_DEVICE Real write_values(Team& team, const Row& row, const Real* logits, int64_t experts, Real* values)
-{
-    team.for_each(experts, [=](int64_t e) { values[e] = row.value(logits[e]); });
-    team.sync();
-    return team.reduce(experts, Real(0), adds{}, [values](int64_t e) { return values[e]; });
-}
-
 inline void expects_coefficients(const balance_loss& balance, const z_loss& z)
 {
     const auto sound = [](double c) { return c >= 0 && c < std::numeric_limits<double>::infinity(); };
     expects(sound(balance.coefficient), "balance.coefficient", balance.coefficient, "a finite number from 0 on");
     expects(sound(z.coefficient), "z.coefficient", z.coefficient, "a finite number from 0 on");
+    expects(balance.sequence >= 0, "balance.sequence", balance.sequence, "zero or more");
+    expects(balance.sequence == 0 || balance.accumulated.extent(0) == 0, "balance.sequence", balance.sequence,
+            "0 where counts are accumulated over a global batch");
 }
-
-/// Rows of a softmax, whose values serve both losses.
-template <class Row>
-concept has_log_sum_exp = requires(const Row& row) { row.log_sum_exp(row.peak); };
-
-/// Partial sums of a block of tokens: p by expert, choices by expert, the squares for z, and the tokens that count.
-template <class Real, class Score>
-struct router_sums {
-    using vectorized = void;
-    matrix_view<const Real> logits; // (T,E)
-    const std::uint8_t* mask;       // (T), or null
-    const int32_t* chosen;          // (T,K)
-    Real* partial;                  // (blocks,2E+2)
-    Score score;
-    int64_t tokens, k, block_size;
-    bool with_z;
-
-    static constexpr int64_t scratch_bytes(int64_t experts) noexcept
-    {
-        return experts * static_cast<int64_t>(2 * sizeof(Real) + sizeof(int32_t)) + 256;
-    }
-
-    template <class Team>
-    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t b) const
-    {
-        const int64_t experts = logits.extent(1);
-        Real* values = team.template scratch<Real>(experts);
-        Real* sum = team.template scratch<Real>(experts);
-        int32_t* count = team.template scratch<int32_t>(experts);
-        team.for_each(experts, [=](int64_t e) { sum[e] = Real(0); });
-        team.for_each(experts, [=](int64_t e) { count[e] = 0; });
-        team.sync();
-        const int64_t end = (b + 1) * block_size < tokens ? (b + 1) * block_size : tokens;
-        Real squares = 0;
-        int32_t counted = 0;
-        for (int64_t t = b * block_size; t < end; ++t) {
-            if (mask && mask[t] == 0) continue;
-            ++counted;
-            squares += add_token(team, t, values, sum);
-            if (team.lane() != 0) continue;
-            for (int64_t c = t * k; c < (t + 1) * k; ++c)
-                if (chosen[c] >= 0) ++count[chosen[c]];
-        }
-        team.sync();
-        Real* out = partial + b * (2 * experts + 2);
-        team.for_each(experts, [=](int64_t e) { out[e] = static_cast<Real>(count[e]); });
-        team.for_each(experts, [=](int64_t e) { out[experts + e] = sum[e]; });
-        if (team.lane() == 0) {
-            out[2 * experts] = squares;
-            out[2 * experts + 1] = static_cast<Real>(counted);
-        }
-    }
-
-    /// Adds the token's p to sum; returns its square for z.
-    template <class Team>
-    FASTMOE_HOST_DEVICE Real add_token(Team& team, int64_t t, Real* values, Real* sum) const
-    {
-        const int64_t experts = logits.extent(1);
-        const Real* l = logits.data_handle() + t * experts;
-        const auto row = score.row(team, l, experts);
-        if (row.empty()) return Real(0);
-        const Real total = write_values(team, row, l, experts, values), inverse = Real(1) / total;
-        team.for_each(experts, [=](int64_t e) { sum[e] += values[e] * inverse; });
-        team.sync();
-        if (!with_z) return Real(0);
-        Real z;
-        if constexpr (has_log_sum_exp<decltype(row)>) {
-            z = row.log_sum_exp(total);
-        } else {
-            const auto soft = softmax_score{}.row(team, l, experts);
-            z = soft.log_sum_exp(sum_of_values(team, soft, l, experts));
-        }
-        return z * z;
-    }
-};
-
-/// Adds the blocks' partial sums, in order and in double.
-template <class Real>
-struct router_totals {
-    using vectorized = void;
-    const Real* partial; // (blocks,2E+2)
-    double* totals;      // (2E+2)
-    int64_t blocks, width;
-
-    template <class Team>
-    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t part) const
-    {
-        const int64_t begin = part * 64, n = width - begin < 64 ? width - begin : 64;
-        const Real* from = partial + begin;
-        double* to = totals + begin;
-        const int64_t stride = width;
-        team.for_each(n, [=](int64_t i) { to[i] = 0; });
-        for (int64_t b = 0; b < blocks; ++b, from += stride)
-            team.for_each(n, [=](int64_t i) { to[i] += static_cast<double>(from[i]); });
-    }
-};
-
-template <class Real>
-struct router_loss_values {
-    const double* totals; // (2E+2)
-    router_losses<Real> out;
-    int64_t experts, k;
-    double balance, z;
-
-    template <class Team>
-    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t) const
-    {
-        const int64_t n = experts;
-        const double* sums = totals;
-        const double tokens = totals[2 * n + 1];
-        // d balance / d p_te = coefficient * E * f_e / T
-        const double choices = static_cast<double>(k) * tokens;
-        const double each = choices > 0 ? balance * static_cast<double>(n) / (choices * tokens) : 0;
-        Real* slopes = out.slopes.data_handle();
-        team.for_each(n, [=](int64_t e) { slopes[e] = static_cast<Real>(each * sums[e]); });
-        const double loss = team.reduce(n, 0.0, adds{}, [=](int64_t e) { return each * sums[e] * sums[n + e]; });
-        if (team.lane() != 0) return;
-        slopes[n] = static_cast<Real>(tokens > 0 ? 2 * z / tokens : 0);
-        out.losses(0) = static_cast<Real>(loss);
-        out.losses(1) = static_cast<Real>(tokens > 0 ? z * totals[2 * n] / tokens : 0);
-    }
-};
-
-/// With s = slopes: dl_e += row.slope (s_e - <s, p>) / (sum of values) + s_E lse softmax(l)_e, all times loss_scale.
-template <class Real, class Score>
-struct router_loss_gradient {
-    using vectorized = void;
-    matrix_view<const Real> logits; // (T,E)
-    const std::uint8_t* mask;       // (T), or null
-    const Real* slopes;             // (E+1)
-    Real* dlogits;                  // (T,E)
-    Score score;
-    Real scale;
-    bool with_balance, with_z;
-
-    template <class Team>
-    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t t) const
-    {
-        if (mask && mask[t] == 0) return;
-        const int64_t experts = logits.extent(1);
-        const Real* l = logits.data_handle() + t * experts;
-        Real* values = team.template scratch<Real>(experts);
-        Real* out = dlogits + t * experts;
-        const auto row = score.row(team, l, experts);
-        if constexpr (has_log_sum_exp<decltype(row)>) {
-            add(team, row, l, values, out, with_balance, with_z);
-        } else {
-            if (with_balance) add(team, row, l, values, out, true, false);
-            if (with_z) add(team, softmax_score{}.row(team, l, experts), l, values, out, false, true);
-        }
-    }
-
-    template <class Team, class Row>
-    FASTMOE_HOST_DEVICE void add(Team& team, const Row& row, const Real* l, Real* values, Real* out, bool balance,
-                                 bool z) const
-    {
-        if (row.empty()) return;
-        const int64_t experts = logits.extent(1);
-        const Real* s = slopes;
-        const Real total = write_values(team, row, l, experts, values), factor = scale / total;
-        if (balance) {
-            const Real dot = team.reduce(experts, Real(0), adds{}, [=](int64_t e) { return s[e] * values[e]; });
-            const Real mean = dot / total;
-            team.for_each(experts, [=](int64_t e) { out[e] += factor * row.slope(l[e], values[e]) * (s[e] - mean); });
-        }
-        if constexpr (has_log_sum_exp<Row>) {
-            const Real zeta = z ? factor * s[experts] * row.log_sum_exp(total) : Real(0);
-            if (z) team.for_each(experts, [=](int64_t e) { out[e] += zeta * values[e]; });
-        }
-        team.sync(); // before the values are written again
-    }
-};
 
 } // namespace detail
 
@@ -266,26 +94,45 @@ template <class Executor>
 struct implementation<verbs::router_losses, Executor> {
     template <class Real, class Score, class Communicator>
     static void run(Executor& ex, const Score& score, const gate_logits<Real>& in, vector_view<const int32_t> chosen,
-                    int64_t k, balance_loss balance, z_loss z, const Communicator& communicator,
+                    int64_t k, const balance_loss& balance, z_loss z, const Communicator& communicator,
                     const router_losses<Real>& out, arena& scratch)
     {
-        const int64_t tokens = in.logits.extent(0), experts = in.logits.extent(1), width = 2 * experts + 2;
-        const auto blocks = detail::token_blocks::of(tokens);
-        const auto partial = scratch.matrix<Real>(blocks.count, width);
-        const auto totals = scratch.vector<double>(width);
+        const int64_t tokens = in.logits.extent(0), experts = in.logits.extent(1), width = experts + 1;
+        const int64_t sequences = balance.sequences(tokens);
+        const auto blocks = detail::sequence_blocks::of(tokens, sequences);
+        const auto values = scratch.matrix<Real>(blocks.count, experts);
+        const auto sums = scratch.matrix<Real>(blocks.count, width);
+        const auto counts = scratch.matrix<int32_t>(blocks.count, width);
+        const auto totals = scratch.vector<double>(sequences * 2 * width);
+        const auto shares = scratch.vector<double>(balance.sequence ? 2 * sequences + 4 : 0);
         if (scratch.measuring()) return;
-        using sums = detail::router_sums<Real, Score>;
         for_each_row(ex, blocks.count,
-                     sums{in.logits, in.mask.data_handle(), chosen.data_handle(), partial.data_handle(), score, tokens,
-                          k, blocks.size, z.coefficient != 0},
-                     {.width = blocks.size * experts, .scratch_bytes = sums::scratch_bytes(experts)});
-        for_each_row(ex, (width + 63) / 64,
-                     detail::router_totals<Real>{partial.data_handle(), totals.data_handle(), blocks.count, width},
-                     {.width = 64 * blocks.count});
-        communicator.all_reduce(ex, totals);
-        for_each_row(ex, 1,
-                     detail::router_loss_values<Real>{totals.data_handle(), out, experts, k, balance.coefficient,
-                                                      z.coefficient},
+                     detail::router_sums<Real, Score>{in.logits, pointer_or_null(in.mask), chosen.data_handle(),
+                                                      values.data_handle(), sums.data_handle(), counts.data_handle(), score,
+                                                      blocks, k, z.coefficient != 0, ex.faults()},
+                     {.width = blocks.size * experts});
+        double* all = totals.data_handle();
+        const detail::add_sequence_blocks<int32_t> add_counts{counts.data_handle(), all, blocks.each, width, 2 * width};
+        for_each_row(ex, sequences * add_counts.parts(), add_counts, {.width = 64 * blocks.each});
+        const detail::add_sequence_blocks<Real> add_sums{sums.data_handle(), all + width, blocks.each, width, 2 * width};
+        for_each_row(ex, sequences * add_sums.parts(), add_sums, {.width = 64 * blocks.each});
+        Real *losses = out.losses.data_handle(), *slopes = out.slopes.data_handle();
+        if (balance.sequence == 0) {
+            communicator.all_reduce(ex, totals);
+            for_each_row(ex, 1,
+                         detail::batch_losses<Real>{all, pointer_or_null(balance.accumulated), losses, slopes, experts, k,
+                                                    balance.coefficient, z.coefficient},
+                         {.width = experts});
+            return;
+        }
+        const auto together = slice(shares, 2 * sequences, 4);
+        for_each_row(ex, sequences, detail::sequence_share{all, shares.data_handle(), experts, k}, {.width = experts});
+        for_each_row(ex, 4, detail::add_sequences{all, shares.data_handle(), together.data_handle(), experts, sequences},
+                     {.width = sequences});
+        communicator.all_reduce(ex, together);
+        for_each_row(ex, sequences > 0 ? sequences : 1,
+                     detail::sequence_losses<Real>{all, together.data_handle(), losses, slopes, experts, sequences, k,
+                                                   balance.coefficient, z.coefficient},
                      {.width = experts});
     }
 };
@@ -293,55 +140,61 @@ struct implementation<verbs::router_losses, Executor> {
 template <class Executor>
 struct implementation<verbs::router_losses_backward, Executor> {
     template <class Real, class Score>
-    static void run(Executor& ex, const Score& score, const gate_logits<Real>& in, balance_loss balance, z_loss z,
+    static void run(Executor& ex, const Score& score, const gate_logits<Real>& in, const balance_loss& balance, z_loss z,
                     vector_view<const Real> slopes, Real loss_scale, matrix_view<Real> dlogits)
     {
-        const int64_t experts = in.logits.extent(1);
-        for_each_row(ex, in.logits.extent(0),
-                     detail::router_loss_gradient<Real, Score>{in.logits, in.mask.data_handle(), slopes.data_handle(),
-                                                               dlogits.data_handle(), score, loss_scale,
-                                                               balance.coefficient != 0, z.coefficient != 0},
-                     {.width = 8 * experts, .scratch_bytes = experts * static_cast<int64_t>(sizeof(Real)) + 64});
+        const int64_t tokens = in.logits.extent(0), experts = in.logits.extent(1);
+        using gradient = detail::router_loss_gradient<Real, Score>;
+        for_each_row(ex, tokens,
+                     gradient{in.logits, pointer_or_null(in.mask), slopes.data_handle(), dlogits.data_handle(), score,
+                              loss_scale, balance.sequence ? balance.sequence : tokens, balance.sequences(tokens),
+                              balance.coefficient != 0, z.coefficient != 0},
+                     {.width = 8 * experts, .scratch_bytes = gradient::scratch_bytes(experts)});
     }
 };
 
 /// Both losses of the router, and what their backward needs.
-/// @param chosen  the choices before any is dropped for capacity; -1 counts for none; k may be 0   // (T*K)
+/// @param chosen  the choices before any is dropped for capacity; -1 counts for none, as does, recorded and thrown as
+///                ex.deliver_faults() does, an id out of range; k may be 0                                  // (T*K)
 /// @param c       sums over the ranks
-/// @param out     overwritten: losses (2) and slopes (E+1), from reserve_router_losses
+/// @param out     overwritten: losses (2) and slopes (Q*E+1), from reserve_router_losses
 /// @param scratch taken and given back; on a measuring arena only counted
 /// @throws invalid_argument if shapes disagree or a coefficient is not a finite number from 0 on, out_of_memory
 template <executor Executor, class Real, class Score, class Communicator>
 void router_losses_forward(Executor& ex, const Score& score, const gate_logits<Real>& in,
-                           type_identity_t<vector_view<const int32_t>> chosen, int64_t k, balance_loss balance,
+                           type_identity_t<vector_view<const int32_t>> chosen, int64_t k, const balance_loss& balance,
                            z_loss z, const Communicator& c, const router_losses<Real>& out, arena& scratch)
 {
     detail::expects_coefficients(balance, z);
     expects(k >= 0, "k", k, "zero or more");
+    const int64_t tokens = in.logits.extent(0), experts = in.logits.extent(1), sequences = balance.sequences(tokens);
+    if (balance.accumulated.extent(0) != 0) expects_shape(balance.accumulated, "balance.accumulated (E+1)", experts + 1);
     if (!scratch.measuring()) {
         in.expects_sane();
-        expects_shape(chosen, "chosen (T*K)", in.logits.extent(0) * k);
+        expects_shape(chosen, "chosen (T*K)", tokens * k);
         expects_shape(out.losses, "losses (2)", 2);
-        expects_shape(out.slopes, "slopes (E+1)", in.logits.extent(1) + 1);
+        expects_shape(out.slopes, "slopes (Q*E+1)", sequences * experts + 1);
     }
     const int64_t mark = scratch.used();
     implementation<verbs::router_losses, Executor>::run(ex, score, in, chosen, k, balance, z, c, out, scratch);
     scratch.rewind(mark);
+    if (!scratch.measuring()) ex.deliver_faults();
 }
 
 /// dlogits += loss_scale * the gradient of both losses.
-/// @param slopes   what router_losses_forward left                                            // (E+1)
+/// @param slopes   what router_losses_forward left                                            // (Q*E+1)
 /// @param dlogits  added to                                                                   // (T,E)
 /// @throws invalid_argument if shapes disagree
 template <executor Executor, class Real, class Score>
 void router_losses_backward(Executor& ex, const Score& score, const type_identity_t<gate_logits<Real>>& in,
-                            balance_loss balance, z_loss z, type_identity_t<vector_view<const Real>> slopes,
+                            const balance_loss& balance, z_loss z, type_identity_t<vector_view<const Real>> slopes,
                             type_identity_t<Real> loss_scale, matrix_view<Real> dlogits)
 {
     detail::expects_coefficients(balance, z);
     in.expects_sane();
-    expects_shape(slopes, "slopes (E+1)", in.logits.extent(1) + 1);
-    expects_shape(dlogits, "dlogits (T,E)", in.logits.extent(0), in.logits.extent(1));
+    const int64_t tokens = in.logits.extent(0), experts = in.logits.extent(1);
+    expects_shape(slopes, "slopes (Q*E+1)", balance.sequences(tokens) * experts + 1);
+    expects_shape(dlogits, "dlogits (T,E)", tokens, experts);
     if (balance.coefficient == 0 && z.coefficient == 0) return;
     using verb = implementation<verbs::router_losses_backward, Executor>;
     verb::run(ex, score, in, balance, z, slopes, loss_scale, dlogits);

@@ -89,7 +89,7 @@ struct single_score {
     template <class Team, class Real>
     FASTMOE_HOST_DEVICE single_scores<Real, F> row(Team& team, const Real* logits, int64_t experts) const
     {
-        return {logits, bias.data_handle(), greatest(team, logits, experts)};
+        return {logits, pointer_or_null(bias), greatest(team, logits, experts)};
     }
 };
 
@@ -124,7 +124,7 @@ struct biased_softmax_score {
     {
         const auto soft = softmax_score{}.row(team, logits, experts);
         const Real sum = detail::sum_of_values(team, soft, logits, experts);
-        return {soft, bias.data_handle(), sum > Real(0) ? Real(1) / sum : Real(0)};
+        return {soft, pointer_or_null(bias), sum > Real(0) ? Real(1) / sum : Real(0)};
     }
 };
 

@@ -1,14 +1,13 @@
 // SPDX-FileCopyrightText: The FastMoE authors
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-/// A bound on what an expert gets: choices beyond it are dropped, in a chosen order.
+/// A bound on what an expert gets: choices beyond it are dropped, in a chosen order, counted over one rank or over all.
 #pragma once
 
 #include <limits>
 
-#include <fastmoe/ops/bucket.hpp>
-#include <fastmoe/routing/routing.hpp>
-#include <fastmoe/routing/score.hpp>
-#include <fastmoe/routing/select.hpp>
+#include <fastmoe/comm/self.hpp>
+#include <fastmoe/routing/capacity_over_ranks.hpp>
+#include <fastmoe/routing/drop_choices.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI {
 
@@ -19,34 +18,32 @@ enum class drop_order : std::uint8_t {
     by_weight,    ///< the greatest weights; ties by token
 };
 
-/// What happens to the other weights of a token that lost a choice.
-enum class after_drop : std::uint8_t {
-    keep,    ///< nothing
-    rescale, ///< they grow in proportion until the token's sum is what it was
+/// Whose choices the bound counts.
+enum class capacity_scope : std::uint8_t {
+    one_rank,  ///< those of each rank by themselves
+    all_ranks, ///< those of all ranks, rank 0's tokens first: R ranks drop what one rank drops of the joined batch
 };
 
-/// An expert keeps ceil(factor * C / E) of the choices, C = K * T, computed in double; T counts all of this rank's
-/// tokens, masked ones too. Infinity, the default, keeps all; 0 drops all.
+/// An expert keeps ceil(factor * C / E) of the choices, C = K * T, computed in double. T counts all tokens of the rank, or
+/// of all ranks, masked tokens as well: a padding mask frees places, it does not take them. Infinity, the default, keeps
+/// all; 0 drops all.
 struct capacity {
     double factor = std::numeric_limits<double>::infinity();
     drop_order order = drop_order::token_major;
     after_drop weights = after_drop::keep;
+    capacity_scope over = capacity_scope::one_rank;
 
     constexpr bool limited() const noexcept { return factor < std::numeric_limits<double>::infinity(); }
 
     /// Whether the weights that stay grow when others are dropped.
     constexpr bool rescales() const noexcept { return limited() && weights == after_drop::rescale; }
 
-    /// The bound, at most `choices`.
+    /// The bound, at most `choices`: of the rank, or of all ranks.
     /// @throws invalid_argument if factor is negative or NaN
     int64_t of(int64_t choices, int64_t experts) const
     {
         expects(factor >= 0, "capacity.factor", factor, "zero or more");
-        if (!limited() || experts <= 0) return choices;
-        const double bound = factor * static_cast<double>(choices) / static_cast<double>(experts);
-        if (bound >= static_cast<double>(choices)) return choices;
-        const auto below = static_cast<int64_t>(bound);
-        return below + (static_cast<double>(below) < bound);
+        return limited() && experts > 0 ? detail::capacity_of(factor, choices, experts) : choices;
     }
 };
 
@@ -56,160 +53,80 @@ struct apply_capacity;
 
 namespace detail {
 
-/// ranks(c) becomes the place of c among its expert's choices, ordered by expert: offset + rank.
-template <class Key>
-struct sorted_choices {
-    vector_view<int32_t> ranks;   // (C)    by bucket()
-    vector_view<int32_t> counts;  // (E)
-    vector_view<int64_t> offsets; // (E)
-    vector_view<Key> keys;        // (C)    of the weights, by expert, in order of choice
-    vector_view<int32_t> kept;    // (C)    in the same places: 1 or 0
-};
-
-template <class Key>
-struct sort_offsets {
-    sorted_choices<Key> by_expert;
-
-    template <class Team>
-    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t) const
-    {
-        const auto& s = by_expert;
-        team.scan(
-            s.counts.extent(0), int64_t{0}, [](int64_t a, int64_t b) { return a + b; },
-            [&s](int64_t e) { return static_cast<int64_t>(s.counts(e)); },
-            [&s](int64_t e, int64_t start) { s.offsets(e) = start; });
-    }
-};
-
-template <class Real>
-struct sort_keys {
-    routing<Real> route;
-    sorted_choices<order_key<Real>> by_expert;
-
-    FASTMOE_HOST_DEVICE void operator()(int64_t c) const
-    {
-        const int32_t e = route.experts(c);
-        if (e >= 0) by_expert.keys(by_expert.offsets(e) + by_expert.ranks(c)) = ordered(route.weights(c));
-    }
-};
-
-/// Marks the `limit` greatest keys of an expert; of those equal to the least of them, the first.
-template <class Key>
-struct keep_greatest {
-    using vectorized = void;
-    sorted_choices<Key> by_expert;
-    int64_t limit;
-
-    template <class Team>
-    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t e) const
-    {
-        const int64_t n = by_expert.counts(e);
-        const Key* keys = by_expert.keys.data_handle() + by_expert.offsets(e);
-        int32_t* kept = by_expert.kept.data_handle() + by_expert.offsets(e);
-        if (n <= limit || limit == 0) {
-            const int32_t all = limit != 0;
-            team.for_each(n, [=](int64_t i) { kept[i] = all; });
-            return;
-        }
-        const Key least = kth_greatest(team, keys, n, limit);
-        const int32_t above = team.reduce(
-            n, int32_t{0}, adds{}, [=](int64_t i) { return static_cast<int32_t>(keys[i] > least); });
-        const int32_t room = static_cast<int32_t>(limit) - above;
-        team.scan(
-            n, int32_t{0}, adds{}, [=](int64_t i) { return static_cast<int32_t>(keys[i] == least); },
-            [=](int64_t i, int32_t equal) { kept[i] = keys[i] > least || (keys[i] == least && equal < room); });
-    }
-};
-
-/// Drops what is beyond the limit, a token at a time, so that what is left of its weights can grow.
-template <class Real>
-struct drop_choices {
-    routing<Real> route;
-    vector_view<const int32_t> ranks; // (C)
-    int64_t limit;
-    after_drop weights;
-    sorted_choices<order_key<Real>> by_expert;
-    bool by_weight;
-
-    FASTMOE_HOST_DEVICE bool stays(int64_t c) const
-    {
-        const int64_t at = ranks(c);
-        return by_weight ? by_expert.kept(by_expert.offsets(route.experts(c)) + at) != 0 : at < limit;
-    }
-
-    FASTMOE_HOST_DEVICE void operator()(int64_t t) const
-    {
-        Real before = 0, left = 0;
-        for (int64_t c = route.begin(t); c < route.end(t); ++c) {
-            if (route.experts(c) < 0) continue;
-            before += route.weights(c);
-            if (stays(c)) {
-                left += route.weights(c);
-            } else {
-                route.experts(c) = -1;
-                route.weights(c) = Real(0);
-            }
-        }
-        if (weights != after_drop::rescale || left == before || !(left > Real(0))) return;
-        const Real growth = before / left;
-        for (int64_t c = route.begin(t); c < route.end(t); ++c) route.weights(c) *= growth;
-    }
-};
+/// A communicator that never has a second rank.
+template <class C>
+concept alone = requires { requires C::size() == 1; };
 
 } // namespace detail
 
 template <class Executor>
 struct implementation<verbs::apply_capacity, Executor> {
-    template <class Real>
-    static void run(Executor& ex, const capacity& bound, const routing<Real>& route, arena& scratch)
+    template <class Real, class Communicator>
+    static void run(Executor& ex, const capacity& bound, const routing<Real>& route, const Communicator& c, arena& scratch)
     {
-        using key = detail::order_key<Real>;
-        const int64_t choices = route.choices(), experts = route.total_experts, limit = bound.of(choices, experts);
         const bool by_weight = bound.order == drop_order::by_weight;
-        detail::sorted_choices<key> sorted{};
-        sorted.ranks = scratch.vector<int32_t>(choices);
-        sorted.counts = scratch.vector<int32_t>(experts);
+        const int64_t places = bound.order == drop_order::choice_major && route.k > 0 ? route.k : 1;
+        const auto safe = detail::make_safe(ex, route, scratch);
+        if constexpr (!detail::alone<Communicator>)
+            if (bound.over == capacity_scope::all_ranks && c.size() > 1) {
+                if (by_weight) detail::drop_least_of_all(ex, safe, bound.factor, bound.weights, c, scratch);
+                else detail::drop_last_of_all(ex, safe, bound.factor, bound.weights, places, c, scratch);
+                return;
+            }
+        const int64_t choices = route.choices(), experts = route.total_experts, limit = bound.of(choices, experts);
         if (by_weight) {
-            sorted.offsets = scratch.vector<int64_t>(experts);
-            sorted.keys = scratch.vector<key>(choices);
-            sorted.kept = scratch.vector<int32_t>(choices);
-        }
-        const bool columns = bound.order == drop_order::choice_major && route.k > 0;
-        bucket(ex, route.experts, sorted.counts, sorted.ranks, scratch,
-               columns ? bucket_order::by_column : bucket_order::by_position, columns ? route.k : 1);
-        if (scratch.measuring()) return;
-        if (by_weight) {
-            for_each_row(ex, 1, detail::sort_offsets<key>{sorted}, {.width = experts});
-            for_each(ex, choices, detail::sort_keys<Real>{route, sorted});
+            using key = detail::order_key<Real>;
+            const auto sorted = detail::sort_by_weight(ex, safe, scratch);
+            if (scratch.measuring()) return;
             const int64_t mean = experts > 0 ? choices / experts + 1 : 1;
             for_each_row(ex, experts, detail::keep_greatest<key>{sorted, limit}, {.width = 64 * mean});
+            detail::drop(ex, safe, bound.weights, detail::marks_of(sorted));
+            return;
         }
-        for_each(ex, route.tokens,
-                 detail::drop_choices<Real>{route, sorted.ranks, limit, bound.weights, sorted, by_weight});
+        const auto ranks = scratch.vector<int32_t>(choices), counts = scratch.vector<int32_t>(experts);
+        const auto order = places > 1 ? bucket_order::by_column : bucket_order::by_position;
+        bucket(ex, safe.ids, counts, ranks, scratch, order, places);
+        if (!scratch.measuring())
+            detail::drop(ex, safe, bound.weights, detail::before_limit{ranks.data_handle(), limit});
     }
 };
 
 /// Drops choices beyond the capacity: their expert becomes -1, their weight 0. The same choices on any executor.
+/// An id out of range counts as dropped, and so does what stands in a disorderly `first` twice; both are reported as
+/// make_plan does, when all is done.
 /// @param route    ids in [-1, E); read and overwritten
+/// @param c        the ranks whose choices count, if the capacity counts those of all
 /// @param scratch  taken and given back; on a measuring arena only counted
 /// @throws invalid_argument if the factor is negative or NaN, shapes disagree, or choice_major meets ragged choices;
 ///         out_of_memory if the scratch is too small; nothing is written then
-template <executor Executor, class Real>
-void apply_capacity(Executor& ex, const capacity& bound, const routing<Real>& route, arena& scratch)
+template <executor Executor, class Real, class Communicator>
+void apply_capacity(Executor& ex, const capacity& bound, const routing<Real>& route, const Communicator& c, arena& scratch)
 {
     const int64_t limit = bound.of(route.choices(), route.total_experts);
     expects(bound.order != drop_order::choice_major || !route.ragged(), "capacity.order", "choice_major",
             "token_major or by_weight where choices are ragged");
-    if (!bound.limited() || limit >= route.choices()) return;
+    const bool alone = bound.over == capacity_scope::one_rank || c.size() == 1;
+    if (!bound.limited() || route.total_experts <= 0 || (alone && limit >= route.choices())) return;
+    using verb = implementation<verbs::apply_capacity, Executor>;
     const int64_t mark = scratch.used();
     if (!scratch.measuring()) {
         detail::expects_routing(route);
         arena measure;
-        implementation<verbs::apply_capacity, Executor>::run(ex, bound, route, measure);
+        verb::run(ex, bound, route, c, measure);
         scratch.require(measure.bytes());
     }
-    implementation<verbs::apply_capacity, Executor>::run(ex, bound, route, scratch);
+    verb::run(ex, bound, route, c, scratch);
     scratch.rewind(mark);
+    if (!scratch.measuring()) ex.deliver_faults();
+}
+
+/// The same for one rank.
+/// @throws invalid_argument if the capacity counts all ranks' choices, besides
+template <executor Executor, class Real>
+void apply_capacity(Executor& ex, const capacity& bound, const routing<Real>& route, arena& scratch)
+{
+    expects(bound.over == capacity_scope::one_rank, "capacity.over", "all_ranks", "one_rank where no communicator is given");
+    apply_capacity(ex, bound, route, self{}, scratch);
 }
 
 } // namespace fastmoe::inline FASTMOE_ABI

@@ -12,7 +12,7 @@ namespace fastmoe::inline FASTMOE_ABI {
 /// A stable counting sort of choices by expert: within an expert, slots are in choice order. The same routing gives the
 /// same plan on any executor.
 struct plan {
-    vector_view<int32_t> counts;    // (E)    choices that each expert got
+    vector_view<int32_t> counts;    // (E)    choices that each expert got and has a slot for
     vector_view<int64_t> offsets;   // (E+1)  first slot of each expert
     vector_view<int32_t> slot_of;   // (C)    -1: dropped
     vector_view<int32_t> choice_of; // (S)    -1: padding
@@ -20,17 +20,15 @@ struct plan {
     int64_t tokens = 0;             ///< T
     int64_t slots = 0;              ///< S: the bound that buffers are sized by; offsets(E) are in use
     int64_t alignment = 1;          ///< experts start at multiples of it
+    int64_t slots_each = -1;        ///< every expert has exactly so many slots; -1: what its choices and alignment ask
 
     row_groups groups() const noexcept { return {counts, offsets, slots}; }
 };
 
-/// Room for a plan of `choices` choices. S = choices + experts * (alignment - 1).
-inline plan reserve_plan(arena& memory, int64_t tokens, int64_t choices, int64_t experts, int64_t alignment = 1)
+namespace detail {
+
+inline plan reserve_slots(arena& memory, int64_t tokens, int64_t choices, int64_t experts, int64_t slots)
 {
-    expects(alignment >= 1, "alignment", alignment, "1 or more");
-    expects(experts >= 0 && experts <= INT32_MAX, "experts", experts, "0 to 2^31 - 1");
-    const int64_t slots = choices + experts * (alignment - 1);
-    expects(slots <= INT32_MAX, "slots", slots, "at most 2^31 - 1");
     plan p;
     p.counts = memory.vector<int32_t>(experts);
     p.offsets = memory.vector<int64_t>(experts + 1);
@@ -39,7 +37,32 @@ inline plan reserve_plan(arena& memory, int64_t tokens, int64_t choices, int64_t
     p.token_of = memory.vector<int32_t>(slots);
     p.tokens = tokens;
     p.slots = slots;
+    return p;
+}
+
+} // namespace detail
+
+/// Room for a plan of `choices` choices. S = choices + experts * (alignment - 1).
+inline plan reserve_plan(arena& memory, int64_t tokens, int64_t choices, int64_t experts, int64_t alignment = 1)
+{
+    expects(alignment >= 1, "alignment", alignment, "1 or more");
+    expects(experts >= 0 && experts <= INT32_MAX, "experts", experts, "0 to 2^31 - 1");
+    const int64_t slots = choices + experts * (alignment - 1);
+    expects(slots <= INT32_MAX, "slots", slots, "at most 2^31 - 1");
+    plan p = detail::reserve_slots(memory, tokens, choices, experts, slots);
     p.alignment = alignment;
+    return p;
+}
+
+/// Room for a plan that pads every expert to `slots_each` slots, such as a capacity: expert e has slots [e * slots_each,
+/// (e + 1) * slots_each), its choices first. S = experts * slots_each. Choices beyond that are dropped, the last first.
+inline plan reserve_padded_plan(arena& memory, int64_t tokens, int64_t choices, int64_t experts, int64_t slots_each)
+{
+    expects(slots_each >= 0, "slots_each", slots_each, "zero or more");
+    expects(experts >= 0 && experts <= INT32_MAX, "experts", experts, "0 to 2^31 - 1");
+    expects(slots_each == 0 || experts <= INT32_MAX / slots_each, "slots_each", slots_each, "at most 2^31 - 1 slots in all");
+    plan p = detail::reserve_slots(memory, tokens, choices, experts, experts * slots_each);
+    p.slots_each = slots_each;
     return p;
 }
 
@@ -65,29 +88,6 @@ void expects_plan(const plan& p, const routing<Real>& route)
     expects_shape(p.choice_of, "plan.choice_of (S)", p.slots);
     expects_shape(p.token_of, "plan.token_of (S)", p.slots);
 }
-
-/// The offsets of ragged choices as they should be: from 0, without a decrease, up to C. So no choice belongs to two
-/// tokens, and whatever stands in `first`, each is written by one of them or by none.
-template <class Real>
-struct repair_first {
-    routing<Real> route;
-    vector_view<int32_t> repaired; // (T+1)
-    fault_recorder faults;
-
-    template <class Team>
-    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t) const
-    {
-        if (team.lane() != 0) return;
-        int32_t least = 0;
-        for (int64_t t = 0; t <= route.tokens; ++t) {
-            const int32_t here = route.first(t);
-            const bool wrong = here < least || here > route.choices() || (t == 0 && here != 0);
-            if (wrong) faults.record(fault_kind::first_out_of_order, t, here);
-            else least = here;
-            repaired(t) = least;
-        }
-    }
-};
 
 /// Copies ids, with -1 for those that are out of range or stand earlier in the same token, and records both.
 /// Few choices are compared with each other; many are looked up in a table of the token that last chose an expert.
@@ -139,9 +139,18 @@ struct plan_offsets {
     FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t) const
     {
         const auto& self = p;
+        const int64_t each = p.slots_each;
+        if (each >= 0) {
+            team.for_each(self.counts.extent(0), [&self, each](int64_t e) {
+                if (self.counts(e) > each) self.counts(e) = static_cast<int32_t>(each);
+            });
+            team.sync();
+        }
         const int64_t total = team.scan(
             self.counts.extent(0), int64_t{0}, [](int64_t a, int64_t b) { return a + b; },
-            [&self](int64_t e) { return (self.counts(e) + self.alignment - 1) / self.alignment * self.alignment; },
+            [&self, each](int64_t e) {
+                return each >= 0 ? each : (self.counts(e) + self.alignment - 1) / self.alignment * self.alignment;
+            },
             [&self](int64_t e, int64_t start) { self.offsets(e) = start; });
         if (team.lane() == 0) self.offsets(self.counts.extent(0)) = total;
     }
@@ -174,6 +183,10 @@ struct place_choices {
         for (int64_t c = route.begin(t); c < route.end(t); ++c) {
             const int32_t e = ids(c);
             if (e < 0) continue;
+            if (p.slots_each >= 0 && p.slot_of(c) >= p.slots_each) {
+                p.slot_of(c) = -1;
+                continue;
+            }
             const auto s = static_cast<int32_t>(p.offsets(e) + p.slot_of(c));
             p.slot_of(c) = s;
             p.choice_of(s) = static_cast<int32_t>(c);

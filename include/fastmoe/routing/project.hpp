@@ -126,7 +126,7 @@ void project_rows_backward(Executor& ex, matrix_view<const Real> dlogits, matrix
 /// logits = x gate^T + bias, in accumulate_t.
 /// @param x        the tokens                                                                  // (T,D)
 /// @param gate     the router; may be of another type than x                                   // (E,D)
-/// @param bias     without memory: none                                                        // (E)
+/// @param bias     without memory, or empty: none                                                        // (E)
 /// @param logits   overwritten                                                                 // (T,E)
 /// @param scratch  taken and given back; on a measuring arena only counted
 /// @throws invalid_argument if shapes disagree, out_of_memory; nothing is written then
@@ -139,11 +139,11 @@ void project(Executor& ex, matrix_view<T> x, matrix_view<W> gate, vector_view<B>
         expects_shape(logits, "logits (T,E)", tokens, experts);
         expects_shape(gate, "gate (E,D)", experts, x.extent(1));
         expects_shape(x, "x (T,D)", tokens, x.extent(1));
-        if (bias.data_handle()) expects_shape(bias, "gate bias (E)", experts);
+        if (pointer_or_null(bias)) expects_shape(bias, "gate bias (E)", experts);
     }
     detail::with_scratch(scratch, [&](arena& memory) {
         gemm::portable{}.forward(ex, one_group(ex, tokens, memory), plain_rows<std::remove_const_t<T>>{x}, single(gate),
-                                 matrix_view<B>(bias.data_handle(), 1, experts), logits, no_epilogue{}, memory);
+                                 matrix_view<B>(pointer_or_null(bias), 1, experts), logits, no_epilogue{}, memory);
     });
 }
 
@@ -190,14 +190,14 @@ void project_weights_backward(Executor& ex,
         expects_shape(dgate, "dgate (E,D)", experts, x.extent(1));
         expects_shape(x, "x (T,D)", tokens, x.extent(1));
         expects_shape(dlogits, "dlogits (T,E)", tokens, experts);
-        if (dbias.data_handle()) expects_shape(dbias, "dbias (E)", experts);
+        if (pointer_or_null(dbias)) expects_shape(dbias, "dbias (E)", experts);
     }
     detail::with_scratch(scratch, [&](arena& memory) {
         const row_groups all = one_group(ex, tokens, memory);
         const auto index = detail::chosen_rows(ex, dlogits, memory);
         gemm::portable{}.wgrad(ex, all, indexed_rows<real>{dlogits, index}, indexed_rows<element>{x, index}, single(dgate),
                                mode, memory);
-        if (!memory.measuring() && dbias.data_handle())
+        if (!memory.measuring() && pointer_or_null(dbias))
             sum_groups(ex, plain_rows<real>{dlogits}, all.counts, all.offsets, unit_scale<real>{},
                        matrix_view<G>(dbias.data_handle(), 1, experts), mode);
     });

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <fastmoe/core/dtype.hpp>
+#include <fastmoe/exec/executor.hpp>
 #include <fastmoe/exec/memory.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI {
@@ -55,6 +56,29 @@ void expects_routing(const routing<Real>& r)
     expects_shape(r.experts, "routing.experts (C)", r.choices());
     expects_shape(r.weights, "routing.weights (C)", r.choices());
 }
+
+/// The offsets of ragged choices as they should be: from 0, without a decrease, up to C. So no choice belongs to two
+/// tokens, and whatever stands in `first`, each is written by one of them or by none.
+template <class Real>
+struct repair_first {
+    routing<Real> route;
+    vector_view<int32_t> repaired; // (T+1)
+    fault_recorder faults;
+
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t) const
+    {
+        if (team.lane() != 0) return;
+        int32_t least = 0;
+        for (int64_t t = 0; t <= route.tokens; ++t) {
+            const int32_t here = route.first(t);
+            const bool wrong = here < least || here > route.choices() || (t == 0 && here != 0);
+            if (wrong) faults.record(fault_kind::first_out_of_order, t, here);
+            else least = here;
+            repaired(t) = least;
+        }
+    }
+};
 
 } // namespace detail
 

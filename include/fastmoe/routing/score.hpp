@@ -20,6 +20,7 @@
 
 #include <limits>
 
+#include <fastmoe/core/error.hpp>
 #include <fastmoe/core/math.hpp>
 #include <fastmoe/exec/team.hpp>
 
@@ -120,10 +121,16 @@ struct softmax_score {
 
 /// Weights are the chosen scores divided by their sum: after softmax_score, softmax over the chosen alone, with the
 /// same gradient. With one choice the weight is constant and the router gets no gradient, so training refuses K = 1.
-/// A weighing policy states over_chosen, and epsilon where that is true.
+/// A weighing policy states over_chosen, and epsilon where that is true; check(experts, k) may throw.
 struct renormalize {
     static constexpr bool over_chosen = true;
     double epsilon = 0; ///< added to the sum, as sigmoid routers do (1e-20); not where all scores sum to one
+
+    /// @throws invalid_argument if epsilon is negative or not finite
+    void check(int64_t, int64_t) const
+    {
+        expects(epsilon >= 0 && epsilon - epsilon == 0, "weigh.epsilon", epsilon, "a finite number from 0 on");
+    }
 };
 
 /// Weights are the scores as they are (Switch, GShard, DeepSeek-V2): after softmax_score, probabilities over all.

@@ -19,6 +19,17 @@ namespace fastmoe::inline FASTMOE_ABI {
 
 namespace detail {
 
+/// Blocks of tokens whose sums are taken on their own: cut by the shape alone.
+struct token_blocks {
+    int64_t size, count;
+
+    static constexpr token_blocks of(int64_t tokens) noexcept
+    {
+        const int64_t size = tokens / 512 > 64 ? (tokens + 511) / 512 : 64;
+        return {size, (tokens + size - 1) / size};
+    }
+};
+
 /// All in double, whatever the logits are: the choice then depends on how sums were ordered only where two scores agree
 /// in some fifteen digits, and where they agree by symmetry, v is rounded, see settle_scales.
 template <class Real>

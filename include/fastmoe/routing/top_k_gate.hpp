@@ -18,7 +18,7 @@ template <class Real>
 struct top_k_state {
     fastmoe::routing<Real> routing;
     vector_view<Real> losses;    // (2)    balance, z: times their coefficients; zero in inference
-    vector_view<Real> slopes;    // (E+1)  see router_losses; without memory if there is no loss
+    vector_view<Real> slopes;    // (Q*E+1) see router_losses; without memory if there is no loss
     vector_view<int32_t> chosen; // (T*K)  before capacity; routing.experts itself if that is not limited
 };
 
@@ -121,11 +121,11 @@ struct top_k_gate {
     template <class Real>
     top_k_state<Real> reserve(arena& memory, int64_t tokens) const
     {
-        expects_sane();
+        expects_room<Real>();
         top_k_state<Real> state;
         state.routing = reserve_routing<Real>(memory, tokens, experts, k);
         state.losses = memory.vector<Real>(2);
-        if (has_loss()) state.slopes = memory.vector<Real>(experts + 1);
+        if (has_loss()) state.slopes = memory.vector<Real>(balance.sequences(tokens) * experts + 1);
         state.chosen = capacity.limited() ? memory.vector<int32_t>(tokens * k) : state.routing.experts;
         return state;
     }
@@ -138,7 +138,7 @@ struct top_k_gate {
     void route(Executor& ex, const gate_input<T>& in, const Communicator& c, const top_k_state<Real>& state,
                arena& scratch) const
     {
-        expects_sane();
+        expects_room<Real>();
         if (in.mode == gate_mode::training) check_training();
         if (!scratch.measuring()) {
             expects_state(state);
@@ -184,6 +184,7 @@ struct top_k_gate {
         detail::expects_coefficients(balance, z);
         detail::check_policy(score, experts, k);
         detail::check_policy(select, experts, k);
+        detail::check_policy(weigh, experts, k);
     }
 
 private:
@@ -205,6 +206,15 @@ private:
                 "state.chosen", "state.routing.experts", "memory of its own for a gate with capacity");
     }
 
+    /// expects_sane(), and that a team has room to choose and to weigh.
+    template <class Real>
+    void expects_room() const
+    {
+        expects_sane();
+        detail::expects_team_room(select.template scratch_bytes<Real>(experts, k), "experts", experts);
+        detail::expects_team_room(detail::weigh_scratch_bytes<Real>(k), "k", k);
+    }
+
     bool has_loss() const noexcept { return balance.coefficient != 0 || z.coefficient != 0; }
 
     void check_training() const
@@ -220,7 +230,7 @@ private:
         implementation<verbs::choose, Executor>::run(
             ex, state.routing.tokens,
             detail::choose_row<Real, Score, Select, Weigh>{
-                in.logits, in.mask.data_handle(), state.routing.experts.data_handle(), state.chosen.data_handle(),
+                in.logits, pointer_or_null(in.mask), state.routing.experts.data_handle(), state.chosen.data_handle(),
                 state.routing.weights.data_handle(), score, select, weigh, k, static_cast<Real>(scale)},
             select.template scratch_bytes<Real>(experts, k));
     }
@@ -235,7 +245,7 @@ private:
             router_losses_forward(ex, score, gate_logits<Real>{in.logits, in.mask}, state.routing.experts, k, balance,
                                   z, c, router_losses<Real>{state.losses, state.slopes}, scratch);
         else if (live) for_each(ex, 2, detail::fill<Real>{state.losses.data_handle(), Real(0)});
-        apply_capacity(ex, capacity, state.routing, scratch);
+        apply_capacity(ex, capacity, state.routing, c, scratch);
     }
 };
 

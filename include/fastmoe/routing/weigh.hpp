@@ -10,7 +10,12 @@
 ///     dv[k] = (g[k] - <g, v> / d) / d      where d is a sum; over all experts, the second term goes to every expert
 ///     dl[e] = row.slope dv[e]
 ///
-/// A choice that was dropped afterwards is constant; rescaled weights are w[k] sum(w) / sum(kept w).
+/// A choice that was dropped afterwards is constant. Rescaled weights are w[k] S / R, with S the sum of the magnitudes of
+/// all that were chosen and R that of the kept; with m = <g, v> / R over the kept, their g[k] becomes
+///
+///     (g[k] - m) S / R + m                 and m for those that were dropped
+///
+/// No sum is inverted before it meets a value that it bounds, so sums that are subnormal do no harm.
 #pragma once
 
 #include <fastmoe/exec/executor.hpp>
@@ -38,6 +43,20 @@ template <class Score, class Real>
 using score_row_t = decltype(std::declval<const Score&>().row(std::declval<single_lane_team&>(),
                                                               std::declval<const Real*>(), int64_t{}));
 
+/// Refuses what a team has no scratch for, before anything is written.
+inline void expects_team_room(int64_t bytes, const char* argument, int64_t value)
+{
+    expects(bytes <= team_scratch_bytes, argument, value, "less: a team would need ", bytes, " bytes of scratch and has ",
+            team_scratch_bytes);
+}
+
+/// What a team needs to turn the gradients of up to `most` weights into those of logits.
+template <class Real>
+constexpr int64_t weigh_scratch_bytes(int64_t most) noexcept
+{
+    return 2 * most * static_cast<int64_t>(sizeof(Real)) + 128;
+}
+
 /// K choices of every token.
 struct fixed_choices {
     int64_t k;
@@ -61,6 +80,20 @@ FASTMOE_HOST_DEVICE constexpr bool divides_by_chosen(int64_t n) noexcept
     return Weigh::over_chosen && (Row::sums_to_one || n > 1);
 }
 
+/// The quotient first: the inverse of a subnormal divisor is infinite.
+template <class Real>
+FASTMOE_HOST_DEVICE constexpr Real weight_of(Real value, Real divisor, Real scale) noexcept
+{
+    return value / divisor * scale;
+}
+
+/// What rescaling after a drop did to a token's weights.
+template <class Real>
+struct growth {
+    bool any;             ///< whether they grew
+    Real all, kept, mean; ///< S, R and m at the top of this file
+};
+
 /// Turns n chosen values into weights, in place. All zeros stay zeros.
 /// @param n  choices of the token, dropped ones included with value 0
 template <class Team, class Weigh, class Row, class Real>
@@ -78,8 +111,8 @@ FASTMOE_HOST_DEVICE void divide_values(Team& team, const Weigh& weigh, const Row
     } else if constexpr (Row::sums_to_one) {
         divisor = sum_of_values(team, row, logits, experts);
     }
-    const Real factor = scale / (divisor == Real(0) ? Real(1) : divisor);
-    team.for_each(n, [=](int64_t j) { values[j] *= factor; });
+    divisor = divisor == Real(0) ? Real(1) : divisor;
+    team.for_each(n, [=](int64_t j) { values[j] = weight_of(values[j], divisor, scale); });
 }
 
 /// Weighs choices that are given.
@@ -114,6 +147,7 @@ struct weigh_given {
 template <class Real, class Score, class Weigh, class Range>
 struct weigh_row_backward {
     using vectorized = void;
+    using real = Real;
     matrix_view<const Real> logits; // (T,E)
     const int32_t* chosen;          // (C)    before anything was dropped
     const int32_t* kept;            // (C)    after it
@@ -124,11 +158,6 @@ struct weigh_row_backward {
     Weigh weigh;
     Real scale;
     bool rescaled;
-
-    static constexpr int64_t scratch_bytes(int64_t most) noexcept
-    {
-        return 2 * most * static_cast<int64_t>(sizeof(Real)) + 128;
-    }
 
     template <class Team>
     FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t t) const
@@ -147,7 +176,7 @@ struct weigh_row_backward {
         const auto row = score.row(team, l, all);
         using Row = std::remove_cvref_t<decltype(row)>;
         team.for_each(n, [=](int64_t j) { value[j] = ids[j] >= 0 ? row.value(l[ids[j]]) : Real(0); });
-        read_gradient(team, begin, n, value, gradient);
+        read_gradient(team, begin, n, gradient);
         team.sync();
         constexpr bool over_all = !Weigh::over_chosen && Row::sums_to_one;
         const bool over_chosen = divides_by_chosen<Row, Weigh>(n);
@@ -160,41 +189,57 @@ struct weigh_row_backward {
             divisor = sum_of_values(team, row, l, all);
         }
         if (divisor == Real(0)) divisor = 1;
+        const growth<Real> grown = growth_of(team, begin, n, value, gradient, divisor);
+        const int32_t* stays = kept + begin;
+        const Real inverse = grown.any ? grown.all / divisor : Real(0); // S / d
         if (over_chosen || over_all)
-            common = team.reduce(n, Real(0), adds{}, [=](int64_t j) { return gradient[j] * value[j]; }) / divisor;
-        const Real factor = Real(1) / divisor, shared = over_all ? common * factor : Real(0);
+            common = grown.any ? grown.mean * inverse : team.reduce(n, Real(0), adds{}, [=](int64_t j) {
+                return gradient[j] * (value[j] / divisor);
+            });
         if constexpr (over_all)
-            team.for_each(all, [=](int64_t e) { out[e] = -shared * row.slope(l[e], row.value(l[e])); });
+            team.for_each(all, [=](int64_t e) { out[e] = -common * (row.slope(l[e], row.value(l[e])) / divisor); });
         else team.for_each(all, [=](int64_t e) { out[e] = Real(0); });
         team.sync();
         team.for_each(n, [=](int64_t j) {
             const int64_t e = ids[j];
-            if (e >= 0) out[e] = row.slope(l[e], value[j]) * (gradient[j] - common) * factor;
+            if (e < 0) return;
+            const Real slope = row.slope(l[e], value[j]), mean = value[j] < Real(0) ? -grown.mean : grown.mean;
+            const Real own = (slope / divisor) * ((grown.any ? mean : gradient[j]) - common);
+            out[e] = grown.any && stays[j] >= 0 ? own + (slope / grown.kept) * inverse * (gradient[j] - mean) : own;
         });
     }
 
-    /// The gradient of the weights as they were before a choice was dropped, times scale.
+    /// The gradient of the weights that are left, times scale; 0 for the dropped.
     template <class Team>
-    FASTMOE_HOST_DEVICE void read_gradient(Team& team, int64_t begin, int64_t n, const Real* value, Real* gradient) const
+    FASTMOE_HOST_DEVICE void read_gradient(Team& team, int64_t begin, int64_t n, Real* gradient) const
     {
         const int32_t* stays = kept + begin;
         const Real* given = dweights + begin;
         const Real factor = scale;
         team.for_each(n, [=](int64_t j) { gradient[j] = stays[j] >= 0 ? factor * given[j] : Real(0); });
-        if (!rescaled) return;
-        team.sync();
-        // Factors that weights share cancel: values stand for them.
-        const auto left = [=](int64_t j) { return stays[j] >= 0 ? value[j] : Real(0); };
-        const Real sum = team.reduce(n, Real(0), adds{}, [=](int64_t j) { return value[j]; });
-        const Real rest = team.reduce(n, Real(0), adds{}, left);
-        const Real dot = team.reduce(n, Real(0), adds{}, [=](int64_t j) { return gradient[j] * value[j]; });
-        team.sync();
-        if (!(rest > Real(0))) return;
-        const Real growth = sum / rest;
-        team.for_each(n, [=](int64_t j) {
-            const Real own = stays[j] >= 0 ? growth * (gradient[j] - dot / rest) : Real(0);
-            gradient[j] = own + dot / rest;
+    }
+
+    /// Weights grew if one was dropped and what is left is not all 0, as the forward pass computed it.
+    template <class Team>
+    FASTMOE_HOST_DEVICE growth<Real> growth_of(Team& team, int64_t begin, int64_t n, const Real* value,
+                                               const Real* gradient, Real divisor) const
+    {
+        if (!rescaled) return {};
+        const int32_t *ids = chosen + begin, *stays = kept + begin;
+        const Real factor = scale;
+        const auto size = [=](int64_t j) { return value[j] < Real(0) ? -value[j] : value[j]; };
+        const int32_t lost = team.reduce(
+            n, int32_t{0}, greater_of{}, [=](int64_t j) { return static_cast<int32_t>(ids[j] >= 0 && stays[j] < 0); });
+        const int32_t left = team.reduce(n, int32_t{0}, greater_of{}, [=](int64_t j) {
+            return static_cast<int32_t>(stays[j] >= 0 && weight_of(value[j], divisor, factor) != Real(0));
         });
+        if (lost == 0 || left == 0) return {};
+        const Real sum = team.reduce(n, Real(0), adds{}, size);
+        const Real rest = team.reduce(n, Real(0), adds{}, [=](int64_t j) { return stays[j] >= 0 ? size(j) : Real(0); });
+        const Real mean = team.reduce(n, Real(0), adds{}, [=](int64_t j) {
+            return stays[j] >= 0 ? gradient[j] * (value[j] / rest) : Real(0);
+        });
+        return {true, sum, rest, mean};
     }
 };
 
@@ -214,8 +259,8 @@ struct implementation<verbs::weigh_backward, Executor> {
     template <class Functor>
     static void run(Executor& ex, const Functor& f, int64_t most)
     {
-        for_each_row(ex, f.logits.extent(0), f,
-                     {.width = 2 * f.logits.extent(1), .scratch_bytes = Functor::scratch_bytes(most)});
+        const int64_t bytes = detail::weigh_scratch_bytes<typename Functor::real>(most);
+        for_each_row(ex, f.logits.extent(0), f, {.width = 2 * f.logits.extent(1), .scratch_bytes = bytes});
     }
 };
 
