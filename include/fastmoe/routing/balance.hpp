@@ -13,14 +13,20 @@
 #pragma once
 
 #include <fastmoe/comm/communicator.hpp>
+#include <fastmoe/routing/block_sums.hpp>
 #include <fastmoe/routing/gate.hpp>
 #include <fastmoe/routing/score.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI {
 
+/// What c counts: all K choices of a token, so that f_e = c_e / (K T), or its first alone, f_e = c_e / T (GShard,
+/// Lepikhin et al. 2020, algorithm 1).
+enum class counted_choices : std::uint8_t { all, first };
+
 /// The loss of Switch and GShard; 1 times the coefficient where experts are used evenly.
 struct balance_loss {
     double coefficient = 0;
+    counted_choices counts = counted_choices::all;
 };
 
 /// The router z-loss.
@@ -61,17 +67,6 @@ struct router_losses_backward;
 
 namespace detail {
 
-/// Blocks of tokens whose sums are taken on their own: cut by the shape alone.
-struct token_blocks {
-    int64_t size, count;
-
-    static constexpr token_blocks of(int64_t tokens) noexcept
-    {
-        const int64_t size = tokens / 512 > 64 ? (tokens + 511) / 512 : 64;
-        return {size, (tokens + size - 1) / size};
-    }
-};
-
 /// Writes every expert's value; returns their sum.
 template <class Team, class Row, class Real>
 FASTMOE_HOST_DEVICE Real write_values(Team& team, const Row& row, const Real* logits, int64_t experts, Real* values)
@@ -101,7 +96,7 @@ struct router_sums {
     const int32_t* chosen;          // (T,K)
     Real* partial;                  // (blocks,2E+2)
     Score score;
-    int64_t tokens, k, block_size;
+    int64_t tokens, k, each, block_size; ///< of the K choices of a token, `each` are counted
     bool with_z;
 
     static constexpr int64_t scratch_bytes(int64_t experts) noexcept
@@ -127,7 +122,7 @@ struct router_sums {
             ++counted;
             squares += add_token(team, t, values, sum);
             if (team.lane() != 0) continue;
-            for (int64_t c = t * k; c < (t + 1) * k; ++c)
+            for (int64_t c = t * k; c < t * k + each; ++c)
                 if (chosen[c] >= 0) ++count[chosen[c]];
         }
         team.sync();
@@ -160,27 +155,6 @@ struct router_sums {
             z = soft.log_sum_exp(sum_of_values(team, soft, l, experts));
         }
         return z * z;
-    }
-};
-
-/// Adds the blocks' partial sums, in order and in double.
-template <class Real>
-struct router_totals {
-    using vectorized = void;
-    const Real* partial; // (blocks,2E+2)
-    double* totals;      // (2E+2)
-    int64_t blocks, width;
-
-    template <class Team>
-    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t part) const
-    {
-        const int64_t begin = part * 64, n = width - begin < 64 ? width - begin : 64;
-        const Real* from = partial + begin;
-        double* to = totals + begin;
-        const int64_t stride = width;
-        team.for_each(n, [=](int64_t i) { to[i] = 0; });
-        for (int64_t b = 0; b < blocks; ++b, from += stride)
-            team.for_each(n, [=](int64_t i) { to[i] += static_cast<double>(from[i]); });
     }
 };
 
@@ -270,6 +244,7 @@ struct implementation<verbs::router_losses, Executor> {
                     const router_losses<Real>& out, arena& scratch)
     {
         const int64_t tokens = in.logits.extent(0), experts = in.logits.extent(1), width = 2 * experts + 2;
+        const int64_t counted = balance.counts == counted_choices::first && k > 0 ? 1 : k;
         const auto blocks = detail::token_blocks::of(tokens);
         const auto partial = scratch.matrix<Real>(blocks.count, width);
         const auto totals = scratch.vector<double>(width);
@@ -277,15 +252,13 @@ struct implementation<verbs::router_losses, Executor> {
         using sums = detail::router_sums<Real, Score>;
         for_each_row(ex, blocks.count,
                      sums{in.logits, in.mask.data_handle(), chosen.data_handle(), partial.data_handle(), score, tokens,
-                          k, blocks.size, z.coefficient != 0},
+                          k, counted, blocks.size, z.coefficient != 0},
                      {.width = blocks.size * experts, .scratch_bytes = sums::scratch_bytes(experts)});
-        for_each_row(ex, (width + 63) / 64,
-                     detail::router_totals<Real>{partial.data_handle(), totals.data_handle(), blocks.count, width},
-                     {.width = 64 * blocks.count});
+        detail::sum_blocks(ex, partial, totals);
         communicator.all_reduce(ex, totals);
         for_each_row(ex, 1,
-                     detail::router_loss_values<Real>{totals.data_handle(), out, experts, k, balance.coefficient,
-                                                      z.coefficient},
+                     detail::router_loss_values<Real>{totals.data_handle(), out, experts, counted,
+                                                      balance.coefficient, z.coefficient},
                      {.width = experts});
     }
 };
@@ -343,8 +316,7 @@ void router_losses_backward(Executor& ex, const Score& score, const type_identit
     expects_shape(slopes, "slopes (E+1)", in.logits.extent(1) + 1);
     expects_shape(dlogits, "dlogits (T,E)", in.logits.extent(0), in.logits.extent(1));
     if (balance.coefficient == 0 && z.coefficient == 0) return;
-    using verb = implementation<verbs::router_losses_backward, Executor>;
-    verb::run(ex, score, in, balance, z, slopes, loss_scale, dlogits);
+    implementation<verbs::router_losses_backward, Executor>::run(ex, score, in, balance, z, slopes, loss_scale, dlogits);
 }
 
 } // namespace fastmoe::inline FASTMOE_ABI

@@ -110,6 +110,32 @@ struct weigh_given {
     }
 };
 
+/// The gradient of a token's weights as they were before a choice was dropped, times scale.
+/// @param stays     -1 where a choice was dropped                                               // (n)
+/// @param given     the gradient of what is left; of a dropped choice not read                  // (n)
+/// @param rescaled  whether what is left has grown to the sum that was
+/// @param value     the weights before, up to a factor that the token shares                    // (n)
+/// @param gradient  overwritten; lanes see their own elements until the next sync               // (n)
+template <class Team, class Real>
+FASTMOE_HOST_DEVICE void read_gradient(Team& team, int64_t n, const int32_t* stays, const Real* given, Real scale,
+                                       bool rescaled, const Real* value, Real* gradient)
+{
+    team.for_each(n, [=](int64_t j) { gradient[j] = stays[j] >= 0 ? scale * given[j] : Real(0); });
+    if (!rescaled) return;
+    team.sync();
+    const auto left = [=](int64_t j) { return stays[j] >= 0 ? value[j] : Real(0); };
+    const Real sum = team.reduce(n, Real(0), adds{}, [=](int64_t j) { return value[j]; });
+    const Real rest = team.reduce(n, Real(0), adds{}, left);
+    const Real dot = team.reduce(n, Real(0), adds{}, [=](int64_t j) { return gradient[j] * value[j]; });
+    team.sync();
+    if (!(rest > Real(0))) return;
+    const Real growth = sum / rest;
+    team.for_each(n, [=](int64_t j) {
+        const Real own = stays[j] >= 0 ? growth * (gradient[j] - dot / rest) : Real(0);
+        gradient[j] = own + dot / rest;
+    });
+}
+
 /// See the top of this file.
 template <class Real, class Score, class Weigh, class Range>
 struct weigh_row_backward {
@@ -147,7 +173,7 @@ struct weigh_row_backward {
         const auto row = score.row(team, l, all);
         using Row = std::remove_cvref_t<decltype(row)>;
         team.for_each(n, [=](int64_t j) { value[j] = ids[j] >= 0 ? row.value(l[ids[j]]) : Real(0); });
-        read_gradient(team, begin, n, value, gradient);
+        read_gradient(team, n, kept + begin, dweights + begin, scale, rescaled, value, gradient);
         team.sync();
         constexpr bool over_all = !Weigh::over_chosen && Row::sums_to_one;
         const bool over_chosen = divides_by_chosen<Row, Weigh>(n);
@@ -170,30 +196,6 @@ struct weigh_row_backward {
         team.for_each(n, [=](int64_t j) {
             const int64_t e = ids[j];
             if (e >= 0) out[e] = row.slope(l[e], value[j]) * (gradient[j] - common) * factor;
-        });
-    }
-
-    /// The gradient of the weights as they were before a choice was dropped, times scale.
-    template <class Team>
-    FASTMOE_HOST_DEVICE void read_gradient(Team& team, int64_t begin, int64_t n, const Real* value, Real* gradient) const
-    {
-        const int32_t* stays = kept + begin;
-        const Real* given = dweights + begin;
-        const Real factor = scale;
-        team.for_each(n, [=](int64_t j) { gradient[j] = stays[j] >= 0 ? factor * given[j] : Real(0); });
-        if (!rescaled) return;
-        team.sync();
-        // Factors that weights share cancel: values stand for them.
-        const auto left = [=](int64_t j) { return stays[j] >= 0 ? value[j] : Real(0); };
-        const Real sum = team.reduce(n, Real(0), adds{}, [=](int64_t j) { return value[j]; });
-        const Real rest = team.reduce(n, Real(0), adds{}, left);
-        const Real dot = team.reduce(n, Real(0), adds{}, [=](int64_t j) { return gradient[j] * value[j]; });
-        team.sync();
-        if (!(rest > Real(0))) return;
-        const Real growth = sum / rest;
-        team.for_each(n, [=](int64_t j) {
-            const Real own = stays[j] >= 0 ? growth * (gradient[j] - dot / rest) : Real(0);
-            gradient[j] = own + dot / rest;
         });
     }
 };
