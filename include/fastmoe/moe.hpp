@@ -16,11 +16,16 @@
 #include <fastmoe/routing/balanced_assignment.hpp>
 #include <fastmoe/routing/bias_update.hpp>
 #include <fastmoe/routing/biased_score.hpp>
+#include <fastmoe/routing/cosine_gate.hpp>
 #include <fastmoe/routing/expert_choice.hpp>
 #include <fastmoe/routing/group_limited.hpp>
+#include <fastmoe/routing/gshard_gate.hpp>
+#include <fastmoe/routing/importance.hpp>
 #include <fastmoe/routing/load.hpp>
 #include <fastmoe/routing/lookup.hpp>
+#include <fastmoe/routing/noisy_gate.hpp>
 #include <fastmoe/routing/sinkhorn.hpp>
+#include <fastmoe/routing/sparse_mixer_gate.hpp>
 #include <fastmoe/routing/swipe.hpp>
 #include <fastmoe/routing/token_rounding.hpp>
 #include <fastmoe/routing/top_k_gate.hpp>

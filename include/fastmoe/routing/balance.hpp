@@ -18,6 +18,10 @@
 
 namespace fastmoe::inline FASTMOE_ABI {
 
+/// What c counts: all K choices of a token, so that f_e = c_e / (K T), or its first alone, f_e = c_e / T (GShard,
+/// Lepikhin et al. 2020, algorithm 1).
+enum class counted_choices : std::uint8_t { all, first };
+
 /// The loss of Switch and GShard; 1 times the coefficient where experts are used evenly.
 struct balance_loss {
     double coefficient = 0;
@@ -27,6 +31,8 @@ struct balance_loss {
     /// The loss of the global batch (Qwen3): every training route adds its counts c and, last, its tokens, of all ranks, and
     /// f is that of the sums. Memory of the executor, set to zero before the first microbatch; empty: f of this batch.
     vector_view<int64_t> accumulated{}; // (E+1)
+
+    counted_choices counts = counted_choices::all;
 
     /// How many sequences a rank's tokens are.
     /// @throws invalid_argument if sequences do not divide the tokens
@@ -99,6 +105,7 @@ struct implementation<verbs::router_losses, Executor> {
     {
         const int64_t tokens = in.logits.extent(0), experts = in.logits.extent(1), width = experts + 1;
         const int64_t sequences = balance.sequences(tokens);
+        const int64_t counted = balance.counts == counted_choices::first && k > 0 ? 1 : k;
         const auto blocks = detail::sequence_blocks::of(tokens, sequences);
         const auto values = scratch.matrix<Real>(blocks.count, experts);
         const auto sums = scratch.matrix<Real>(blocks.count, width);
@@ -109,7 +116,7 @@ struct implementation<verbs::router_losses, Executor> {
         for_each_row(ex, blocks.count,
                      detail::router_sums<Real, Score>{in.logits, pointer_or_null(in.mask), chosen.data_handle(),
                                                       values.data_handle(), sums.data_handle(), counts.data_handle(), score,
-                                                      blocks, k, z.coefficient != 0, ex.faults()},
+                                                      blocks, k, counted, z.coefficient != 0, ex.faults()},
                      {.width = blocks.size * experts});
         double* all = totals.data_handle();
         const detail::add_sequence_blocks<int32_t> add_counts{counts.data_handle(), all, blocks.each, width, 2 * width};
@@ -120,18 +127,18 @@ struct implementation<verbs::router_losses, Executor> {
         if (balance.sequence == 0) {
             communicator.all_reduce(ex, totals);
             for_each_row(ex, 1,
-                         detail::batch_losses<Real>{all, pointer_or_null(balance.accumulated), losses, slopes, experts, k,
+                         detail::batch_losses<Real>{all, pointer_or_null(balance.accumulated), losses, slopes, experts, counted,
                                                     balance.coefficient, z.coefficient},
                          {.width = experts});
             return;
         }
         const auto together = slice(shares, 2 * sequences, 4);
-        for_each_row(ex, sequences, detail::sequence_share{all, shares.data_handle(), experts, k}, {.width = experts});
+        for_each_row(ex, sequences, detail::sequence_share{all, shares.data_handle(), experts, counted}, {.width = experts});
         for_each_row(ex, 4, detail::add_sequences{all, shares.data_handle(), together.data_handle(), experts, sequences},
                      {.width = sequences});
         communicator.all_reduce(ex, together);
         for_each_row(ex, sequences > 0 ? sequences : 1,
-                     detail::sequence_losses<Real>{all, together.data_handle(), losses, slopes, experts, sequences, k,
+                     detail::sequence_losses<Real>{all, together.data_handle(), losses, slopes, experts, sequences, counted,
                                                    balance.coefficient, z.coefficient},
                      {.width = experts});
     }
@@ -196,8 +203,7 @@ void router_losses_backward(Executor& ex, const Score& score, const type_identit
     expects_shape(slopes, "slopes (Q*E+1)", balance.sequences(tokens) * experts + 1);
     expects_shape(dlogits, "dlogits (T,E)", tokens, experts);
     if (balance.coefficient == 0 && z.coefficient == 0) return;
-    using verb = implementation<verbs::router_losses_backward, Executor>;
-    verb::run(ex, score, in, balance, z, slopes, loss_scale, dlogits);
+    implementation<verbs::router_losses_backward, Executor>::run(ex, score, in, balance, z, slopes, loss_scale, dlogits);
 }
 
 } // namespace fastmoe::inline FASTMOE_ABI

@@ -48,7 +48,7 @@ struct router_sums {
     int32_t* counts;                // (blocks,E+1)
     Score score;
     sequence_blocks blocks;
-    int64_t k;
+    int64_t k, counted; ///< of the K choices of a token, the first `counted` count
     bool with_z;
     fault_recorder faults;
 
@@ -74,7 +74,7 @@ struct router_sums {
     {
         const auto experts = static_cast<int32_t>(logits.extent(1));
         ++count[experts];
-        for (int64_t c = t * k; c < (t + 1) * k; ++c) {
+        for (int64_t c = t * k; c < t * k + counted; ++c) {
             const int32_t e = chosen[c];
             if (e >= 0 && e < experts) ++count[e];
             else if (e != -1) faults.record(fault_kind::expert_out_of_range, c, e);

@@ -13,20 +13,12 @@
 
 #include <fastmoe/routing/assigned_gate.hpp>
 #include <fastmoe/routing/biased_score.hpp>
+#include <fastmoe/routing/block_sums.hpp>
 #include <fastmoe/routing/choose.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI {
 
 namespace detail {
-
-/// Blocks of tokens whose sums are taken on their own: cut by the shape alone.
-struct token_blocks {
-    int64_t size, count;
-
-    static constexpr token_blocks of(int64_t tokens) noexcept
-    {
-        const int64_t size = tokens / 512 > 64 ? (tokens + 511) / 512 : 64;
-        return {size, (tokens + size - 1) / size};
     }
 };
 

@@ -144,11 +144,11 @@ struct top_k_gate {
             expects_state(state);
             detail::expects_gate_input(in, state.routing.tokens, experts);
             arena measure;
-            after_choice(ex, in, c, state, measure);
+            finish(ex, in, c, state, measure);
             scratch.require(measure.bytes());
             choose(ex, in, state);
         }
-        after_choice(ex, in, c, state, scratch);
+        finish(ex, in, c, state, scratch);
     }
 
     /// The gradient of <dweights, weights> + loss_scale * (sum of losses).
@@ -169,6 +169,30 @@ struct top_k_gate {
         expects_shape(dlogits, "dlogits (T,E)", state.routing.tokens, experts);
         detail::weigh_backward(ex, score, weigh, scale, in.logits, detail::fixed_choices{k}, state.chosen,
                                state.routing.experts, capacity.rescales(), dweights, dlogits, k);
+        finish_backward(ex, in, state, loss_scale, dlogits);
+    }
+
+    /// The second half of route, for gates that choose and weigh by themselves: losses, then capacity. Takes scratch
+    /// and gives it back; on a measuring arena only counts.
+    /// @param state  routing, and chosen, hold all choices; losses and slopes are written
+    template <executor Executor, class T, class Communicator, class Real>
+    void finish(Executor& ex, const gate_input<T>& in, const Communicator& c, const top_k_state<Real>& state,
+                arena& scratch) const
+    {
+        const bool live = !scratch.measuring(), training = in.mode == gate_mode::training;
+        if (training && has_loss())
+            router_losses_forward(ex, score, gate_logits<Real>{in.logits, in.mask}, state.routing.experts, k, balance,
+                                  z, c, router_losses<Real>{state.losses, state.slopes}, scratch);
+        else if (live) for_each(ex, 2, detail::fill<Real>{state.losses.data_handle(), Real(0)});
+        apply_capacity(ex, capacity, state.routing, c, scratch);
+    }
+
+    /// The second half of backward: adds the losses' gradient.
+    /// @param dlogits  added to                                             // (T,E)
+    template <executor Executor, class T, class Real>
+    void finish_backward(Executor& ex, const gate_input<T>& in, const top_k_state<Real>& state,
+                         type_identity_t<Real> loss_scale, matrix_view<Real> dlogits) const
+    {
         if (has_loss())
             router_losses_backward(ex, score, {in.logits, in.mask}, balance, z, state.slopes, loss_scale, dlogits);
     }
@@ -233,19 +257,6 @@ private:
                 in.logits, pointer_or_null(in.mask), state.routing.experts.data_handle(), state.chosen.data_handle(),
                 state.routing.weights.data_handle(), score, select, weigh, k, static_cast<Real>(scale)},
             select.template scratch_bytes<Real>(experts, k));
-    }
-
-    /// Losses and capacity; on a measuring arena, what they need.
-    template <class Executor, class T, class Communicator, class Real>
-    void after_choice(Executor& ex, const gate_input<T>& in, const Communicator& c, const top_k_state<Real>& state,
-                      arena& scratch) const
-    {
-        const bool live = !scratch.measuring(), training = in.mode == gate_mode::training;
-        if (training && has_loss())
-            router_losses_forward(ex, score, gate_logits<Real>{in.logits, in.mask}, state.routing.experts, k, balance,
-                                  z, c, router_losses<Real>{state.losses, state.slopes}, scratch);
-        else if (live) for_each(ex, 2, detail::fill<Real>{state.losses.data_handle(), Real(0)});
-        apply_capacity(ex, capacity, state.routing, c, scratch);
     }
 };
 

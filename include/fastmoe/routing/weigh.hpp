@@ -143,6 +143,31 @@ struct weigh_given {
     }
 };
 
+/// The gradient of a token's weights as they were before a choice was dropped, times scale.
+/// @param stays     -1 where a choice was dropped                                               // (n)
+/// @param given     the gradient of what is left; of a dropped choice not read                  // (n)
+/// @param rescaled  whether what is left has grown to the sum that was
+/// @param value     the weights before, up to a factor that the token shares                    // (n)
+/// @param gradient  overwritten; lanes see their own elements until the next sync               // (n)
+template <class Team, class Real>
+FASTMOE_HOST_DEVICE void read_gradient(Team& team, int64_t n, const int32_t* stays, const Real* given, Real scale,
+                                       bool rescaled, const Real* value, Real* gradient)
+{
+    team.for_each(n, [=](int64_t j) { gradient[j] = stays[j] >= 0 ? scale * given[j] : Real(0); });
+    if (!rescaled) return;
+    team.sync();
+    const auto left = [=](int64_t j) { return stays[j] >= 0 ? value[j] : Real(0); };
+    const Real sum = team.reduce(n, Real(0), adds{}, [=](int64_t j) { return value[j]; });
+    const Real rest = team.reduce(n, Real(0), adds{}, left);
+    const Real dot = team.reduce(n, Real(0), adds{}, [=](int64_t j) { return gradient[j] * value[j]; });
+    team.sync();
+    if (!(rest > Real(0))) return;
+    team.for_each(n, [=](int64_t j) {
+        const Real own = stays[j] >= 0 ? sum * ((gradient[j] - dot / rest) / rest) : Real(0); // sum / rest may overflow
+        gradient[j] = own + dot / rest;
+    });
+}
+
 /// See the top of this file.
 template <class Real, class Score, class Weigh, class Range>
 struct weigh_row_backward {
