@@ -68,6 +68,14 @@ TEST_CASE_TEMPLATE("a layer with softmax before the choice gives the oracle's va
     }
 }
 
+TEST_CASE_TEMPLATE("the corners of the shape give the oracle's values and gradients", Cell, FASTMOE_CELLS)
+{
+    FASTMOE_SEEDED(r, 44);
+    compare_layer::corners<Cell>(r, [](int64_t width, int64_t hidden) {
+        return mlp<gelu>{.width = width, .hidden = hidden, .biases = true};
+    });
+}
+
 // What the comparison would say of mistakes. Each is made in the library's own results, to which the exact difference that
 // the mistake makes is added before they are rounded again.
 

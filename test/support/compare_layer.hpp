@@ -52,6 +52,7 @@ struct outcome {
     oracle::numbers x, dy;
     oracle::options options;
     std::vector<support::weighted_choice<T>> choices;
+    std::vector<support::expected_gradients<T>> shared; // of experts beside the layer
 
     bool accepted() const
     {
@@ -105,6 +106,23 @@ std::vector<V> spread(const std::vector<V>& some, const std::vector<int64_t>& to
     return out;
 }
 
+/// Nothing beside the layer. What stands there adds to y and dx, and knows its own weights.
+struct nothing_beside {
+    static std::vector<oracle::expert> experts() { return {}; }
+    template <class... Arguments>
+    void forward(Arguments&&...) const
+    {
+    }
+    template <class... Arguments>
+    void backward(Arguments&&...) const
+    {
+    }
+    template <class... Arguments>
+    void infer(Arguments&&...) const
+    {
+    }
+};
+
 /// The layer's memory and what it wrote there.
 template <class Cell, class Gate, class Expert, class G>
 struct run_of_layer {
@@ -134,22 +152,26 @@ struct run_of_layer {
     }
 
     /// judge(saved) looks at what forward kept, before backward.
-    template <class Judge>
-    void operator()(const Judge& judge)
+    template <class Judge, class Beside = nothing_beside>
+    void operator()(const Judge& judge, Beside&& beside = {})
     {
+        model.shared = beside.experts();
         const int64_t width = model.width;
         const auto in_mask = support::upload(ex, mask);
         const gate_options options{.mask = in_mask.view()};
         support::workspace kept(ex, layer.template forward_bytes<T>(ex, s.tokens, width));
         const auto saved = layer.forward(ex, x.view(), w.views, y.view(), kept.arena(), options);
         CHECK_EQ(kept.arena().used(), layer.template saved_bytes<T>(s.tokens, width));
+        beside.forward(ex, x.view(), y.view());
         support::workspace lent(ex, layer.template backward_bytes<T, G>(ex, s.tokens, width));
         layer.backward(ex, saved, dy.view(), w.views, dx.view(), g.views, lent.arena(),
                        {.gradients = s.gradients, .loss_scale = s.loss_scale});
         CHECK_EQ(lent.arena().used(), 0);
+        beside.backward(ex, dy.view(), dx.view());
         support::workspace inference(ex, layer.template infer_bytes<T>(ex, s.tokens, width));
         layer.infer(ex, x.view(), w.views, inferred.view(), inference.arena(), options);
         CHECK_EQ(inference.arena().used(), 0);
+        beside.infer(ex, x.view(), inferred.view());
         ex.synchronize();
         CHECK(support::same_bits(support::download(ex, inferred.view()), support::download(ex, y.view())));
         CHECK_EQ(y.damage(), "");
@@ -185,6 +207,7 @@ struct run_of_layer {
         o.model = model;
         o.x = x_values;
         o.dy = dy_values;
+        o.shared = expected.shared;
         return o;
     }
 
@@ -199,9 +222,9 @@ private:
 };
 
 /// A layer behind a softmax router of the library, and its expectation.
-template <class Cell, class G = typename Cell::type, class Weigh, class Expert>
+template <class Cell, class G = typename Cell::type, class Weigh, class Expert, class Beside = nothing_beside>
 outcome<typename Cell::type, G> run(support::random& r, const top_k_gate<softmax_score, top_k, Weigh>& gate, const Expert& expert,
-                                    const setting& s)
+                                    const setting& s, Beside&& beside = {})
 {
     using T = typename Cell::type;
     using real = accumulate_t<T>;
@@ -234,8 +257,50 @@ outcome<typename Cell::type, G> run(support::random& r, const top_k_gate<softmax
         for (const auto& c : route.choices) weights.push_back(c.weight);
         out.scalars = {{"weights", support::download(layer.ex, saved.routing().weights), spread(weights, live, s.tokens, gate.k)},
                        {"losses", support::download(layer.ex, saved.losses()), {route.balance_loss, route.z_loss}}};
-    });
+    }, beside);
     return out;
+}
+
+/// Every way in which weights and their gradients can lie in memory; gradients in T and, added, in fp32.
+/// @param make  the expert for a width and a hidden width
+template <class Cell, class Gate, class Make>
+void layouts(support::random& r, const Gate& gate, const Make& make)
+{
+    for (const bool transposed : {false, true})
+        for (const bool pointers : {false, true})
+            for (const int64_t padding : {0, 3}) {
+                INFO("transposed ", transposed, ", pointers ", pointers, ", padding ", padding);
+                setting s{.tokens = 40, .layout = {transposed, pointers, padding}};
+                check(run<Cell>(r, gate, make(19, 37), s));
+                s.gradients = write_mode::accumulate;
+                check(run<Cell, accumulate_t<typename Cell::type>>(r, gate, make(37, 19), s));
+            }
+}
+
+/// The corners of the shape, each with its defined result.
+/// @param make  the expert for a width and a hidden width
+template <class Cell, class Make>
+void corners(support::random& r, const Make& make)
+{
+    using raw = top_k_gate<softmax_score, top_k, raw_scores>;
+    const auto corner = [&](const char* name, const raw& gate, const auto& expert, const setting& s) {
+        INFO(std::string(name));
+        check(run<Cell>(r, gate, expert, s));
+    };
+    corner("T = 0", {.experts = 4, .k = 2, .balance = {0.1}, .z = {0.1}}, make(8, 8), {.tokens = 0, .gate_bias = true});
+    corner("T = 0, added", {.experts = 4, .k = 2}, make(8, 8), {.tokens = 0, .gradients = write_mode::accumulate});
+    corner("T = 1", {.experts = 4, .k = 2, .balance = {0.1}}, make(8, 8), {.tokens = 1});
+    corner("K = E", {.experts = 5, .k = 5, .balance = {0.1}}, make(8, 12), {.tokens = 20});
+    corner("E = 1", {.experts = 1, .k = 1, .z = {0.1}}, make(8, 12), {.tokens = 20});
+    corner("E = 1000", {.experts = 1000, .k = 2}, make(6, 4), {.tokens = 30});
+    corner("E over 64 and K over 16, where the choice is exact", {.experts = 100, .k = 20}, make(6, 4), {.tokens = 5});
+    corner("all tokens to one expert", {.experts = 5, .k = 1}, make(6, 8), {.tokens = 150, .crowded = true});
+    corner("experts with no token", {.experts = 7, .k = 2, .balance = {0.1}}, make(6, 8), {.tokens = 30, .crowded = true});
+    corner("experts with no token, added", {.experts = 7, .k = 2}, make(6, 8),
+           {.tokens = 30, .crowded = true, .gradients = write_mode::accumulate});
+    corner("capacity 0", {.experts = 4, .k = 2, .capacity = {0.0}, .balance = {0.1}}, make(6, 4), {.tokens = 30});
+    corner("padding alone", {.experts = 4, .k = 2}, make(6, 4), {.tokens = 3, .masked = true});
+    corner("D = H = 1", {.experts = 3, .k = 2}, make(1, 1), {.tokens = 200});
 }
 
 } // namespace compare_layer
