@@ -28,7 +28,11 @@ function(fastmoe_add_unit_test name target)
   else()
     add_test(NAME ${name} ${configurations} COMMAND ${target})
   endif()
-  set_tests_properties(${tests} PROPERTIES TIMEOUT ${FASTMOE_TEST_TIMEOUT} LABELS unit SKIP_RETURN_CODE 77)
+  set_tests_properties(${tests} PROPERTIES TIMEOUT ${FASTMOE_TEST_TIMEOUT} LABELS unit SKIP_RETURN_CODE 77
+    FIXTURES_SETUP unit_tests)
+  foreach(test IN LISTS tests) # see test/functors
+    set_tests_properties(${test} PROPERTIES ENVIRONMENT "FASTMOE_LANES_LOG=${CMAKE_BINARY_DIR}/lanes/${test}")
+  endforeach()
 endfunction()
 
 function(fastmoe_add_skipped_test name reason label)

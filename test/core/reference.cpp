@@ -61,6 +61,7 @@ TEST_CASE("the oracle's gradients of every parameter and input agree with finite
         o.scale = r.uniform(0.5, 2);
         o.capacity = r.one_of(-1, 1, 2, 3);
         o.drop = r.one_of(ref::drop_order::token_major, ref::drop_order::choice_major, ref::drop_order::by_weight);
+        o.rescale = r.coin();
         o.balance = r.coin() ? 0.3 : 0.0;
         o.z = r.coin() ? 0.2 : 0.0;
         const double loss_scale = r.uniform(0.5, 3);
@@ -174,6 +175,22 @@ TEST_CASE("the oracle drops by token, by choice or by weight, and what stays kee
     CHECK(ref::capacity_of(1.25, 2, 10, 8) == 4);
     CHECK(ref::capacity_of(1, 1, 10, 5) == 2);
     CHECK(ref::capacity_of(0, 1, 10, 5) == 0);
+}
+
+TEST_CASE("the oracle's rescaled weights keep their proportion and the token's sum")
+{
+    ref::options o;
+    o.k = 3;
+    o.renormalize = false;
+    o.scale = 2;
+    o.rescale = true;
+    const ref::numbers l{std::log(1.0), std::log(2.0), std::log(5.0)};
+    const std::vector<bool> kept{true, false, true}, none(3, false);
+    const ref::routing r = ref::route(o, l, 1, 3, nullptr, &kept); // 5, 2 and 1 eighths; the 2 is dropped
+    CHECK(r.choices[0].weight == doctest::Approx(2 * 5.0 / 6));
+    CHECK(r.choices[1].weight == 0);
+    CHECK(r.choices[2].weight == doctest::Approx(2 * 1.0 / 6));
+    CHECK(ref::route(o, l, 1, 3, nullptr, &none).weights() == ref::numbers(3, 0.0));
 }
 
 TEST_CASE("the oracle's losses have their closed forms")

@@ -3,6 +3,8 @@
 /// The executor's loops allocate nothing: what a verb allocates is its own.
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <new>
 #include <vector>
 
@@ -11,6 +13,7 @@
 #include <fastmoe/exec/host_executor.hpp>
 
 #include "support/allocations.hpp"
+#include "support/skip.hpp"
 
 namespace fm = fastmoe;
 using std::int64_t;
@@ -46,6 +49,32 @@ TEST_CASE("the counter sees every form of operator new")
     ::operator delete(::operator new(64, std::nothrow));
     ::operator delete(::operator new(64, std::align_val_t{256}, std::nothrow), std::align_val_t{256});
     CHECK(before.since() == 6);
+}
+
+TEST_CASE("the counter sees malloc and its kin apart from operator new, from libraries too")
+{
+    if (!support::counts_malloc) FASTMOE_SKIP("a sanitizer has replaced malloc");
+    const support::allocations before;
+    void* volatile p = std::malloc(8); // volatile: the compiler may leave out what nothing looks at
+    p = std::realloc(p, 100);
+    std::free(p);
+    p = std::calloc(2, 4);
+    std::free(p);
+    p = std::aligned_alloc(64, 128);
+    std::free(p);
+    void* aligned = nullptr;
+    CHECK(::posix_memalign(&aligned, 256, 1000) == 0);
+    CHECK(reinterpret_cast<std::uintptr_t>(aligned) % 256 == 0);
+    std::free(aligned);
+    const auto five = before.mallocs();
+    std::free(::strdup("by the C library"));
+    const auto six = before.mallocs();
+    ::operator delete(::operator new(8));
+    const auto still_six = before.mallocs();
+    CHECK(five == 5);
+    CHECK(six == 6);
+    CHECK(still_six == 6);
+    CHECK(before.since() == 1);
 }
 
 TEST_CASE("parallel loops over elements, rows and tasks allocate nothing")

@@ -7,7 +7,6 @@
 #include "support/routed.hpp"
 
 using namespace fastmoe;
-namespace oracle = support::reference;
 
 TEST_CASE("an mlp keeps its pre-activation and nothing else")
 {
@@ -23,15 +22,15 @@ TEST_CASE("weights of the wrong shape are refused by name")
     host_executor ex({.threads = 1});
     support::random r(5);
     support::routed<host_executor, float> in(ex, r, {.tokens = 6, .experts = 3, .k = 1});
-    const auto model = support::random_experts<float>(r, 3, oracle::expert_kind::mlp, oracle::activation::swiglu, 8, 4, true);
-    support::mlp_memory<float, host_executor> w(ex, model, {}, false);
+    const mlp<swiglu> right{.width = 8, .hidden = 4, .biases = true};
+    using memory = support::expert_memory<float, mlp<swiglu>, host_executor>;
+    const memory w(ex, right, memory::draw(r, right, 3));
     support::guarded<float> x(6, 8), y(in.plan.slots, 8);
     const expert_input<float> input{{x.view(), in.plan.token_of}, in.plan.groups(), in.route.weights, in.plan.choice_of};
     const auto text = [&](const auto& expert, mlp_weights<const float> weights) {
         support::workspace memory(ex, 1 << 20);
         return support::message_of<invalid_argument>([&] { expert.infer(ex, input, weights, y.view(), memory); });
     };
-    const mlp<swiglu> right{.width = 8, .hidden = 4};
     CHECK(support::has(text(mlp<swiglu>{.width = 8, .hidden = 5}, w.views()), "weights.up (E,H',D) is 8; expected 10 output"));
     CHECK(support::has(text(mlp<swiglu>{.width = 7, .hidden = 4}, w.views()), "mlp.width = 7"));
     CHECK(support::has(text(mlp<relu>{.width = 8, .hidden = 4}, w.views()), "expected 4 output features"));

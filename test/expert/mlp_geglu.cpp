@@ -4,4 +4,4 @@
 
 using namespace fastmoe;
 
-FASTMOE_MLP_TEST("GeGLU", geglu, geglu)
+FASTMOE_MLP_TEST("GeGLU", geglu)

@@ -4,4 +4,4 @@
 
 using namespace fastmoe;
 
-FASTMOE_MLP_TEST("the exact GELU", gelu, gelu)
+FASTMOE_MLP_TEST("the exact GELU", gelu)

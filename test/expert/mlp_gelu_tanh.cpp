@@ -4,4 +4,4 @@
 
 using namespace fastmoe;
 
-FASTMOE_MLP_TEST("the GELU by tanh", gelu_tanh, gelu_tanh)
+FASTMOE_MLP_TEST("the GELU by tanh", gelu_tanh)

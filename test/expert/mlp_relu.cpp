@@ -4,4 +4,4 @@
 
 using namespace fastmoe;
 
-FASTMOE_MLP_TEST("ReLU", relu, relu)
+FASTMOE_MLP_TEST("ReLU", relu)

@@ -4,4 +4,4 @@
 
 using namespace fastmoe;
 
-FASTMOE_MLP_TEST("SiLU", silu, silu)
+FASTMOE_MLP_TEST("SiLU", silu)

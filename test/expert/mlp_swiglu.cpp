@@ -4,4 +4,4 @@
 
 using namespace fastmoe;
 
-FASTMOE_MLP_TEST("SwiGLU", swiglu, swiglu)
+FASTMOE_MLP_TEST("SwiGLU", swiglu)

@@ -3,11 +3,10 @@
 /// What the layer promises besides values: memory, bits, threads, and what it does with bad input.
 #include <doctest/doctest.h>
 
-#include <thread>
-
 #include "support/allocations.hpp"
-#include "support/compare.hpp"
-#include "support/layer_memory.hpp"
+#include "support/compare_layer.hpp"
+#include "support/counting_memory.hpp"
+#include "support/layer_step.hpp"
 
 using namespace fastmoe;
 namespace oracle = support::reference;
@@ -18,85 +17,41 @@ using expert_type = mlp<swiglu>;
 using gate_type = top_k_gate<softmax_score>;
 using layer_type = moe_layer<gate_type, expert_type, self>;
 
-layer_type make_layer(int64_t experts = 8, int64_t k = 2, int64_t width = 48, int64_t hidden = 40)
+layer_type make_layer(weigh_at weigh = weigh_at::output, int64_t experts = 8, int64_t k = 2, int64_t width = 48, int64_t hidden = 40)
 {
     return {gate_type{.experts = experts, .k = k, .capacity = {.factor = 1.5}, .balance = {0.1}, .z = {0.01}},
-            expert_type{.width = width, .hidden = hidden, .biases = true}, self{}};
+            expert_type{.width = width, .hidden = hidden, .biases = true, .weigh = weigh}, self{}};
 }
 
-template <class T, class Executor = host_executor>
-struct run_memory {
-    support::layer_memory<T, expert_type, Executor> w;
-    support::gradient_memory<accumulate_t<T>, expert_type, Executor> g;
-    support::guarded<T> x, y, dy, dx;
-
-    run_memory(Executor& ex, const layer_type& layer, int64_t tokens, std::uint64_t seed)
-        : run_memory(ex, layer, tokens, support::random(seed))
-    {
-    }
-    run_memory(Executor& ex, const layer_type& layer, int64_t tokens, support::random r)
-        : w(ex, r, layer.expert, layer.gate.experts, oracle::activation::swiglu, true), g(ex, w.model),
-          x(tokens, layer.expert.width), y(tokens, layer.expert.width), dy(tokens, layer.expert.width),
-          dx(tokens, layer.expert.width)
-    {
-        support::fill_normal(r, x.view());
-        support::fill_normal(r, dy.view());
-    }
-    /// Everything that a step writes.
-    std::vector<double> results()
-    {
-        std::vector<double> out = support::widened(y.view());
-        const auto add = [&out](const std::vector<double>& v) { out.insert(out.end(), v.begin(), v.end()); };
-        add(support::widened(dx.view()));
-        add(support::widened(g.gate.view()));
-        add(support::widened(g.gate_bias.view()));
-        add(g.experts.up());
-        add(g.experts.down());
-        add(g.experts.up_bias());
-        add(g.experts.down_bias());
-        return out;
-    }
-};
+template <class T>
+using step = support::layer_step<T, layer_type>;
 
 } // namespace
 
 TEST_CASE_TEMPLATE("the same bits come out for 1, 2 and 4 threads and on every run", T, FASTMOE_DTYPES)
 {
-    const auto layer = make_layer();
-    std::vector<std::vector<double>> results;
-    for (const int threads : {1, 2, 4, 2}) {
-        host_executor ex({.threads = threads});
-        run_memory<T> m(ex, layer, 700, 61);
-        for (int repeat = 0; repeat < 2; ++repeat) {
-            const auto saved = layer.forward(ex, m.x.view(), m.w.views, m.y.view());
-            layer.backward(ex, saved, m.dy.view(), m.w.views, m.dx.view(), m.g.views);
-            results.push_back(m.results());
-        }
-    }
-    for (const auto& r : results) CHECK(support::same_bits(r, results[0]));
+    support::check_bits<T>(make_layer(), 700);
 }
 
-TEST_CASE_TEMPLATE("with the caller's workspace a step allocates nothing", T, FASTMOE_DTYPES)
+TEST_CASE_TEMPLATE("with the caller's workspace no pass allocates anything, wherever the weight is", T, FASTMOE_DTYPES)
 {
-    const auto layer = make_layer();
-    host_executor ex({.threads = 2});
-    run_memory<T> m(ex, layer, 300, 62);
-    support::workspace kept(ex, layer.forward_bytes<T>(ex, 300, 48));
-    support::workspace lent(ex, layer.backward_bytes<T, accumulate_t<T>>(ex, 300, 48));
-    support::workspace inference(ex, layer.infer_bytes<T>(ex, 300, 48));
-    for (int repeat = 0; repeat < 2; ++repeat) {
-        kept.arena().rewind(0);
-        const support::allocations before;
-        const auto saved = layer.forward(ex, m.x.view(), m.w.views, m.y.view(), kept.arena());
-        layer.backward(ex, saved, m.dy.view(), m.w.views, m.dx.view(), m.g.views, lent.arena());
-        layer.infer(ex, m.x.view(), m.w.views, m.y.view(), inference.arena());
-        CHECK(before.since() == 0);
+    for (const auto weigh : {weigh_at::output, weigh_at::activation, weigh_at::input}) {
+        const auto layer = make_layer(weigh);
+        host_executor ex({.threads = 2});
+        step<T> m(ex, layer, 300, 62);
+        support::layer_calls<T, layer_type> calls(ex, m);
+        for (int repeat = 0; repeat < 2; ++repeat) {
+            const support::allocations before;
+            calls();
+            CHECK(before.since() == 0);
+            CHECK(before.mallocs() == 0);
+        }
     }
 }
 
 TEST_CASE("what is saved is routing, plan and the expert's pre-activation, to the byte")
 {
-    const auto layer = make_layer(64, 2, 512, 2048);
+    const auto layer = make_layer(weigh_at::output, 64, 2, 512, 2048);
     const int64_t tokens = 4096, choices = 2 * tokens;
     arena expert, rest;
     layer.expert.reserve_saved<float>(expert, choices);
@@ -108,11 +63,41 @@ TEST_CASE("what is saved is routing, plan and the expert's pre-activation, to th
     CHECK(rest.bytes() < choices * 200);                        // a few hundred bytes a token, no row of x or y
 }
 
+TEST_CASE_TEMPLATE("without a workspace, forward takes from the executor's resource what it keeps and what it lends, no more", T,
+                   FASTMOE_DTYPES)
+{
+    for (const auto weigh : {weigh_at::output, weigh_at::input}) {
+        const auto layer = make_layer(weigh);
+        support::counting_memory memory;
+        host_executor ex({.threads = 2, .memory = &memory});
+        step<T> m(ex, layer, 90, 63);
+        const int64_t others = memory.live();
+        const int64_t kept = layer.template saved_bytes<T>(90, 48), all = layer.template forward_bytes<T>(ex, 90, 48);
+        memory.reset();
+        {
+            const auto saved = m.forward(ex);
+            CHECK(memory.live() - others == kept);
+            CHECK(memory.peak() - others == all);
+            CHECK(memory.calls() == 2);
+            memory.reset();
+            m.backward(ex, saved);
+            CHECK(memory.live() - others == kept);
+            CHECK(memory.peak() - others == kept + layer.template backward_bytes<T, accumulate_t<T>>(ex, 90, 48));
+            CHECK(memory.calls() == 1);
+        }
+        CHECK(memory.live() == others);
+        memory.reset();
+        layer.infer(ex, m.x.view(), m.w.views, m.y.view());
+        CHECK(memory.peak() - others == layer.template infer_bytes<T>(ex, 90, 48));
+        CHECK(memory.live() == others);
+    }
+}
+
 TEST_CASE("a workspace one byte too small is refused before anything is written")
 {
     const auto layer = make_layer();
     host_executor ex({.threads = 2});
-    run_memory<float> m(ex, layer, 50, 63);
+    step<float> m(ex, layer, 50, 63);
     support::workspace small(ex, layer.infer_bytes<float>(ex, 50, 48) - 1);
     const auto text = support::message_of<out_of_memory>([&] { layer.infer(ex, m.x.view(), m.w.views, m.y.view(), small.arena()); });
     CHECK_MESSAGE(support::has(text, "workspace is"), text);
@@ -120,11 +105,18 @@ TEST_CASE("a workspace one byte too small is refused before anything is written"
     support::workspace forward(ex, layer.forward_bytes<float>(ex, 50, 48) - 1);
     CHECK_THROWS_AS((void)layer.forward(ex, m.x.view(), m.w.views, m.y.view(), forward.arena()), out_of_memory);
     CHECK(support::poisoned(m.y.view()) == 50 * 48);
-    const auto saved = layer.forward(ex, m.x.view(), m.w.views, m.y.view());
+    const auto saved = m.forward(ex);
+    const auto untouched = m.results();
     support::workspace backward(ex, layer.backward_bytes<float>(ex, 50, 48) - 1);
     CHECK_THROWS_AS(layer.backward(ex, saved, m.dy.view(), m.w.views, m.dx.view(), m.g.views, backward.arena()), out_of_memory);
-    CHECK(support::poisoned(m.dx.view()) == 50 * 48);
-    CHECK(support::poisoned(m.g.gate.view()) == 8 * 48);
+    support::workspace input(ex, layer.backward_input_bytes<float>(ex, 50, 48) - 1);
+    CHECK_THROWS_AS((void)layer.backward_input(ex, saved, m.dy.view(), m.w.views, m.dx.view(), input.arena()), out_of_memory);
+    support::workspace enough(ex, layer.backward_input_bytes<float>(ex, 50, 48)), dx_memory(ex, 0);
+    support::guarded<float> other(50, 48);
+    const auto pending = layer.backward_input(ex, saved, m.dy.view(), m.w.views, other.view(), enough.arena());
+    support::workspace weights(ex, layer.backward_weights_bytes<float>(ex, 50, 48) - 1);
+    CHECK_THROWS_AS(layer.backward_weights(ex, saved, pending, m.g.views, weights.arena()), out_of_memory);
+    CHECK(support::same_bits(m.results(), untouched));
 }
 
 TEST_CASE_TEMPLATE("weight gradients in a later call are those of one call, written or added", T, FASTMOE_DTYPES)
@@ -132,121 +124,83 @@ TEST_CASE_TEMPLATE("weight gradients in a later call are those of one call, writ
     using G = accumulate_t<T>;
     const auto layer = make_layer();
     host_executor ex({.threads = 2});
-    run_memory<T> once(ex, layer, 90, 64), later(ex, layer, 90, 64), twice(ex, layer, 90, 64);
-    const auto saved = layer.forward(ex, once.x.view(), once.w.views, once.y.view());
-    layer.backward(ex, saved, once.dy.view(), once.w.views, once.dx.view(), once.g.views);
-    layer.backward(ex, saved, twice.dy.view(), twice.w.views, twice.dx.view(), twice.g.views);
-    layer.backward(ex, saved, twice.dy.view(), twice.w.views, twice.dx.view(), twice.g.views, {.gradients = write_mode::accumulate});
-    (void)layer.forward(ex, later.x.view(), later.w.views, later.y.view());
-    support::workspace pending_memory(ex, layer.backward_input_bytes<T>(ex, 90, 48));
-    support::workspace lent(ex, layer.backward_weights_bytes<T, G>(ex, 90, 48));
+    step<T> once(ex, layer, 90, 64), later(ex, layer, 90, 64);
+    const auto saved = once.forward(ex);
+    (void)later.forward(ex);
+    once.backward(ex, saved);
+    support::workspace pending_memory(ex, layer.template backward_input_bytes<T>(ex, 90, 48));
+    support::workspace lent(ex, layer.template backward_weights_bytes<T, G>(ex, 90, 48));
     const auto pending = layer.backward_input(ex, saved, later.dy.view(), later.w.views, later.dx.view(), pending_memory.arena());
-    CHECK(support::poisoned(later.g.gate.view()) == 8 * 48);
+    for (const double v : support::widened(later.g.gate.view())) REQUIRE(std::isnan(v)); // not yet
     layer.backward_weights(ex, saved, pending, later.g.views, lent.arena());
     CHECK(support::same_bits(later.results(), once.results()));
-    // Written once and added once. A product may start its sums from what is there, so rounding may differ.
-    const auto is_double_of = [](const auto& found, std::vector<double> expected) {
-        for (double& v : expected) v *= 2;
-        return support::close(support::narrowed<G>(found), expected, {.length = 200});
-    };
-    CHECK(is_double_of(support::widened(twice.g.gate.view()), support::widened(once.g.gate.view())));
-    CHECK(is_double_of(twice.g.experts.up(), once.g.experts.up()));
-    CHECK(is_double_of(twice.g.experts.down_bias(), once.g.experts.down_bias()));
+    once.backward(ex, saved, {.gradients = write_mode::accumulate});
+    CHECK_FALSE(support::same_bits(later.results(), once.results()));
+    layer.backward_weights(ex, saved, pending, later.g.views, lent.arena(), {.gradients = write_mode::accumulate});
+    CHECK(support::same_bits(later.results(), once.results()));
 }
 
-TEST_CASE("two threads share one layer, each with its own executor, and two with one executor")
+TEST_CASE_TEMPLATE("two threads share one layer, each with its own executor, and two with one executor", T, FASTMOE_DTYPES)
 {
-    const auto layer = make_layer();
-    host_executor first({.threads = 2}), second({.threads = 2});
-    run_memory<float> expected(first, layer, 200, 65), a(first, layer, 200, 65), b(second, layer, 200, 65), c(first, layer, 200, 65);
-    const auto step = [&](host_executor& ex, run_memory<float>& m) {
-        for (int repeat = 0; repeat < 5; ++repeat) {
-            const auto saved = layer.forward(ex, m.x.view(), m.w.views, m.y.view());
-            layer.backward(ex, saved, m.dy.view(), m.w.views, m.dx.view(), m.g.views);
-        }
-    };
-    step(first, expected);
-    std::thread one([&] { step(first, a); }), two([&] { step(second, b); }), three([&] { step(first, c); });
-    one.join();
-    two.join();
-    three.join();
-    CHECK(support::same_bits(a.results(), expected.results()));
-    CHECK(support::same_bits(b.results(), expected.results()));
-    CHECK(support::same_bits(c.results(), expected.results()));
+    support::check_shared<T>(make_layer(), 120);
 }
 
-TEST_CASE("two microbatches may be in flight")
+TEST_CASE_TEMPLATE("two microbatches may be in flight", T, FASTMOE_DTYPES)
 {
-    const auto layer = make_layer();
+    support::check_in_flight<T>(make_layer());
+}
+
+TEST_CASE_TEMPLATE("logits that are not finite follow the documented order, and other tokens are untouched", T, FASTMOE_DTYPES)
+{
+    const layer_type layer{gate_type{.experts = 4, .k = 2}, expert_type{.width = 4, .hidden = 6}, self{}};
     host_executor ex({.threads = 2});
-    run_memory<float> a(ex, layer, 60, 66), b(ex, layer, 33, 67), a_alone(ex, layer, 60, 66);
-    const auto saved_a = layer.forward(ex, a.x.view(), a.w.views, a.y.view());
-    const auto saved_b = layer.forward(ex, b.x.view(), b.w.views, b.y.view());
-    layer.backward(ex, saved_b, b.dy.view(), b.w.views, b.dx.view(), b.g.views);
-    layer.backward(ex, saved_a, a.dy.view(), a.w.views, a.dx.view(), a.g.views);
-    const auto saved = layer.forward(ex, a_alone.x.view(), a_alone.w.views, a_alone.y.view());
-    layer.backward(ex, saved, a_alone.dy.view(), a_alone.w.views, a_alone.dx.view(), a_alone.g.views);
-    CHECK(support::same_bits(a.results(), a_alone.results()));
-}
-
-TEST_CASE_TEMPLATE("logits that are not finite follow the documented order, and other tokens are untouched", T, double, float)
-{
-    const auto layer = layer_type{gate_type{.experts = 4, .k = 2}, expert_type{.width = 4, .hidden = 6}, self{}};
-    host_executor ex({.threads = 2});
-    support::random r(68);
-    support::layer_memory<T, expert_type, host_executor> w(ex, r, layer.expert, 4, oracle::activation::swiglu, false);
+    step<T> m(ex, layer, 7, 68);
     // The router reads one column each, so that the token's columns are its logits.
     for (int64_t e = 0; e < 4; ++e)
-        for (int64_t d = 0; d < 4; ++d) w.views.gate(e, d) = T(e == d);
-    w.model.gate = support::widened(w.views.gate);
-    support::guarded<T> x(4, 4), y(4, 4);
-    support::fill_normal(r, x.view());
-    x.view()(1, 2) = T(NAN); // 0 * NaN is NaN: every logit of this token
-    layer.infer(ex, x.view(), w.views, y.view());
-    const auto saved = layer.forward(ex, x.view(), w.views, y.view());
-    CHECK(saved.routing().experts(2) == -1);
-    CHECK(saved.routing().experts(3) == -1);
-    for (int64_t d = 0; d < 4; ++d) {
-        CHECK(double(y.view()(1, d)) == 0.0); // dropped
-        CHECK(std::isfinite(double(y.view()(0, d))));
+        for (int64_t d = 0; d < 4; ++d) m.w.views.gate(e, d) = T(e == d);
+    m.model.gate = support::widened(m.w.views.gate);
+    m.w.views.gate_bias = {};
+    m.g.views.gate_bias = {};
+    m.model.gate_bias = {};
+    m.x.view()(1, 2) = T(NAN);      // 0 * NaN is NaN: every logit of this token
+    m.x.view()(3, 0) = T(INFINITY); // 0 * Inf is NaN: all logits but the first
+    m.x.view()(5, 1) = T(-INFINITY); // -Inf and NaN alone: nothing to choose
+    for (const int64_t t : {3, 5}) m.dy.view()(t, 0) = T(1);
+    layer.infer(ex, m.x.view(), m.w.views, m.y.view());
+    const auto inferred = support::download(ex, m.y.view());
+    const auto saved = m.forward(ex);
+    CHECK(support::same_bits(support::download(ex, m.y.view()), inferred));
+    m.backward(ex, saved);
+    const auto expert = [&](int64_t c) { return saved.routing().experts(c); };
+    for (const int64_t t : {1, 5}) {
+        CHECK(expert(2 * t) == -1);
+        CHECK(expert(2 * t + 1) == -1);
+        for (int64_t d = 0; d < 4; ++d) {
+            CHECK(double(m.y.view()(t, d)) == 0.0);
+            CHECK(double(m.dx.view()(t, d)) == 0.0);
+        }
     }
-    const auto out = oracle::forward(w.model, {.k = 2}, support::widened(x.view()), 4);
-    CHECK(support::close(y.view(), out.y, {.length = 100, .roundings = 4, .magnitude = 10}));
-}
-
-TEST_CASE("all tokens on one expert is a layer like any other")
-{
-    const auto layer = layer_type{gate_type{.experts = 5, .k = 2}, expert_type{.width = 6, .hidden = 8}, self{}};
-    host_executor ex({.threads = 2});
-    support::random r(69);
-    support::layer_memory<double, expert_type, host_executor> w(ex, r, layer.expert, 5, oracle::activation::swiglu, false);
-    support::gradient_memory<double, expert_type, host_executor> g(ex, w.model);
-    support::guarded<double> x(300, 6), y(300, 6), dy(300, 6), dx(300, 6);
-    support::fill_normal(r, x.view());
-    support::fill_normal(r, dy.view());
-    for (int64_t t = 0; t < 300; ++t) x.view()(t, 0) = 50;
-    for (int64_t e = 0; e < 5; ++e) w.views.gate(e, 0) = e == 3 ? 10 : e == 1 ? 5 : -5;
-    w.model.gate = support::widened(w.views.gate);
-    const auto saved = layer.forward(ex, x.view(), w.views, y.view());
-    CHECK(saved.plan().counts(3) == 300);
-    CHECK(saved.plan().counts(0) == 0);
-    layer.backward(ex, saved, dy.view(), w.views, dx.view(), g.views);
-    const auto xs = support::widened(x.view());
-    const auto out = oracle::forward(w.model, {.k = 2}, xs, 300);
-    const auto back = oracle::backward(w.model, {.k = 2}, xs, 300, out, support::widened(dy.view()));
-    const support::tolerance bound{.length = 4000, .roundings = 8, .magnitude = 2e4};
-    CHECK(support::close(y.view(), out.y, bound));
-    CHECK(support::close(dx.view(), back.x, bound));
-    CHECK(support::close(support::narrowed<double>(g.experts.up()), oracle::stacked(back.experts, &oracle::expert::up), bound));
-    for (int64_t i = 0; i < g.views.expert.up.out * g.views.expert.up.in; ++i)
-        REQUIRE(g.views.expert.up.base(0)[i] == 0.0); // no token: exact zeros over the poison
+    CHECK(expert(6) == 0); // +Inf, then the first of those that are NaN
+    CHECK(expert(7) == 1);
+    CHECK(saved.routing().weights(6) == 1);
+    CHECK(saved.routing().weights(7) == 0);
+    const std::vector<int64_t> live{0, 2, 4, 6};
+    const auto x = compare_layer::rows_of(support::widened(m.x.view()), live, 4);
+    const auto dy = compare_layer::rows_of(support::widened(m.dy.view()), live, 4);
+    std::vector<int> chosen;
+    for (const int64_t t : live) chosen.insert(chosen.end(), {expert(2 * t), expert(2 * t + 1)});
+    const support::expected_routing<T> route({.k = 2}, support::expected_logits<T>(m.model, x, 4), 4, 4, chosen, std::vector<bool>(8, true));
+    CHECK(route.complaint() == "");
+    const auto expected = support::expect_layer<T>(m.model, x, route, dy);
+    CHECK(support::within(compare_layer::rows_of(inferred, live, 4), expected.y));
+    CHECK(support::within(compare_layer::rows_of(support::download(ex, m.dx.view()), live, 4), expected.dx));
 }
 
 TEST_CASE("bad input is refused by the name of the argument, and y stays as it was")
 {
     const auto layer = make_layer();
     host_executor ex({.threads = 2});
-    run_memory<float> m(ex, layer, 20, 70);
+    step<float> m(ex, layer, 20, 70);
     support::guarded<float> narrow(20, 47), few(19, 48);
     const auto text = [](auto f) { return support::message_of<invalid_argument>(f); };
     const auto infer = [&](matrix_view<const float> x, moe_weights<const float, expert_type> w, matrix_view<float> y) {

@@ -1,50 +1,22 @@
 // SPDX-FileCopyrightText: The FastMoE authors
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-/// What a user brings: a gate, an expert, several types of experts, an expert that all tokens share.
+/// Experts other than an mlp: a user's own, linear ones, several types behind one gate, one that all tokens share.
 #include <doctest/doctest.h>
 
-#include "support/compare.hpp"
-#include "support/layer_memory.hpp"
+#include "support/allocations.hpp"
+#include "support/compare_layer.hpp"
+#include "support/counting_memory.hpp"
+#include "support/layer_step.hpp"
 
 using namespace fastmoe;
+using compare_layer::check;
+using compare_layer::run;
+using compare_layer::setting;
 namespace oracle = support::reference;
 
 namespace {
 
-/// Sends token t to experts t mod E and (t+1) mod E with weights 0.75 and 0.25, or to what a test writes into it.
-template <class T>
-struct alternate_functor {
-    routing<accumulate_t<T>> route;
-    const int32_t* ids;
-
-    FASTMOE_HOST_DEVICE void operator()(int64_t t) const
-    {
-        for (int64_t j = 0; j < 2; ++j) {
-            const int64_t c = 2 * t + j;
-            route.experts(c) = ids ? ids[c] : static_cast<int32_t>((t + j) % route.total_experts);
-            route.weights(c) = accumulate_t<T>(j == 0 ? 0.75 : 0.25);
-        }
-    }
-};
-
-/// A user's gate: one function for inference, two for training.
-struct alternate_gate {
-    int64_t experts = 0, k = 2;
-    const int32_t* ids = nullptr;
-
-    template <class Executor, class T, class Communicator, class State>
-    void route(Executor& ex, const gate_input<T>& in, const Communicator&, const State& state, arena& scratch) const
-    {
-        if (!scratch.measuring()) for_each(ex, in.x.extent(0), alternate_functor<T>{state.routing, ids});
-    }
-    template <class Executor, class T, class Communicator, class State, class Real>
-    void backward(Executor& ex, const gate_input<T>&, const Communicator&, const State&, vector_view<const Real>, Real,
-                  matrix_view<Real> dlogits, arena& scratch) const
-    {
-        if (!scratch.measuring())
-            for_each(ex, dlogits.extent(0) * dlogits.extent(1), detail::fill<Real>{dlogits.data_handle(), Real(0)});
-    }
-};
+using gate_type = top_k_gate<softmax_score>;
 
 /// A user's expert: y = s * x with a scale per expert and column. It reads rows through the plan, knows nothing of
 /// routing weights, and keeps nothing.
@@ -101,6 +73,7 @@ struct scale_expert {
     int64_t width = 0;
     static constexpr bool applies_weights = false;
     static bool weighs_output() { return true; }
+    int64_t model_width() const { return width; }
     template <class T>
     using weights = scale_weights<T>;
 
@@ -150,195 +123,281 @@ struct scale_expert {
 
 } // namespace
 
-TEST_CASE_TEMPLATE("a user's gate and a user's expert make a layer that trains", Cell, FASTMOE_CELLS)
+/// In the oracle, a linear expert with a diagonal matrix is the same function.
+template <class T, class Executor>
+class support::expert_memory<T, scale_expert, Executor> {
+public:
+    static std::vector<reference::expert> draw(random& r, const scale_expert& e, std::int64_t count)
+    {
+        auto experts = random_experts<T>(r, count, reference::expert_kind::linear, {}, e.width, 0, false);
+        for (auto& one : experts)
+            for (std::int64_t i = 0; i < e.width * e.width; ++i)
+                if (i / e.width != i % e.width) one.down[i] = 0;
+        return experts;
+    }
+    static reference::weight_at where(const scale_expert&) { return reference::weight_at::output; }
+
+    expert_memory(Executor& ex, const scale_expert& e, const std::vector<reference::expert>& experts, const weight_layout&)
+        : width_(e.width), scale_(ex, 0)
+    {
+        reference::numbers all;
+        for (const auto& one : experts)
+            for (std::int64_t d = 0; d < width_; ++d) all.push_back(one.down[d * width_ + d]);
+        scale_ = upload(ex, narrowed<T>(all));
+        views_ = {scale_.matrix(static_cast<std::int64_t>(experts.size()), width_)};
+    }
+    const scale_weights<T>& views() const { return views_; }
+    /// Zero off the diagonal, which a scale has no gradient for.
+    reference::numbers read(reference::numbers reference::expert::*member) const
+    {
+        if (member != &reference::expert::down) return {};
+        reference::numbers out(scale_.size() * width_);
+        for (std::int64_t n = 0; n < scale_.size(); ++n) out[n * width_ + n % width_] = double(scale_.data()[n]);
+        return out;
+    }
+    static bool gaps_kept() { return true; }
+
+private:
+    std::int64_t width_;
+    fastmoe::buffer<T, Executor> scale_;
+    scale_weights<T> views_;
+};
+
+TEST_CASE_TEMPLATE("a user's expert makes a layer that trains", Cell, FASTMOE_CELLS)
 {
     using T = typename Cell::type;
     FASTMOE_SEEDED(r, 51);
-    FASTMOE_EXECUTOR(ex, Cell);
-    const int64_t tokens = 23, width = 9, experts = 4;
-    const moe_layer layer{top_k_gate<softmax_score>{.experts = experts, .k = 2}, scale_expert{width}, self{}};
-    auto scale = support::upload(ex, support::narrowed<T>(r.normals(experts * width)));
-    auto gate = support::upload(ex, support::narrowed<T>(r.normals(experts * width)));
-    const moe_weights<T, scale_expert> w{gate.matrix(experts, width), {}, {scale.matrix(experts, width)}};
-    support::guarded<T> x(tokens, width), y(tokens, width), dy(tokens, width), dx(tokens, width), dscale(experts, width), dgate(experts, width);
-    const auto xs = support::fill_normal(r, x.view()), dys = support::fill_normal(r, dy.view());
-    const auto saved = layer.forward(ex, x.view(), w, y.view());
-    layer.backward(ex, saved, dy.view(), w, dx.view(), moe_weights<T, scale_expert>{dgate.view(), {}, {dscale.view()}});
-    ex.synchronize();
-
-    // A linear expert of the oracle with a diagonal matrix is the same function.
-    oracle::model m{width, support::widened(gate.view()), {}, {}, {}, oracle::weight_at::output};
-    for (int64_t e = 0; e < experts; ++e) {
-        auto one = oracle::make_expert(oracle::expert_kind::linear, oracle::activation::relu, width, 0, false);
-        for (int64_t d = 0; d < width; ++d) one.down[d * width + d] = double(scale.data()[e * width + d]);
-        m.experts.push_back(one);
+    const auto on_diagonal = [](auto outcome, int64_t width) {
+        for (auto& result : outcome.gradients)
+            if (std::string(result.name) == "down's gradient")
+                for (std::size_t i = 0; i < result.found.size(); ++i)
+                    if (int64_t(i) / width % width != int64_t(i) % width) result.expected[i] = double(result.found[i]);
+        return outcome;
+    };
+    for (const int64_t width : {1, 9, 30}) {
+        const gate_type gate{.experts = 4, .k = 2, .balance = {0.1}};
+        check(on_diagonal(run<Cell>(r, gate, scale_expert{width}, {.tokens = 23, .gate_bias = true}), width));
+        check(on_diagonal(run<Cell, accumulate_t<T>>(r, gate, scale_expert{width}, {.tokens = 23, .gradients = write_mode::accumulate}), width));
     }
-    const auto ids = support::download(ex, saved.routing().experts);
-    const std::vector<int> fixed(ids.begin(), ids.end());
-    const oracle::options o{.k = 2};
-    const auto out = oracle::forward(m, o, xs, tokens, &fixed);
-    const auto back = oracle::backward(m, o, xs, tokens, out, dys);
-    const support::tolerance loose{.length = 200, .roundings = 8, .magnitude = 40};
-    CHECK(support::close(y.view(), out.y, loose));
-    CHECK(support::close(dx.view(), back.x, loose));
-    CHECK(support::close(dgate.view(), back.gate, {.length = 400, .roundings = 8, .magnitude = 200}));
-    oracle::numbers diagonal;
-    for (int64_t e = 0; e < experts; ++e)
-        for (int64_t d = 0; d < width; ++d) diagonal.push_back(back.experts[e].down[d * width + d]);
-    CHECK(support::close(dscale.view(), diagonal, {.length = 200, .roundings = 8, .magnitude = 60}));
 }
 
-TEST_CASE_TEMPLATE("a gate that names an expert out of range, or one twice, is an error that names the choice", Cell,
-                   FASTMOE_EXECUTORS)
+TEST_CASE_TEMPLATE("linear experts give the oracle's values and gradients in every layout of their weights", T, FASTMOE_DTYPES)
 {
-    FASTMOE_SEEDED(r, 52);
-    FASTMOE_EXECUTOR(ex, Cell);
-    const mlp<gelu> expert{.width = 6, .hidden = 5};
-    support::layer_memory<float, mlp<gelu>, typename Cell::executor> w(ex, r, expert, 3, oracle::activation::gelu, false);
-    support::guarded<float> x(4, 6), y(4, 6);
-    support::fill_normal(r, x.view());
-    for (const auto& [ids, text] : {std::pair{std::vector<int32_t>{0, 1, 1, 2, 0, 3, 0, 1}, "routing.experts(5) is 3"},
-                                    std::pair{std::vector<int32_t>{0, 1, 1, 2, 0, -7, 0, 1}, "routing.experts(5) is -7"},
-                                    std::pair{std::vector<int32_t>{0, 1, 1, 1, 0, 2, 0, 1}, "routing.experts(3) is 1; expected each expert once"}}) {
-        auto memory = support::upload(ex, ids);
-        const moe_layer layer{alternate_gate{3, 2, memory.data()}, expert, self{}};
-        const auto found = support::message_of<invalid_argument>([&] {
-            layer.infer(ex, x.view(), w.views, y.view());
-            ex.synchronize();
+    FASTMOE_SEEDED(r, 55);
+    for (const bool biases : {false, true})
+        compare_layer::layouts<support::cell<host_executor, T>>(r, gate_type{.experts = 5, .k = 2, .capacity = {0.8}}, [&](int64_t width, int64_t) {
+            return linear<>{.width = width, .biases = biases};
         });
-        CHECK_MESSAGE(support::has(found, text), found);
-        const auto trained = support::message_of<invalid_argument>([&] {
-            (void)layer.forward(ex, x.view(), w.views, y.view());
-            ex.synchronize();
-        });
-        CHECK_MESSAGE(support::has(trained, text), trained);
-        CHECK(y.damage() == "");
-    }
-    // The executor works on, and choices of -1 are no error.
-    auto memory = support::upload(ex, std::vector<int32_t>{-1, -1, 0, -1, 1, 2, -1, 2});
-    const moe_layer layer{alternate_gate{3, 2, memory.data()}, expert, self{}};
-    layer.infer(ex, x.view(), w.views, y.view());
-    ex.synchronize();
-    for (int64_t d = 0; d < 6; ++d) CHECK(y.view()(0, d) == 0.0f);
-    CHECK(support::poisoned(y.view()) == 0);
 }
 
-TEST_CASE_TEMPLATE("experts of different types behind one gate give the oracle's values and gradients", Cell, FASTMOE_CELLS)
+TEST_CASE("linear experts give the oracle's values and gradients on lanes")
+{
+    FASTMOE_SEEDED(r, 56);
+    using cell = support::cell<support::lanes, bfloat16>;
+    check(run<cell>(r, gate_type{.experts = 5, .k = 2}, linear<>{.width = 12, .biases = true}, {.tokens = 11}));
+}
+
+namespace {
+
+/// Three types of experts, two of which differ in width alone.
+auto three_types(int64_t width, weigh_at weigh = weigh_at::output)
+{
+    return expert_tuple(several{mlp<swiglu>{.width = width, .hidden = 5, .biases = true, .weigh = weigh}, 2},
+                        several{mlp<gelu>{.width = width, .hidden = 11, .biases = true, .weigh = weigh}, 3},
+                        several{mlp<swiglu>{.width = width, .hidden = 3, .biases = true, .weigh = weigh, .layout = gated_layout::interleaved}, 1});
+}
+
+} // namespace
+
+TEST_CASE_TEMPLATE("experts of different types behind one gate give the oracle's values and gradients", Cell,
+                   FASTMOE_COLUMN(host_executor), support::cell<support::lanes, float>)
 {
     using T = typename Cell::type;
     FASTMOE_SEEDED(r, 53);
-    FASTMOE_EXECUTOR(ex, Cell);
-    const int64_t tokens = 40, width = 7;
-    const auto experts = expert_tuple(several{mlp<swiglu>{.width = width, .hidden = 5}, 2}, several{mlp<gelu>{.width = width, .hidden = 11}, 3},
-                                      several{mlp<relu>{.width = width, .hidden = 3}, 1});
-    using expert_type = std::remove_const_t<decltype(experts)>;
-    const moe_layer layer{top_k_gate<softmax_score>{.experts = 6, .k = 3}, experts, self{}};
-    oracle::model m{width, {}, {}, {}, {}, oracle::weight_at::output};
-    const auto add = [&](int64_t count, oracle::activation act, int64_t hidden) {
-        const auto some = support::random_experts<T>(r, count, oracle::expert_kind::mlp, act, width, hidden, false);
-        m.experts.insert(m.experts.end(), some.begin(), some.end());
-        return some;
-    };
-    const auto a = add(2, oracle::activation::swiglu, 5), b = add(3, oracle::activation::gelu, 11), c = add(1, oracle::activation::relu, 3);
-    using Executor = typename Cell::executor;
-    support::mlp_memory<T, Executor> wa(ex, a, {}, false), wb(ex, b, {}, false), wc(ex, c, {}, false);
-    support::mlp_memory<T, Executor> ga(ex, a, {}, true), gb(ex, b, {}, true), gc(ex, c, {}, true);
-    auto gate = support::upload(ex, support::narrowed<T>(r.normals(6 * width)));
-    m.gate = support::widened(gate.view());
-    support::guarded<T> dgate(6, width), x(tokens, width), y(tokens, width), dy(tokens, width), dx(tokens, width);
-    const auto xs = support::fill_normal(r, x.view()), dys = support::fill_normal(r, dy.view());
-    const moe_weights<T, expert_type> w{gate.matrix(6, width), {}, {wa.views(), {wb.views(), wc.views()}}};
-    const moe_weights<T, expert_type> g{dgate.view(), {}, {ga.views(), {gb.views(), gc.views()}}};
-    const auto saved = layer.forward(ex, x.view(), w, y.view());
-    layer.backward(ex, saved, dy.view(), w, dx.view(), g);
-    ex.synchronize();
-    const auto ids = support::download(ex, saved.routing().experts);
-    const std::vector<int> fixed(ids.begin(), ids.end());
-    const oracle::options o{.k = 3};
-    const auto out = oracle::forward(m, o, xs, tokens, &fixed);
-    const auto back = oracle::backward(m, o, xs, tokens, out, dys);
-    const support::tolerance bound{.length = 300, .roundings = 8, .magnitude = 60};
-    CHECK(support::close(y.view(), out.y, bound));
-    CHECK(support::close(dx.view(), back.x, bound));
-    const auto check = [&](const auto& found, int64_t first, int64_t count) {
-        const std::vector<oracle::expert> part(back.experts.begin() + first, back.experts.begin() + first + count);
-        CHECK(support::close(support::narrowed<T>(found.up()), oracle::stacked(part, &oracle::expert::up), bound));
-        CHECK(support::close(support::narrowed<T>(found.down()), oracle::stacked(part, &oracle::expert::down), bound));
-    };
-    check(ga, 0, 2);
-    check(gb, 2, 3);
-    check(gc, 5, 1);
+    const gate_type gate{.experts = 6, .k = 3};
+    for (const auto weigh : {weigh_at::output, weigh_at::activation, weigh_at::input}) {
+        check(run<Cell>(r, gate, three_types(7, weigh), {.tokens = 40}));
+        check(run<Cell, accumulate_t<T>>(r, gate, three_types(7, weigh), {.tokens = 9, .masked = true, .gradients = write_mode::accumulate}));
+    }
+    check(run<Cell>(r, gate, three_types(7), {.tokens = 0}));
+    check(run<Cell>(r, gate, three_types(7), {.tokens = 20, .crowded = true})); // whole types without a token
 }
 
-TEST_CASE_TEMPLATE("a shared expert adds its output to y and its gradient to dx", Cell, FASTMOE_CELLS)
+namespace {
+
+/// A shared expert beside a layer, with its own weights, in exactly the memory that it asks for.
+template <class T, class G, class Expert, class Executor>
+struct shared_beside {
+    Executor& own;
+    shared_expert<Expert> shared;
+    std::vector<oracle::expert> model, before;
+    write_mode mode;
+    support::expert_memory<T, Expert, Executor> w;
+    support::expert_memory<G, Expert, Executor> g;
+    std::unique_ptr<support::workspace<Executor>> kept_memory, scratch;
+    shared_parts<T, Expert> kept{};
+
+    shared_beside(Executor& ex, support::random& r, const Expert& expert, write_mode m)
+        : own(ex), shared{expert}, model(support::expert_memory<T, Expert, Executor>::draw(r, expert, 1)),
+          before(m == write_mode::accumulate ? support::redrawn<G>(r, model) : support::poisoned(model)), mode(m),
+          w(ex, expert, model), g(ex, expert, before)
+    {
+    }
+    const std::vector<oracle::expert>& experts() const { return model; }
+
+    void forward(Executor& ex, matrix_view<T> x, matrix_view<T> y)
+    {
+        arena measure;
+        shared.forward(ex, x, w.views(), y, measure);
+        kept_memory = std::make_unique<support::workspace<Executor>>(own, measure.bytes()); // outlives the layer's executor
+        kept = shared.forward(ex, x, w.views(), y, kept_memory->arena());
+        CHECK(kept_memory->arena().used() == measure.used());
+    }
+    void backward(Executor& ex, matrix_view<T> dy, matrix_view<T> dx)
+    {
+        arena measure;
+        shared.backward(ex, kept, dy, w.views(), dx, g.views(), mode, measure);
+        support::workspace lent(ex, measure.bytes());
+        shared.backward(ex, kept, dy, w.views(), dx, g.views(), mode, lent.arena());
+        CHECK(lent.arena().used() == 0);
+    }
+    void infer(Executor& ex, matrix_view<T> x, matrix_view<T> y)
+    {
+        support::in_workspace(ex, [&](arena& memory) { shared.infer(ex, x, w.views(), y, memory); });
+    }
+
+    void check_gradients(const std::vector<support::expected_gradients<T>>& expected)
+    {
+        using sums = support::expected_gradients<T>;
+        const auto judge = [&](const char* name, oracle::numbers oracle::expert::*member, typename sums::sums sums::*of) {
+            auto all = expected.at(0).*of;
+            for (std::size_t i = 0; mode == write_mode::accumulate && i < all.size(); ++i) all[i].add((before[0].*member)[i]);
+            const auto verdict = support::within(support::narrowed<G>(g.read(member)), totals(all));
+            CHECK_MESSAGE(verdict, name, ": ", verdict);
+        };
+        judge("the shared up", &oracle::expert::up, &sums::up);
+        judge("the shared down", &oracle::expert::down, &sums::down);
+        judge("the shared up's bias", &oracle::expert::up_bias, &sums::up_bias);
+        judge("the shared down's bias", &oracle::expert::down_bias, &sums::down_bias);
+    }
+};
+
+template <class Cell, class G, class Expert>
+void check_shared_expert(support::random& r, const Expert& shared, write_mode mode)
 {
     using T = typename Cell::type;
-    using Executor = typename Cell::executor;
+    auto ex = Cell::make();
+    shared_beside<T, G, Expert, typename Cell::executor> beside(ex, r, shared, mode);
+    const auto out = run<Cell>(r, gate_type{.experts = 4, .k = 2}, mlp<swiglu>{.width = 10, .hidden = 7, .biases = true}, {.tokens = 19}, beside);
+    check(out);
+    beside.check_gradients(out.shared);
+}
+
+} // namespace
+
+TEST_CASE_TEMPLATE("a shared expert adds its output to y and its gradient to dx", Cell, FASTMOE_COLUMN(host_executor),
+                   support::cell<support::lanes, float>)
+{
+    using real = accumulate_t<typename Cell::type>;
     FASTMOE_SEEDED(r, 54);
-    FASTMOE_EXECUTOR(ex, Cell);
-    const int64_t tokens = 19, width = 10;
-    const mlp<swiglu> expert{.width = width, .hidden = 6, .biases = true};
-    const moe_layer layer{top_k_gate<softmax_score>{.experts = 4, .k = 2}, expert, self{}};
-    const shared_expert shared{expert};
-    support::layer_memory<T, mlp<swiglu>, Executor> w(ex, r, expert, 4, oracle::activation::swiglu, true);
-    support::gradient_memory<T, mlp<swiglu>, Executor> g(ex, w.model);
-    w.model.shared = support::random_experts<T>(r, 1, oracle::expert_kind::mlp, oracle::activation::swiglu, width, 6, true);
-    support::mlp_memory<T, Executor> ws(ex, w.model.shared, {}, false), gs(ex, w.model.shared, {}, true);
-    support::guarded<T> x(tokens, width), y(tokens, width), again(tokens, width), dy(tokens, width), dx(tokens, width);
-    const auto xs = support::fill_normal(r, x.view()), dys = support::fill_normal(r, dy.view());
-    const auto saved = layer.forward(ex, x.view(), w.views, y.view());
-    layer.infer(ex, x.view(), w.views, again.view());
-    layer.backward(ex, saved, dy.view(), w.views, dx.view(), g.views);
-    support::in_workspace(ex, [&](arena& memory) {
-        const auto kept = shared.forward(ex, x.view(), ws.views(), y.view(), memory);
-        shared.infer(ex, x.view(), ws.views(), again.view(), memory);
-        shared.backward(ex, kept, dy.view(), ws.views(), dx.view(), gs.views(), write_mode::overwrite, memory);
-        ex.synchronize();
-    });
-    const auto ids = support::download(ex, saved.routing().experts);
-    const std::vector<int> fixed(ids.begin(), ids.end());
-    const oracle::options o{.k = 2};
-    const auto out = oracle::forward(w.model, o, xs, tokens, &fixed);
-    const auto back = oracle::backward(w.model, o, xs, tokens, out, dys);
-    const support::tolerance bound{.length = 300, .roundings = 8, .magnitude = 60};
-    CHECK(support::close(y.view(), out.y, bound));
-    CHECK(support::same_bits(support::download(ex, again.view()), support::download(ex, y.view())));
-    CHECK(support::close(dx.view(), back.x, bound));
-    CHECK(support::close(support::narrowed<T>(gs.up()), oracle::stacked(back.shared, &oracle::expert::up), bound));
-    CHECK(support::close(support::narrowed<T>(gs.down_bias()), oracle::stacked(back.shared, &oracle::expert::down_bias), bound));
+    const mlp<swiglu> gated{.width = 10, .hidden = 6, .biases = true, .weigh = r.one_of(weigh_at::output, weigh_at::activation, weigh_at::input)};
+    check_shared_expert<Cell, typename Cell::type>(r, gated, write_mode::overwrite);
+    check_shared_expert<Cell, real>(r, gated, write_mode::accumulate);
+    const linear<> plain{.width = 10, .biases = true};
+    check_shared_expert<Cell, typename Cell::type>(r, plain, write_mode::overwrite);
+    check_shared_expert<Cell, real>(r, plain, write_mode::accumulate);
 }
 
-TEST_CASE_TEMPLATE("linear experts give the oracle's values and gradients", Cell, FASTMOE_CELLS)
+namespace {
+
+/// What a layer keeps besides what its expert declares.
+template <class T>
+int64_t routing_bytes(const gate_type& gate, int64_t tokens)
 {
-    using T = typename Cell::type;
-    FASTMOE_SEEDED(r, 55);
-    FASTMOE_EXECUTOR(ex, Cell);
-    const int64_t tokens = 31, width = 12, experts = 5;
-    const moe_layer layer{top_k_gate<softmax_score>{.experts = experts, .k = 2}, linear<>{.width = width, .biases = true}, self{}};
-    oracle::model m{width, {}, {}, support::random_experts<T>(r, experts, oracle::expert_kind::linear, oracle::activation::relu, width, width, true), {}, oracle::weight_at::output};
-    auto weight = support::upload(ex, support::narrowed<T>(oracle::stacked(m.experts, &oracle::expert::down)));
-    auto bias = support::upload(ex, support::narrowed<T>(oracle::stacked(m.experts, &oracle::expert::down_bias)));
-    auto gate = support::upload(ex, support::narrowed<T>(r.normals(experts * width)));
-    m.gate = support::widened(gate.view());
-    using weights = moe_weights<T, linear<>>;
-    const auto views = [&](T* g, T* m, T* b) {
-        return weights{matrix_view<T>(g, experts, width), {}, {stacked(tensor_view<T, 3>(m, experts, width, width)), matrix_view<T>(b, experts, width)}};
-    };
-    const weights w = views(gate.data(), weight.data(), bias.data());
-    support::guarded<T> dgate(experts, width), dweight(experts * width, width), dbias(experts, width);
-    support::guarded<T> x(tokens, width), y(tokens, width), dy(tokens, width), dx(tokens, width);
-    const auto xs = support::fill_normal(r, x.view()), dys = support::fill_normal(r, dy.view());
-    const auto saved = layer.forward(ex, x.view(), w, y.view());
-    layer.backward(ex, saved, dy.view(), w, dx.view(), views(dgate.data(), dweight.data(), dbias.data()));
-    ex.synchronize();
-    const auto ids = support::download(ex, saved.routing().experts);
-    const std::vector<int> fixed(ids.begin(), ids.end());
-    const oracle::options o{.k = 2};
-    const auto out = oracle::forward(m, o, xs, tokens, &fixed);
-    const auto back = oracle::backward(m, o, xs, tokens, out, dys);
-    const support::tolerance bound{.length = 300, .roundings = 8, .magnitude = 60};
-    CHECK(support::close(y.view(), out.y, bound));
-    CHECK(support::close(dx.view(), back.x, bound));
-    CHECK(support::close(dweight.view(), oracle::stacked(back.experts, &oracle::expert::down), bound));
-    CHECK(support::close(dbias.view(), oracle::stacked(back.experts, &oracle::expert::down_bias), bound));
+    arena rest;
+    rest.matrix<accumulate_t<T>>(tokens, gate.experts);
+    gate.reserve<accumulate_t<T>>(rest, tokens);
+    reserve_plan(rest, tokens, tokens * gate.k, gate.experts);
+    return rest.bytes();
+}
+
+} // namespace
+
+TEST_CASE("what is saved for each kind of expert is what it declares, and Y where it does not apply the weights, to the byte")
+{
+    const gate_type gate{.experts = 6, .k = 2};
+    const int64_t tokens = 512, slots = 1024, width = 64, rest = routing_bytes<float>(gate, tokens), y = slots * width * 4;
+    CHECK(moe_layer{gate, linear<>{.width = width}, self{}}.saved_bytes<float>(tokens, width) == rest + y);
+    CHECK(moe_layer{gate, scale_expert{width}, self{}}.saved_bytes<float>(tokens, width) == rest + y);
+    const auto types = three_types(width); // each keeps the pre-activation for as many rows as all of them could get
+    const int64_t pre = slots * (2 * 5 + 11 + 2 * 3) * 4;
+    CHECK(moe_layer{gate, types, self{}}.saved_bytes<float>(tokens, width) == rest + pre);
+
+    host_executor ex({.threads = 1});
+    const mlp<swiglu> expert{.width = width, .hidden = 32};
+    arena measure;
+    const matrix_view<float> x(nullptr, tokens, width);
+    const auto w = expert.reserve_weights<float>(measure, 1);
+    arena kept;
+    shared_expert{expert}.forward(ex, x, w, x, kept);
+    // Row numbers and weights of one a token, the one group, and the pre-activation.
+    CHECK(kept.used() == tokens * 4 + tokens * 4 + 256 + 256 + tokens * 2 * 32 * 4);
+    CHECK(kept.bytes() > kept.used()); // the rows and the activation were lent
+}
+
+namespace {
+
+/// Without a workspace, what forward holds afterwards is what saved_bytes says, and what it took on the way forward_bytes.
+template <class T, class Expert>
+void check_memory(const Expert& expert, int64_t experts)
+{
+    const moe_layer layer{gate_type{.experts = experts, .k = 2}, expert, self{}};
+    using layer_type = std::remove_const_t<decltype(layer)>;
+    support::counting_memory memory;
+    host_executor ex({.threads = 2, .memory = &memory});
+    support::layer_step<T, layer_type> m(ex, layer, 70, 57);
+    const int64_t others = memory.live(), width = expert.model_width();
+    memory.reset();
+    {
+        const auto saved = m.forward(ex);
+        CHECK(memory.live() - others == layer.template saved_bytes<T>(70, width));
+        CHECK(memory.peak() - others == layer.template forward_bytes<T>(ex, 70, width));
+    }
+    CHECK(memory.live() == others);
+    support::layer_calls<T, layer_type> calls(ex, m);
+    calls();
+    memory.reset();
+    const support::allocations before;
+    calls();
+    CHECK(before.since() == 0);
+    CHECK(before.mallocs() == 0);
+    CHECK(memory.calls() == 0);
+}
+
+} // namespace
+
+TEST_CASE_TEMPLATE("layers of linear, of a user's and of several types of experts take the memory that they say, and with the caller's none",
+                   T, float, bfloat16)
+{
+    check_memory<T>(linear<>{.width = 24, .biases = true}, 4);
+    check_memory<T>(scale_expert{24}, 4);
+    check_memory<T>(three_types(24), 6);
+}
+
+TEST_CASE_TEMPLATE("a shared expert allocates nothing", T, float, bfloat16)
+{
+    FASTMOE_SEEDED(r, 58);
+    host_executor ex({.threads = 2});
+    const mlp<swiglu> expert{.width = 10, .hidden = 6, .biases = true, .weigh = weigh_at::input};
+    shared_beside<T, accumulate_t<T>, mlp<swiglu>, host_executor> beside(ex, r, expert, write_mode::overwrite);
+    support::guarded<T> x(40, 10), y(40, 10), dy(40, 10), dx(40, 10);
+    for (auto* v : {&x, &y, &dy, &dx}) support::fill_normal(r, v->view());
+    support::workspace kept(ex, 1 << 18), lent(ex, 1 << 18);
+    const auto& shared = beside.shared;
+    const support::allocations before;
+    const auto parts = shared.forward(ex, x.view(), beside.w.views(), y.view(), kept.arena());
+    shared.backward(ex, parts, dy.view(), beside.w.views(), dx.view(), beside.g.views(), write_mode::accumulate, lent.arena());
+    shared.infer(ex, x.view(), beside.w.views(), y.view(), lent.arena());
+    CHECK(before.since() == 0);
+    CHECK(before.mallocs() == 0);
 }

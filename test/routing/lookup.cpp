@@ -44,10 +44,9 @@ struct given {
     }
 };
 
-template <bool Ragged, class Score, class Weigh>
-void weighs_given(support::random& rng)
+template <bool Ragged, class Score, class Weigh, class Executor>
+void weighs_given(Executor& ex, support::random& rng)
 {
-    fm::host_executor ex({.threads = 2});
     const int64_t tokens = 12, experts = 9, k = 3;
     std::vector<int32_t> ids, first{0};
     for (int64_t t = 0; t < tokens; ++t) {
@@ -104,16 +103,18 @@ std::vector<double> frequencies(const std::vector<int32_t>& ids, int64_t experts
 
 } // namespace
 
-TEST_CASE("given choices, fixed or ragged, are weighed as the oracle weighs them, with its gradient by finite differences")
+TEST_CASE_TEMPLATE("given choices, fixed or ragged, are weighed as the oracle weighs them, with its gradient by finite differences", Cell,
+                   FASTMOE_EXECUTORS)
 {
     FASTMOE_SEEDED(rng, 41);
+    FASTMOE_EXECUTOR(ex, Cell);
     for (int i = 0; i < 5; ++i) {
-        weighs_given<false, fm::softmax_score, fm::raw_scores>(rng);
-        weighs_given<false, fm::softmax_score, fm::renormalize>(rng);
-        weighs_given<false, fm::sigmoid_score, fm::renormalize>(rng);
-        weighs_given<true, fm::softmax_score, fm::raw_scores>(rng);
-        weighs_given<true, fm::softmax_score, fm::renormalize>(rng);
-        weighs_given<true, fm::sigmoid_score, fm::raw_scores>(rng);
+        weighs_given<false, fm::softmax_score, fm::raw_scores>(ex, rng);
+        weighs_given<false, fm::softmax_score, fm::renormalize>(ex, rng);
+        weighs_given<false, fm::sigmoid_score, fm::renormalize>(ex, rng);
+        weighs_given<true, fm::softmax_score, fm::raw_scores>(ex, rng);
+        weighs_given<true, fm::softmax_score, fm::renormalize>(ex, rng);
+        weighs_given<true, fm::sigmoid_score, fm::raw_scores>(ex, rng);
     }
 }
 

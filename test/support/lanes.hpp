@@ -23,6 +23,7 @@
 #include <fastmoe/exec/host_faults.hpp>
 #include <fastmoe/exec/memory.hpp>
 
+#include "functor_log.hpp"
 #include "lane_barrier.hpp"
 
 namespace support {
@@ -171,6 +172,7 @@ public:
     void for_each_row(int64_t n, const F& f, fastmoe::row_hint hint)
     {
         expects_outside();
+        note_functor<F>();
         std::lock_guard turn(turn_);
         poison_scratch(hint.scratch_bytes);
         launch([&](int64_t lane) {

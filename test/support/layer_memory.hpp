@@ -1,6 +1,6 @@
 // SPDX-FileCopyrightText: The FastMoE authors
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-/// A layer of mlp experts with random weights in the memory of an executor, and the same as a model of the oracle.
+/// The weights of a layer, random or given, in the memory of an executor, and the same as a model of the oracle.
 #pragma once
 
 #include <fastmoe/moe.hpp>
@@ -11,48 +11,53 @@
 
 namespace support {
 
+/// Random weights of a layer that T can hold exactly.
+/// @param gate_bias  (E), or empty: none
+template <class T, class Executor, class Expert>
+reference::model random_model(random& r, const Expert& expert, std::int64_t width, std::int64_t count,
+                              const reference::numbers& gate_bias = {})
+{
+    using memory = expert_memory<T, Expert, Executor>;
+    reference::model m;
+    m.width = width;
+    m.gate = widened(narrowed<T>(r.normals(count * width, 1 / std::sqrt(double(width) + 1))));
+    m.gate_bias = widened(narrowed<T>(gate_bias));
+    m.experts = memory::draw(r, expert, count);
+    m.where = memory::where(expert);
+    return m;
+}
+
+/// The parameters of a model, or room for their gradients, as a layer takes them.
 template <class T, class Expert, class Executor>
 struct layer_memory {
-    reference::model model;
     fastmoe::buffer<T, Executor> gate, gate_bias;
-    mlp_memory<T, Executor> experts;
+    expert_memory<T, Expert, Executor> experts;
     fastmoe::moe_weights<T, Expert> views;
 
-    layer_memory(Executor& ex, random& r, const Expert& expert, std::int64_t count, reference::activation act, bool biases)
-        : model{expert.width, {}, {}, random_experts<T>(r, count, reference::expert_kind::mlp, act, expert.width, expert.hidden, biases), {}, where(expert.weigh)},
-          gate(upload(ex, narrowed<T>(r.normals(count * expert.width, 1 / std::sqrt(double(expert.width) + 1))))),
-          gate_bias(upload(ex, narrowed<T>(r.normals(biases ? count : 0, 0.3)))),
-          experts(ex, model.experts, {.gated = expert.layout}, false), views{gate.matrix(count, expert.width), {}, experts.views()}
+    layer_memory(Executor& ex, const Expert& expert, const reference::model& m, const weight_layout& layout = {})
+        : gate(upload(ex, narrowed<T>(m.gate))), gate_bias(upload(ex, narrowed<T>(m.gate_bias))),
+          experts(ex, expert, m.experts, layout), views{gate.matrix(m.count(), m.width), {}, experts.views()}
     {
-        if (biases) views.gate_bias = gate_bias.view();
-        model.gate = widened(gate.view());
-        model.gate_bias = widened(gate_bias.view());
-    }
-
-    static reference::weight_at where(fastmoe::weigh_at w)
-    {
-        return w == fastmoe::weigh_at::output  ? reference::weight_at::output
-               : w == fastmoe::weigh_at::input ? reference::weight_at::input
-                                               : reference::weight_at::activation;
+        if (!m.gate_bias.empty()) views.gate_bias = gate_bias.view();
     }
 };
 
-/// Room for the gradients of such a layer, poisoned.
-template <class G, class Expert, class Executor>
-struct gradient_memory {
-    fastmoe::buffer<G, Executor> gate, gate_bias;
-    mlp_memory<G, Executor> experts;
-    fastmoe::moe_weights<G, Expert> views;
+/// A model of NaN: memory for gradients that must be overwritten.
+inline reference::model poisoned(reference::model m)
+{
+    for (auto* part : {&m.gate, &m.gate_bias})
+        for (double& v : *part) v = NAN;
+    m.experts = poisoned(m.experts);
+    return m;
+}
 
-    gradient_memory(Executor& ex, const reference::model& model, fastmoe::gated_layout layout = {})
-        : gate(ex, static_cast<std::int64_t>(model.gate.size())),
-          gate_bias(ex, static_cast<std::int64_t>(model.gate_bias.size())), experts(ex, model.experts, {.gated = layout}, true),
-          views{gate.matrix(model.count(), model.width), {}, experts.views()}
-    {
-        poison(gate.view());
-        poison(gate_bias.view());
-        if (!model.gate_bias.empty()) views.gate_bias = gate_bias.view();
-    }
-};
+/// A model of random numbers that G can hold: gradients that are to be added to.
+template <class G>
+reference::model redrawn(random& r, reference::model m)
+{
+    for (auto* part : {&m.gate, &m.gate_bias}) *part = widened(normal_vector<G>(r, static_cast<std::int64_t>(part->size())));
+    m.experts = redrawn<G>(r, m.experts);
+    return m;
+}
 
 } // namespace support

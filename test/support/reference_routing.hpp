@@ -24,6 +24,7 @@ struct options {
     double scale = 1;        ///< multiplies every weight
     int64_t capacity = -1;   ///< choices an expert keeps; negative: all
     drop_order drop = drop_order::token_major;
+    bool rescale = false; ///< a token's weights that stay grow in proportion until their sum is what it was
     double balance = 0; ///< coefficient of the Switch balance loss
     double z = 0;       ///< coefficient of the z-loss
 };
@@ -126,6 +127,25 @@ inline std::vector<bool> kept_by_capacity(const options& o, const routing& r)
     return kept;
 }
 
+/// What the weights of a token sum to before anything is dropped, and what those that stay do.
+struct token_sums {
+    double all = 0, rest = 0;
+    double growth() const { return rest > 0 ? all / rest : 1; }
+};
+
+/// @param before  the token's weights before anything is dropped         // (K)
+/// @param stays   whether choice j of the token does
+template <class Stays>
+token_sums sums_of(const numbers& before, const Stays& stays)
+{
+    token_sums out;
+    for (std::size_t j = 0; j < before.size(); ++j) {
+        out.all += before[j];
+        if (stays(j)) out.rest += before[j];
+    }
+    return out;
+}
+
 /// Chooses, weighs, drops and takes the losses. A token with neither a finite logit nor +Inf has all its choices
 /// dropped; it adds nothing to a loss, but counts in T.
 /// @param fixed  if given, the (C) experts to use instead of choosing (-1 for a dropped token), before capacity;
@@ -156,6 +176,12 @@ inline routing route(const options& o, const numbers& logits, int64_t tokens, in
         }
     }
     const std::vector<bool> stays = kept ? *kept : kept_by_capacity(o, r);
+    for (int64_t t = 0; t < tokens && o.rescale; ++t) {
+        numbers before;
+        for (int64_t j = 0; j < o.k; ++j) before.push_back(r.choices[t * o.k + j].weight);
+        const double growth = sums_of(before, [&](std::size_t j) { return stays[t * o.k + j]; }).growth();
+        for (int64_t j = 0; j < o.k; ++j) r.choices[t * o.k + j].weight *= growth;
+    }
     r.counts.assign(experts, 0);
     for (std::size_t c = 0; c < r.choices.size(); ++c) {
         if (!stays[c]) r.choices[c] = {r.choices[c].token, -1, 0.0};
@@ -193,8 +219,18 @@ inline numbers route_backward(const options& o, const routing& r, const numbers&
         double* dl = out.data() + t * r.experts;
         const std::vector<int> ids(r.chosen.begin() + t * r.k, r.chosen.begin() + (t + 1) * r.k);
         numbers dw(r.k, 0.0); // a dropped choice has weight 0, whatever the logits are
+        const auto stays = [&](std::size_t j) { return r.choices[t * r.k + static_cast<int64_t>(j)].expert >= 0; };
         for (int64_t j = 0; j < r.k; ++j)
-            if (r.choices[t * r.k + j].expert >= 0) dw[j] = o.scale * dweights[t * r.k + j];
+            if (stays(j)) dw[j] = o.scale * dweights[t * r.k + j];
+        if (o.rescale) { // v = w A / R: dv_i / dw_j = [i = j] A / R + w_i / R - [j stays] w_i A / R^2
+            numbers before = softmax(l, ids);
+            for (int64_t j = 0; j < r.k && !o.renormalize; ++j) before[j] = ids[j] < 0 ? 0 : p[ids[j]];
+            const token_sums sums = sums_of(before, stays);
+            double dot = 0;
+            for (int64_t j = 0; j < r.k; ++j) dot += dw[j] * before[j];
+            for (int64_t j = 0; j < r.k && sums.rest > 0; ++j)
+                dw[j] = sums.growth() * (dw[j] - (stays(j) ? dot / sums.rest : 0)) + dot / sums.rest;
+        }
         numbers dp(r.experts);
         for (int e = 0; e < r.experts; ++e) dp[e] = loss_scale * balance[e];
         if (o.renormalize) {

@@ -5,7 +5,7 @@
 #include <fastmoe/transfer/combine.hpp>
 #include <fastmoe/transfer/dispatch.hpp>
 
-#include "support/compare.hpp"
+#include "support/bounded.hpp"
 #include "support/poison.hpp"
 #include "support/routed.hpp"
 
@@ -96,32 +96,65 @@ TEST_CASE_TEMPLATE("combine sums the weighted rows of each token", Cell, FASTMOE
     }
 }
 
+TEST_CASE_TEMPLATE("dispatch with weights multiplies each row by its weight and rounds once", Cell, FASTMOE_CELLS)
+{
+    using T = typename Cell::type;
+    using real = accumulate_t<T>;
+    FASTMOE_SEEDED(r, 27);
+    FASTMOE_EXECUTOR(ex, Cell);
+    for (int round = 0; round < 8; ++round) {
+        const auto shape = random_shape<Cell>(r);
+        const int64_t width = r.integer(1, 100);
+        support::routed<typename Cell::executor, T> in(ex, r, shape);
+        support::guarded<T> x(shape.tokens, width, 1), rows(in.plan.slots, width, 1);
+        support::fill_normal(r, x.view());
+        dispatch(ex, x.view(), in.route.weights, in.plan, rows.view());
+        ex.synchronize();
+        std::vector<support::bounded<real>> expected;
+        for (int64_t s = 0; s < in.plan.slots; ++s)
+            for (int64_t d = 0; d < width; ++d) {
+                const int64_t c = in.plan.choice_of(s);
+                using number = support::bounded<real>;
+                expected.push_back(c < 0 ? number(0) : number(double(in.weights()[c])) * number(double(x.view()(in.plan.token_of(s), d))));
+            }
+        CHECK(support::within(rows.view(), expected));
+        CHECK(rows.damage() == "");
+    }
+}
+
 TEST_CASE_TEMPLATE("dispatch and combine are each other's adjoint, with weights and without", Cell, FASTMOE_CELLS)
 {
     using T = typename Cell::type;
     using real = accumulate_t<T>;
     FASTMOE_SEEDED(r, 23);
     FASTMOE_EXECUTOR(ex, Cell);
+    // Small integers, and quarters for weights: no operation rounds in any dtype, so that both sides are the same number.
+    const auto integers = [&](auto view) {
+        for (int64_t i = 0; i < support::size_of(view); ++i) view.data_handle()[i] = support::narrow<T>(double(r.integer(-4, 4)));
+    };
     for (int round = 0; round < 8; ++round) {
         const auto shape = random_shape<Cell>(r);
         const int64_t width = r.integer(1, 100);
         support::routed<typename Cell::executor, T> in(ex, r, shape);
+        for (int64_t c = 0; c < in.route.choices(); ++c)
+            if (in.ids()[c] >= 0) in.route.weights(c) = real(0.25 * double(r.integer(1, 4)));
         support::guarded<T> x(shape.tokens, width), dispatched(in.plan.slots, width), rows(in.plan.slots, width);
         support::guarded<real> combined(shape.tokens, width);
-        support::fill_normal(r, x.view());
-        support::fill_normal(r, rows.view());
-        const double eps = 4 * double(shape.k + 2) * support::roundoff<T> * double(in.plan.slots * width + 1);
+        integers(x.view());
+        integers(rows.view());
         // <combine(rows), x> = <rows, dispatch(x)>
+        const auto sides = [&] {
+            ex.synchronize();
+            return std::pair(inner(widened(combined.view()), widened(x.view())), inner(widened(rows.view()), widened(dispatched.view())));
+        };
         combine_unweighted(ex, rows.view(), in.route, in.plan, combined.view());
         dispatch(ex, x.view(), in.plan, dispatched.view());
-        ex.synchronize();
-        CHECK(std::fabs(inner(widened(combined.view()), widened(x.view())) -
-                        inner(widened(rows.view()), widened(dispatched.view()))) <= eps);
+        const auto [left, right] = sides();
+        CHECK(left == right);
         combine(ex, rows.view(), in.route, in.plan, combined.view());
         dispatch(ex, x.view(), in.route.weights, in.plan, dispatched.view());
-        ex.synchronize();
-        CHECK(std::fabs(inner(widened(combined.view()), widened(x.view())) -
-                        inner(widened(rows.view()), widened(dispatched.view()))) <= eps);
+        const auto [weighted_left, weighted_right] = sides();
+        CHECK(weighted_left == weighted_right);
     }
 }
 
