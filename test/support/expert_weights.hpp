@@ -22,9 +22,11 @@ inline reference::numbers absolute(reference::numbers v)
 
 /// The same experts with absolute weights. Run on absolute input, every activation is between half its argument and
 /// its argument, so a result bounds the sum of absolute terms up to a factor, whatever signs cancel in the real one.
+/// Clamps go, which would hide terms.
 inline std::vector<reference::expert> absolute(std::vector<reference::expert> experts)
 {
     for (auto& e : experts) {
+        if (e.act == reference::activation::clamped_swiglu) e.act = reference::activation::unclamped_swiglu;
         e.up = absolute(e.up);
         e.down = absolute(e.down);
         e.up_bias = absolute(e.up_bias);
