@@ -212,6 +212,7 @@ struct assigned_gate {
             expects(z.coefficient == 0, "z.coefficient", z.coefficient, "0 for a score that reads no logits");
         detail::check_policy(assignment, experts, k);
         detail::check_policy(score, experts, k);
+        detail::check_policy(weigh, experts, k);
     }
 
 private:

@@ -20,6 +20,7 @@
 
 #include <limits>
 
+#include <fastmoe/core/error.hpp>
 #include <fastmoe/core/math.hpp>
 #include <fastmoe/exec/team.hpp>
 
@@ -124,6 +125,19 @@ struct softmax_score {
 struct renormalize {
     static constexpr bool over_chosen = true;
     double epsilon = 0; ///< added to the sum, as sigmoid routers do (1e-20); not where all scores sum to one
+};
+
+/// The same, with a sum that is taken to be `least` where it is less (ERNIE 4.5): such weights sum to less than one.
+struct renormalize_at_least : renormalize {
+    double least = 1e-12;
+};
+
+/// Weights are the chosen scores divided by their norm, (sum s^power)^(1/power) (DBRX, whose power is 1 by default).
+struct divide_by_norm : renormalize {
+    double power = 2; ///< more than 0
+
+    /// @throws invalid_argument
+    void check(int64_t, int64_t) const { expects(power > 0 && power - power == 0, "weigh.power", power, "more than 0, finite"); }
 };
 
 /// Weights are the scores as they are (Switch, GShard, DeepSeek-V2): after softmax_score, probabilities over all.

@@ -205,6 +205,7 @@ struct top_k_gate {
         detail::expects_coefficients(balance, z);
         detail::check_policy(score, experts, k);
         detail::check_policy(select, experts, k);
+        detail::check_policy(weigh, experts, k);
     }
 
 private:

@@ -7,7 +7,7 @@
 ///
 /// With v the chosen values, d the divisor and g the gradient of the weights before capacity, times scale:
 ///
-///     dv[k] = (g[k] - <g, v> / d) / d      where d is a sum; over all experts, the second term goes to every expert
+///     dv[e] = ([e = chosen k] g[k] - (<g, v> / d) dd / dv[e]) / d      dd / dv is 1 in a sum, (v / d)^(p-1) in a p-norm
 ///     dl[e] = row.slope dv[e]
 ///
 /// A choice that was dropped afterwards is constant; rescaled weights are w[k] sum(w) / sum(kept w).
@@ -61,24 +61,64 @@ FASTMOE_HOST_DEVICE constexpr bool divides_by_chosen(int64_t n) noexcept
     return Weigh::over_chosen && (Row::sums_to_one || n > 1);
 }
 
+template <class Weigh>
+concept has_least_divisor = requires(const Weigh& w) { w.least; };
+template <class Weigh>
+concept has_norm_power = requires(const Weigh& w) { w.power; };
+
+/// What values are divided by, and how it moves with them: d divisor / d v is of_all for every expert, and for a chosen
+/// one, also of_chosen (v / divisor)^(power - 1).
+template <class Real>
+struct division {
+    Real divisor = 1, of_all = 0, of_chosen = 0, power = 1;
+
+    FASTMOE_HOST_DEVICE Real slope(Real value) const noexcept
+    {
+        if (power == Real(1)) return of_chosen;
+        return value > Real(0) ? of_chosen * std::pow(value / divisor, power - Real(1)) : Real(0);
+    }
+};
+
+/// The division of n chosen values. All lanes alike; `values` is in order.
+template <class Team, class Weigh, class Row, class Real>
+FASTMOE_HOST_DEVICE division<Real> division_of(Team& team, const Weigh& weigh, const Row& row, const Real* logits,
+                                               int64_t experts, const Real* values, int64_t n)
+{
+    division<Real> d;
+    if constexpr (Weigh::over_chosen) {
+        if (!divides_by_chosen<Row, Weigh>(n)) return d;
+        d.of_chosen = 1;
+        if constexpr (has_norm_power<Weigh>) {
+            const Real power = d.power = static_cast<Real>(weigh.power);
+            const Real sum = team.reduce(n, Real(0), adds{}, [=](int64_t j) {
+                return values[j] > Real(0) ? std::pow(values[j], power) : Real(0);
+            });
+            d.divisor = std::pow(sum, Real(1) / power);
+        } else {
+            d.divisor = epsilon_of<Row, Real>(weigh) +
+                        team.reduce(n, Real(0), adds{}, [=](int64_t j) { return values[j]; });
+        }
+        if constexpr (has_least_divisor<Weigh>) {
+            const Real all = Row::sums_to_one ? sum_of_values(team, row, logits, experts) : Real(1);
+            const Real least = static_cast<Real>(weigh.least);
+            if (d.divisor < least * all) d = {least * all, Row::sums_to_one ? least : Real(0), Real(0), Real(1)};
+        }
+    } else if constexpr (Row::sums_to_one) {
+        d = {sum_of_values(team, row, logits, experts), Real(1), Real(0), Real(1)};
+    }
+    if (d.divisor == Real(0)) d.divisor = 1;
+    return d;
+}
+
 /// Turns n chosen values into weights, in place. All zeros stay zeros.
 /// @param n  choices of the token, dropped ones included with value 0
 template <class Team, class Weigh, class Row, class Real>
 FASTMOE_HOST_DEVICE void divide_values(Team& team, const Weigh& weigh, const Row& row, const Real* logits, int64_t experts,
                                        Real* values, int64_t n, Real scale)
 {
-    Real divisor = 1;
-    if constexpr (Weigh::over_chosen) {
-        if (divides_by_chosen<Row, Weigh>(n)) {
-            team.sync();
-            divisor = epsilon_of<Row, Real>(weigh) +
-                      team.reduce(n, Real(0), adds{}, [=](int64_t j) { return values[j]; });
-            team.sync();
-        }
-    } else if constexpr (Row::sums_to_one) {
-        divisor = sum_of_values(team, row, logits, experts);
-    }
-    const Real factor = scale / (divisor == Real(0) ? Real(1) : divisor);
+    team.sync();
+    const Real factor = scale / division_of(team, weigh, row, logits, experts, values, n).divisor;
+    team.sync(); // every lane has read the values
     team.for_each(n, [=](int64_t j) { values[j] *= factor; });
 }
 
@@ -171,31 +211,23 @@ struct weigh_row_backward {
         Real* gradient = team.template scratch<Real>(n);
         const Real* l = logits.data_handle() + t * all;
         const auto row = score.row(team, l, all);
-        using Row = std::remove_cvref_t<decltype(row)>;
         team.for_each(n, [=](int64_t j) { value[j] = ids[j] >= 0 ? row.value(l[ids[j]]) : Real(0); });
         read_gradient(team, n, kept + begin, dweights + begin, scale, rescaled, value, gradient);
         team.sync();
-        constexpr bool over_all = !Weigh::over_chosen && Row::sums_to_one;
-        const bool over_chosen = divides_by_chosen<Row, Weigh>(n);
-        Real divisor = 1, common = 0;
-        if constexpr (Weigh::over_chosen) {
-            if (over_chosen)
-                divisor = epsilon_of<Row, Real>(weigh) +
-                          team.reduce(n, Real(0), adds{}, [=](int64_t j) { return value[j]; });
-        } else if constexpr (over_all) {
-            divisor = sum_of_values(team, row, l, all);
-        }
-        if (divisor == Real(0)) divisor = 1;
-        if (over_chosen || over_all)
-            common = team.reduce(n, Real(0), adds{}, [=](int64_t j) { return gradient[j] * value[j]; }) / divisor;
-        const Real factor = Real(1) / divisor, shared = over_all ? common * factor : Real(0);
-        if constexpr (over_all)
+        const auto by = division_of(team, weigh, row, l, all, value, n);
+        const Real factor = Real(1) / by.divisor;
+        Real common = 0;
+        if (by.of_all != Real(0) || by.of_chosen != Real(0))
+            common = team.reduce(n, Real(0), adds{}, [=](int64_t j) { return gradient[j] * value[j]; }) / by.divisor;
+        const Real shared = common * factor * by.of_all;
+        if (by.of_all != Real(0))
             team.for_each(all, [=](int64_t e) { out[e] = -shared * row.slope(l[e], row.value(l[e])); });
         else team.for_each(all, [=](int64_t e) { out[e] = Real(0); });
         team.sync();
         team.for_each(n, [=](int64_t j) {
             const int64_t e = ids[j];
-            if (e >= 0) out[e] = row.slope(l[e], value[j]) * (gradient[j] - common) * factor;
+            if (e >= 0)
+                out[e] = row.slope(l[e], value[j]) * (gradient[j] - common * (by.of_all + by.slope(value[j]))) * factor;
         });
     }
 };
