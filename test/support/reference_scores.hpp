@@ -68,8 +68,9 @@ inline scored_token score_token(const score_rule& rule, const std::vector<double
         const std::size_t size = l.size() / static_cast<std::size_t>(rule.groups);
         std::vector<double> group;
         for (std::int64_t g = 0; g < rule.groups; ++g) {
-            std::vector<double> inner(seen.begin() + g * static_cast<std::int64_t>(size),
-                                      seen.begin() + (g + 1) * static_cast<std::int64_t>(size));
+            std::vector<double> inner;
+            for (std::size_t i = static_cast<std::size_t>(g) * size; i < static_cast<std::size_t>(g + 1) * size; ++i)
+                inner.push_back(s[i] + (rule.bias.empty() ? 0 : rule.bias[i]));
             std::sort(inner.rbegin(), inner.rend());
             double sum = 0;
             for (std::int64_t i = 0; i < rule.top; ++i) sum += inner[static_cast<std::size_t>(i)];
