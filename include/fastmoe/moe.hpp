@@ -9,6 +9,7 @@
 #include <fastmoe/expert/layout.hpp>
 #include <fastmoe/expert/linear.hpp>
 #include <fastmoe/expert/mlp.hpp>
+#include <fastmoe/layer/gated_shared_expert.hpp>
 #include <fastmoe/layer/moe_layer.hpp>
 #include <fastmoe/layer/owned_weights.hpp>
 #include <fastmoe/layer/shared_expert.hpp>
