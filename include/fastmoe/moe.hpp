@@ -13,6 +13,11 @@
 #include <fastmoe/layer/moe_layer.hpp>
 #include <fastmoe/layer/owned_weights.hpp>
 #include <fastmoe/layer/shared_expert.hpp>
+#include <fastmoe/models/deepseek.hpp>
+#include <fastmoe/models/ernie4_5.hpp>
+#include <fastmoe/models/gpt_oss.hpp>
+#include <fastmoe/models/llama4.hpp>
+#include <fastmoe/models/softmax_models.hpp>
 #include <fastmoe/routing/biased_score.hpp>
 #include <fastmoe/routing/group_limited.hpp>
 #include <fastmoe/routing/lookup.hpp>
