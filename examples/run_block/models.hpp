@@ -7,6 +7,7 @@
 #include <fastmoe/models/ernie4_5.hpp>
 #include <fastmoe/models/gpt_oss.hpp>
 #include <fastmoe/models/llama4.hpp>
+#include <fastmoe/models/phimoe.hpp>
 #include <fastmoe/models/softmax_models.hpp>
 
 #include "run_block/description.hpp"
@@ -38,7 +39,7 @@ void with_model(const description& d, const F& f)
     case model::gpt_oss: return f(gpt_oss<Gemm>(n));
     case model::llama4: return f(llama4<Gemm>(n));
     case model::ernie4_5: return f(ernie4_5_moe<Gemm>(n));
-    case model::phimoe: break;
+    case model::phimoe: return f(phimoe<Gemm>(n));
     }
 }
 

@@ -33,8 +33,8 @@ using products = fm::gemm::portable;
 /// All parameters of a block.
 template <class T>
 struct block_weights {
-    matrix<T> router, router_bias, shared_gate; // (E,D), (1,E), (1,D)
-    matrix<float> correction;                   // (1,E)
+    matrix<float> router, router_bias, correction; // (E,D), (1,E), (1,E)
+    matrix<T> shared_gate;                         // (1,D)
     expert_weights<T> experts, shared;
 
     /// @throws format_error that names a tensor which is missing, not as it must be, or one too many
@@ -114,14 +114,14 @@ void run(fm::host_executor& ex, const program_options& o, description d)
     if (!d.correction_bias.empty())
         d.numbers.bias = fm::vector_view<const float>(w.correction.view().data_handle(), d.numbers.experts);
 
-    matrix<T> x(ex, tokens, width), y(ex, tokens, width);
-    load(ex, given, x.view());
+    // The router sees what the files hold, in float32 whatever T is: near ties decide who computes.
     matrix<float> logits(ex, tokens, d.numbers.experts), weights(ex, tokens, k), out(ex, tokens, width);
     matrix<fm::int32_t> experts(ex, tokens, k);
-    const fm::matrix_view<const T> rows = x.view();
+    load(ex, given, out.view());
     with_workspace(ex, [&](fm::arena& memory) {
-        const auto bias = fm::vector_view<const T>(w.router_bias.view().data_handle(), w.router_bias.view().extent(1));
-        fm::project(ex, rows, w.router.view(), bias, logits.view(), memory);
+        const auto bias = w.router_bias.view();
+        fm::project(ex, out.view(), w.router.view(), fm::vector_view<const float>(bias.data_handle(), bias.extent(1)),
+                    logits.view(), memory);
     });
     const fm::routing<float> routing{tokens,
                                      d.numbers.experts,
@@ -130,6 +130,9 @@ void run(fm::host_executor& ex, const program_options& o, description d)
                                      fm::vector_view<float>(weights.view().data_handle(), tokens * k),
                                      {}};
     route(ex, d, logits.view(), routing);
+    matrix<T> x(ex, tokens, width), y(ex, tokens, width);
+    load(ex, given, x.view());
+    const fm::matrix_view<const T> rows = x.view();
     with_model<products>(d, [&](const auto& m) {
         run_experts<T>(ex, m.expert, w.experts.views, rows, routing, y.view());
         run_shared<T>(ex, m.shared, w, rows, y.view());

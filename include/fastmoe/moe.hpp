@@ -17,6 +17,7 @@
 #include <fastmoe/models/ernie4_5.hpp>
 #include <fastmoe/models/gpt_oss.hpp>
 #include <fastmoe/models/llama4.hpp>
+#include <fastmoe/models/phimoe.hpp>
 #include <fastmoe/models/softmax_models.hpp>
 #include <fastmoe/routing/biased_score.hpp>
 #include <fastmoe/routing/group_limited.hpp>

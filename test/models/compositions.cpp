@@ -133,7 +133,7 @@ TEST_CASE("every model's composition has the gradients of its values, the router
     std::vector<float> bias;
     for (int64_t e = 0; e < experts; ++e) bias.push_back(0.1f * static_cast<float>(e % 3));
     const models::config c{.width = width, .hidden = 5, .experts = experts, .k = 3, .groups = 4, .keep = 2, .scale = 2.5,
-                           .shared_hidden = 4, .bias = as_vector(bias), .least_sum = 0.3, .norm_power = 2,
+                           .shared_hidden = 4, .bias = as_vector(bias), .least_sum = 0.3, .norm_power = 2, .mask_epsilon = 0.2,
                            .activation = {.limit = 0.5}};
     check_gradients("mixtral", models::mixtral(c));
     check_gradients("olmoe", models::olmoe(c));
@@ -145,6 +145,7 @@ TEST_CASE("every model's composition has the gradients of its values, the router
     check_gradients("gpt_oss", models::gpt_oss(c));
     check_gradients("llama4", models::llama4(c));
     check_gradients("ernie4_5_moe", models::ernie4_5_moe(c));
+    check_gradients("phimoe", models::phimoe(c));
 }
 
 TEST_CASE("models that share a composition are one type")

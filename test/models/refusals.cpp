@@ -188,6 +188,8 @@ TEST_CASE("a configuration without a key that decides, or with a value that cann
     refused("deepseek_v3", set("topk_group", 9), {"'topk_group' is 9; expected at most n_group = 8"});
     refused("deepseek_v3", set("topk_group", 1), {"'num_experts_per_tok' is 8; expected at most the 4 experts"});
     refused("deepseek_v3", set("n_shared_experts", -1), {"'n_shared_experts' is -1; expected a whole number from 0 on"});
+    refused("phimoe", set("num_experts_per_tok", 1), {"'num_experts_per_tok' is 1; expected 2"});
+    refused("phimoe", set("router_jitter_noise", -0.5), {"'router_jitter_noise' is -0.5; expected 0 or more"});
     refused("deepseek_v2", set("topk_method", "noaux_tc"), {"'topk_method' is \"noaux_tc\"; expected \"greedy\" or"});
     refused("ernie4_5_moe", set("moe_k", 17), {"'moe_k' is 17; expected 1 to the number of experts, 16"});
     refused("ernie4_5_moe", set("moe_norm_min", -1), {"'moe_norm_min' is -1; expected 0 or more"});
