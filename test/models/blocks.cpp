@@ -19,9 +19,11 @@ namespace io = fastmoe::io;
 namespace fm = fastmoe;
 
 constexpr const char* all_cases[] = {
-    "dbrx",     "dbrx_norm2",  "dbrx_raw",   "deepseek_v2",  "deepseek_v2_greedy",   "deepseek_v3", "deepseek_v3_raw", "ernie4_5_moe",
-    "ernie4_5_moe_clamped",    "glm4_moe",   "gpt_oss",      "granitemoe",           "jamba",       "llama4",          "llama4_top2",
-    "minimax",  "minimax_m2",  "mixtral",    "olmoe",        "phimoe",               "qwen2_moe",   "qwen2_moe_normalized",           "qwen3_moe"};
+    "dbrx",      "dbrx_norm2",       "dbrx_raw",          "deepseek_v2",          "deepseek_v2_greedy",  "deepseek_v3",
+    "glm4_moe",  "deepseek_v3_raw",  "deepseek_v3_top1",  "ernie4_5_moe",         "ernie4_5_moe_biases", "ernie4_5_moe_clamped",
+    "gpt_oss",   "granitemoe",       "jamba",             "llama4",               "llama4_top2",         "minimax",
+    "mixtral",   "minimax_m2",       "olmoe",             "phimoe",               "qwen2_moe",           "qwen2_moe_normalized",
+    "qwen3_moe"};
 
 /// How far y may be from the expected y, in norm and in the greatest element.
 void expect_close(const io::safetensors_file& got, const io::safetensors_file& expected, double bound)

@@ -86,7 +86,7 @@ CASES = {
         deepseek_v2.DeepseekV2Moe, PROJ_NAMES, torch.bfloat16),
     "deepseek_v2_greedy": lambda: (
         transformers.DeepseekV2Config(**sizes(24, 20, n_routed_experts=8, num_experts_per_tok=3, n_shared_experts=1,
-                                              topk_method="greedy", norm_topk_prob=False)),
+                                              topk_method="greedy", norm_topk_prob=False, mlp_bias=True)),
         deepseek_v2.DeepseekV2Moe, PROJ_NAMES, torch.float32),
     "deepseek_v3": lambda: (
         transformers.DeepseekV3Config(**sizes(40, 24, n_routed_experts=32, num_experts_per_tok=8, n_shared_experts=1,
@@ -148,6 +148,15 @@ CASES = {
     "minimax_m2": lambda: (
         transformers.MiniMaxM2Config(**dense(24, 16, num_local_experts=16, num_experts_per_tok=4)),
         minimax_m2.MiniMaxM2SparseMoeBlock, MIXTRAL_NAMES, torch.float32),
+    "deepseek_v3_top1": lambda: (
+        transformers.DeepseekV3Config(**sizes(24, 16, n_routed_experts=8, num_experts_per_tok=1, n_shared_experts=1,
+                                              n_group=2, topk_group=1, routed_scaling_factor=1.5,
+                                              norm_topk_prob=True)),
+        deepseek_v3.DeepseekV3MoE, PROJ_NAMES, torch.float32),
+    "ernie4_5_moe_biases": lambda: (
+        transformers.Ernie4_5_MoeConfig(**sizes(24, 16, moe_num_experts=8, moe_k=3, moe_num_shared_experts=1,
+                                                use_bias=True)),
+        ernie4_5_moe.Ernie4_5_MoeSparseMoeBlock, PROJ_NAMES, torch.float32),
 }
 
 

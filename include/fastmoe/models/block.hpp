@@ -29,6 +29,7 @@ struct config {
     int64_t k = 1;                         ///< K
     int64_t groups = 1;                    ///< of experts, for group-limited choices
     int64_t keep = 1;                      ///< groups that a token may choose from
+    outside_groups outside = outside_groups::excluded; ///< DeepSeek-V3's line: what experts of other groups compete with
     double scale = 1;                      ///< multiplies the weights
     int64_t shared_hidden = 0;             ///< H of the shared experts, all of them together; 0: there are none
     vector_view<const float> bias = {};    // (E)  seen by the choice alone; memory of the executor

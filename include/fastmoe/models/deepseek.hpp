@@ -32,7 +32,7 @@ template <class Weigh = renormalize, class Gemm = gemm::portable>
 auto deepseek_v3(const config& c)
 {
     deepseek_v3_gate<Weigh> gate{.experts = c.experts, .k = c.k, .scale = c.scale, .score = {{c.bias}},
-                                 .select = {.groups = c.groups, .keep = c.keep, .top = 2}};
+                                 .select = {.groups = c.groups, .keep = c.keep, .top = 2, .outside = c.outside}};
     if constexpr (Weigh::over_chosen) gate.weigh.epsilon = 1e-20;
     return detail::shared_block<Gemm>(c, gate);
 }
