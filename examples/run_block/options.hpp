@@ -3,7 +3,6 @@
 /// The command line. Only main.cpp includes this: the rest of the program knows no CLI11.
 #pragma once
 
-#include <map>
 #include <optional>
 #include <string>
 
@@ -26,10 +25,10 @@ inline std::optional<int> parse_options(int argc, char** argv, program_options& 
     app.add_option("--output", o.output, "File to write: y (tokens, width) and weights (tokens, k) as float32, experts "
                                          "(tokens, k) as int32. It is written as a whole or not at all")
         ->required();
-    app.add_option("--dtype", o.bfloat16, "Of the experts' weights and activations: float32 or bfloat16. Sums and the whole "
+    app.add_option("--dtype", o.dtype, "Of the experts' weights and activations. Sums and the whole "
                                           "router are in float32")
-        ->transform(CLI::CheckedTransformer(std::map<std::string, bool>{{"float32", false}, {"bfloat16", true}}))
-        ->default_str("float32");
+        ->check(CLI::IsMember({"float32", "bfloat16"}))
+        ->capture_default_str();
     app.add_option("--threads", o.threads, "Threads; 0: all. The numbers do not depend on it")
         ->check(CLI::Range(0, 4096))
         ->capture_default_str();

@@ -13,8 +13,7 @@
 namespace run_block {
 
 struct program_options {
-    std::string config, weights, input, output;
-    bool bfloat16 = false;
+    std::string config, weights, input, output, dtype = "float32";
     int threads = 0;
 };
 

@@ -324,6 +324,8 @@ TEST_CASE("an output that cannot be written is an error, and a file that stood t
     CHECK(s.run().status == 1);
     CHECK(support::read_file(s.output()) == before);
     s.block = without;
+    CHECK(s.run({"--output", s.path("block.safetensors")}).out.find("expected a file that is not read") != std::string::npos);
+    CHECK(support::read_file(s.path("block.safetensors")).find("gate.weight") != std::string::npos);
     const auto r = s.run({"--output", s.path("nowhere/out.safetensors")});
     CHECK(r.status != 0);
     CHECK(r.out.find("nowhere/out.safetensors") != std::string::npos);
