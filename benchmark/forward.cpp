@@ -28,7 +28,7 @@ struct activate_all {
     template <class Team>
     void operator()(Team& team, int64_t s) const
     {
-        fm::detail::activate_row<fm::gelu, float>(team, u + s * hidden, a + s * hidden, hidden,
+        fm::detail::activate_row<fm::gelu, float>(team, {}, u + s * hidden, a + s * hidden, hidden,
                                                   fm::detail::gated_columns{1, hidden}, 1.0f);
     }
 };

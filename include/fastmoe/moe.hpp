@@ -10,9 +10,16 @@
 #include <fastmoe/expert/layout.hpp>
 #include <fastmoe/expert/linear.hpp>
 #include <fastmoe/expert/mlp.hpp>
+#include <fastmoe/layer/gated_shared_expert.hpp>
 #include <fastmoe/layer/moe_layer.hpp>
 #include <fastmoe/layer/owned_weights.hpp>
 #include <fastmoe/layer/shared_expert.hpp>
+#include <fastmoe/models/deepseek.hpp>
+#include <fastmoe/models/ernie4_5.hpp>
+#include <fastmoe/models/gpt_oss.hpp>
+#include <fastmoe/models/llama4.hpp>
+#include <fastmoe/models/phimoe.hpp>
+#include <fastmoe/models/softmax_models.hpp>
 #include <fastmoe/routing/balanced_assignment.hpp>
 #include <fastmoe/routing/bias_update.hpp>
 #include <fastmoe/routing/biased_score.hpp>

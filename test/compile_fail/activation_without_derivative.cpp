@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// An activation without a derivative does not make an mlp.
 // expect: plain_activation
-// expect: A::derivative
+// expect: a\.derivative
 #include <fastmoe/moe.hpp>
 
 struct my_activation {

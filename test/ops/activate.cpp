@@ -87,3 +87,34 @@ TEST_CASE_TEMPLATE("a gated activation is the product, and its gradient the prod
         REQUIRE(back.gate == doctest::Approx(d * u * A::derivative(g)));
     }
 }
+
+TEST_CASE("the activation of gpt-oss equals its definition and its gradient the definition's slope, whatever its constants are")
+{
+    FASTMOE_SEEDED(r, 73);
+    for (int i = 0; i < 5000; ++i) {
+        const clamped_swiglu a =
+            i % 2 ? clamped_swiglu{} : clamped_swiglu{r.uniform(0.5, 3), r.uniform(0.5, 3), r.uniform(-1, 2)};
+        const auto definition = [&](double g, double u) {
+            g = std::fmin(g, a.limit);
+            u = std::fmin(std::fmax(u, -a.limit), a.limit);
+            return (u + a.shift) * g * logistic(a.alpha * g);
+        };
+        const double g = r.normal(a.limit), u = r.normal(a.limit), d = r.normal(), h = 1e-5;
+        CAPTURE(g);
+        CAPTURE(u);
+        CAPTURE(a.limit);
+        if (std::fabs(std::fabs(u) - a.limit) < 2 * h || std::fabs(g - a.limit) < 2 * h) continue;
+        const auto back = a.gradient(g, u, d);
+        const double size = 1 + a.limit * (a.limit + std::fabs(a.shift));
+        REQUIRE(std::fabs(a.value(g, u) - definition(g, u)) <= 1e-14 * size);
+        REQUIRE(std::fabs(back.gate - d * (definition(g + h, u) - definition(g - h, u)) / (2 * h)) <= 1e-8 * size);
+        REQUIRE(std::fabs(back.up - d * (definition(g, u + h) - definition(g, u - h)) / (2 * h)) <= 1e-8 * size);
+        REQUIRE(std::fabs(a.value(float(g), float(u)) - definition(float(g), float(u))) <= 1e-6 * size);
+    }
+    CHECK(std::isnan(clamped_swiglu{}.value(NAN, 1.0f)));
+    CHECK(std::isnan(clamped_swiglu{}.value(1.0f, NAN)));
+    CHECK_EQ(clamped_swiglu{}.gradient(7.0, 7.0, 1.0).gate, clamped_swiglu{.limit = 8}.gradient(7.0, 7.0, 1.0).gate);
+    CHECK_EQ(clamped_swiglu{}.gradient(7.1, 7.1, 1.0).gate, 0);
+    CHECK_EQ(clamped_swiglu{}.gradient(7.1, 7.1, 1.0).up, 0);
+    CHECK_EQ(clamped_swiglu{}.gradient(1.0, -7.1, 1.0).up, 0);
+}

@@ -160,12 +160,33 @@ TEST_CASE_TEMPLATE("group-limited choices agree with the oracle for both group s
                              gate_of<fm::sigmoid_score, fm::group_limited, fm::raw_scores>{
                                  .experts = experts, .k = k, .scale = 2.5, .score = {{memory.view()}}, .select = select},
                              bias, rng.integer(0, 5), 2);
-        if (!zero) // logits below 0 would lose to the zeros, and ties among those are not the subject here
+        if (!zero) { // logits below 0 would lose to the zeros, and ties among those are not the subject here
+            matches_oracle<Real>(ex, rng,
+                                 gate_of<fm::sigmoid_score, fm::group_limited, fm::raw_scores>{
+                                     .experts = experts, .k = k, .select = select},
+                                 {}, rng.integer(0, 5), 2);
             matches_oracle<Real>(ex, rng,
                                  gate_of<fm::softmax_score, fm::group_limited, fm::raw_scores>{
                                      .experts = experts, .k = k, .select = select},
                                  {}, rng.integer(0, 5), 2);
+        }
     }
+}
+
+TEST_CASE_TEMPLATE("a group's sum is of scores, not of the logits that stand for them in the choice", Real, float, double)
+{
+    fm::host_executor ex({.threads = 1});
+    // Logits: 9 - 4 > 1 + 1. Sigmoids: 1.00 + 0.02 < 0.73 + 0.73.
+    const auto row = support::narrowed<Real>({9, -4, 1, 1});
+    const auto check = [&]<class Score>(const Score& score, int32_t expected) {
+        const gate_of<Score, fm::group_limited, fm::raw_scores> g{
+            .experts = 4, .k = 1, .score = score, .select = {.groups = 2, .keep = 1, .top = 2}};
+        CHECK_EQ(support::gate_run(ex, g, 1, row, std::vector<Real>(1)).experts, std::vector<int32_t>{expected});
+    };
+    check(fm::sigmoid_score{}, 2);
+    check(fm::sqrt_softplus_score{}, 0); // 3 + 0.13 > 1.15 + 1.15
+    check(fm::softmax_score{}, 0);       // nearly all of the weight is on expert 0
+    check(fm::biased_softmax_score{}, 0);
 }
 
 TEST_CASE("a mask of zero lets an outer expert in where inner scores are negative, a mask of -Inf does not")

@@ -16,7 +16,8 @@ namespace support::reference {
 using std::int64_t;
 using numbers = std::vector<double>;
 
-enum class activation { relu, gelu, gelu_tanh, silu, swiglu, geglu };
+/// clamped_swiglu is that of gpt-oss with a limit of 1, which small numbers reach; unclamped_swiglu the same without one.
+enum class activation { relu, gelu, gelu_tanh, silu, swiglu, geglu, clamped_swiglu, unclamped_swiglu };
 enum class expert_kind { mlp, linear };
 enum class weight_at { input, activation, output };
 
@@ -28,7 +29,7 @@ struct expert {
     numbers up, up_bias;     // mlp: (H or 2H,D), (H or 2H) or empty
     numbers down, down_bias; // mlp: (D,H); linear: (D,D). Bias (D) or empty
 
-    bool gated() const { return act == activation::swiglu || act == activation::geglu; }
+    bool gated() const { return act >= activation::swiglu; }
     int64_t up_rows() const { return kind == expert_kind::linear ? 0 : gated() ? 2 * hidden : hidden; }
     int64_t down_columns() const { return kind == expert_kind::linear ? width : hidden; }
 };
@@ -61,7 +62,7 @@ inline numbers stacked(const std::vector<expert>& experts, numbers expert::*memb
     return out;
 }
 
-/// The value and the slope of a plain nonlinearity; swiglu and geglu name the one on their gate rows.
+/// The value and the slope of a plain nonlinearity; gated ones name the one on their gate rows.
 inline std::pair<double, double> activate(activation act, double v)
 {
     switch (act) {
@@ -75,11 +76,27 @@ inline std::pair<double, double> activate(activation act, double v)
         const double c = std::sqrt(2 / std::acos(-1.0)), u = std::tanh(c * (v + 0.044715 * v * v * v));
         return {0.5 * v * (1 + u), 0.5 * (1 + u) + 0.5 * v * (1 - u * u) * c * (1 + 3 * 0.044715 * v * v)};
     }
+    case activation::clamped_swiglu:
+        if (v > 1) return {activate(activation::unclamped_swiglu, 1).first, 0};
+        return activate(activation::unclamped_swiglu, v);
+    case activation::unclamped_swiglu: {
+        const double s = 1 / (1 + std::exp(-1.702 * v));
+        return {v * s, s + v * 1.702 * s * (1 - s)};
+    }
     default: {
         const double s = 1 / (1 + std::exp(-v));
         return {v * s, s * (1 + v * (1 - s))};
     }
     }
+}
+
+/// The factor that an up row gives, and its slope.
+inline std::pair<double, double> up_factor(activation act, double u)
+{
+    if (act == activation::clamped_swiglu && u > 1) return {2, 0};
+    if (act == activation::clamped_swiglu && u < -1) return {0, 0};
+    if (act >= activation::clamped_swiglu) return {u + 1, 1};
+    return {u, 1};
 }
 
 /// out = W in + b for a row-major W.
@@ -131,7 +148,7 @@ inline expert_pass run_expert(const expert& e, weight_at where, const numbers& x
     } else {
         p.pre = affine(e.up, e.up_bias, p.in, e.up_rows());
         for (int64_t h = 0; h < e.hidden; ++h)
-            p.plain.push_back(activate(e.act, p.pre[h]).first * (e.gated() ? p.pre[e.hidden + h] : 1.0));
+            p.plain.push_back(activate(e.act, p.pre[h]).first * (e.gated() ? up_factor(e.act, p.pre[e.hidden + h]).first : 1));
         p.hidden = where == weight_at::activation ? scaled(p.plain) : p.plain;
     }
     p.before = affine(e.down, e.down_bias, p.hidden, e.width);
@@ -160,8 +177,9 @@ inline std::pair<numbers, double> run_expert_backward(const expert& e, weight_at
         numbers dpre(p.pre.size());
         for (int64_t h = 0; h < e.hidden; ++h) {
             const auto [value, slope] = activate(e.act, p.pre[h]);
-            dpre[h] = d[h] * slope * (e.gated() ? p.pre[e.hidden + h] : 1.0);
-            if (e.gated()) dpre[e.hidden + h] = d[h] * value;
+            const auto [factor, factor_slope] = e.gated() ? up_factor(e.act, p.pre[e.hidden + h]) : std::pair(1.0, 0.0);
+            dpre[h] = d[h] * slope * factor;
+            if (e.gated()) dpre[e.hidden + h] = d[h] * value * factor_slope;
         }
         d = affine_backward(e.up, p.in, dpre, grads.up, grads.up_bias);
     }

@@ -20,6 +20,8 @@ struct score_rule {
     std::int64_t k = 1;
     bool renormalize = false;    ///< weights over their sum; a single sigmoid or sqrt-softplus score is not divided
     double epsilon = 0;          ///< added to that sum, but not for softmax
+    double least = 0;            ///< that sum is taken to be at least this
+    double power = 1;            ///< a norm instead of that sum; then without epsilon and least
     double scale = 1;
     std::int64_t groups = 1, keep = 1, top = 1;
     bool outside_is_zero = false;
@@ -66,8 +68,9 @@ inline scored_token score_token(const score_rule& rule, const std::vector<double
         const std::size_t size = l.size() / static_cast<std::size_t>(rule.groups);
         std::vector<double> group;
         for (std::int64_t g = 0; g < rule.groups; ++g) {
-            std::vector<double> inner(seen.begin() + g * static_cast<std::int64_t>(size),
-                                      seen.begin() + (g + 1) * static_cast<std::int64_t>(size));
+            std::vector<double> inner;
+            for (std::size_t i = static_cast<std::size_t>(g) * size; i < static_cast<std::size_t>(g + 1) * size; ++i)
+                inner.push_back(s[i] + (rule.bias.empty() ? 0 : rule.bias[i]));
             std::sort(inner.rbegin(), inner.rend());
             double sum = 0;
             for (std::int64_t i = 0; i < rule.top; ++i) sum += inner[static_cast<std::size_t>(i)];
@@ -84,6 +87,12 @@ inline scored_token score_token(const score_rule& rule, const std::vector<double
     if (rule.renormalize && (rule.k > 1 || rule.score == score_kind::softmax)) {
         divisor = rule.score == score_kind::softmax ? 0 : rule.epsilon;
         for (int e : out.ids) divisor += s[static_cast<std::size_t>(e)];
+        divisor = std::max(divisor, rule.least);
+        if (rule.power != 1) {
+            double sum = 0;
+            for (int e : out.ids) sum += std::pow(s[static_cast<std::size_t>(e)], rule.power);
+            divisor = std::pow(sum, 1 / rule.power);
+        }
     }
     for (int e : out.ids) out.weights.push_back(rule.scale * s[static_cast<std::size_t>(e)] / divisor);
     return out;

@@ -59,13 +59,14 @@ struct activate {
     gated_columns columns;
     expert_input<T> in;
     bool weighted;
+    Activation activation;
 
     template <class Team>
     FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t, int64_t s) const
     {
         const real w = weighted ? in.weight(s) : real(1);
-        activate_row<Activation, real>(team, pre.data_handle() + s * pre.extent(1), a.data_handle() + s * a.extent(1),
-                                       a.extent(1), columns, w);
+        activate_row<Activation, real>(team, activation, pre.data_handle() + s * pre.extent(1),
+                                       a.data_handle() + s * a.extent(1), a.extent(1), columns, w);
     }
 };
 
@@ -84,13 +85,14 @@ struct activate_backward {
     gated_columns columns;
     expert_input<T> in;
     weigh_at where;
+    Activation activation;
 
     template <class Team>
     FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t e, int64_t s) const
     {
         const real w = where == weigh_at::input ? real(1) : in.weight(s);
         real product = activate_row_backward<Activation, real>(
-            team, pre.data_handle() + s * pre.extent(1), a.data_handle() + s * a.extent(1),
+            team, activation, pre.data_handle() + s * pre.extent(1), a.data_handle() + s * a.extent(1),
             dpre.data_handle() + s * dpre.extent(1), a.extent(1), columns, w);
         if (where == weigh_at::output && down_bias.data_handle()) product += dot(team, dy.row(s), row(down_bias, e));
         const int64_t c = in.choice_of(s);
@@ -152,6 +154,7 @@ struct mlp {
     bool biases = false;
     weigh_at weigh = weigh_at::output;
     gated_layout layout = gated_layout::concatenated;
+    Activation activation = {};
     Gemm gemm = {};
 
     static constexpr bool applies_weights = true;
@@ -229,7 +232,8 @@ struct mlp {
             const auto a = memory.matrix<T>(in.groups.slots, hidden);
             with_input(ex, in, memory, [&](const indexed_rows<T>& x) {
                 gemm.forward(ex, in.groups, x, w.up, w.up_bias, saved.pre,
-                             detail::activate<Activation, T>{saved.pre, a, columns(), in, weigh == weigh_at::activation},
+                             detail::activate<Activation, T>{saved.pre, a, columns(), in, weigh == weigh_at::activation,
+                                                              activation},
                              memory);
             });
             gemm.forward(ex, in.groups, plain_rows<T>{a}, w.down, w.down_bias, y, no_epilogue{}, memory);
@@ -265,7 +269,8 @@ struct mlp {
         detail::with_scratch(scratch, [&](arena& memory) {
             gemm.dgrad(ex, in.groups, dy, w.down, pending.activation,
                        detail::activate_backward<Activation, T>{saved.pre, pending.activation, pending.dpre, dy,
-                                                                w.down_bias, dweights, columns(), in, weigh},
+                                                                w.down_bias, dweights, columns(), in, weigh,
+                                                                activation},
                        memory);
             const plain_rows<T> dpre{pending.dpre};
             if (weigh == weigh_at::input)

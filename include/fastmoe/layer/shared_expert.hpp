@@ -12,14 +12,31 @@ namespace fastmoe::inline FASTMOE_ABI {
 /// What a shared expert's forward keeps, as views.
 template <class T, class Expert>
 struct shared_parts {
-    expert_input<T> in;                    // all tokens as one group, every weight 1
+    expert_input<T> in;                    // all tokens as one group
     vector_view<int32_t> numbers;          // (T)
-    vector_view<accumulate_t<T>> ones;     // (T)
+    vector_view<accumulate_t<T>> weights;  // (T)  all 1, unless a gate weighs the tokens
     saved_of<Expert, T> expert;
 };
 
-/// Any expert as a shared one. It has no gate: call it after (or before) the routed layer on the same y. It sees every token,
-/// padding too: what the layer leaves out by its mask must hold finite numbers here.
+namespace detail {
+
+/// All tokens as one group; their weights are room only.
+template <class T, class Expert, class Executor>
+shared_parts<T, Expert> reserve_shared(Executor& ex, matrix_view<const T> x, arena& memory)
+{
+    const int64_t tokens = x.extent(0);
+    shared_parts<T, Expert> kept{};
+    kept.numbers = memory.vector<int32_t>(tokens);
+    kept.weights = memory.vector<accumulate_t<T>>(tokens);
+    kept.in = {{x, kept.numbers}, one_group(ex, tokens, memory), kept.weights, kept.numbers};
+    if (!memory.measuring()) for_each(ex, tokens, count_up{kept.numbers.data_handle()});
+    return kept;
+}
+
+} // namespace detail
+
+/// Any expert as a shared one. It has no gate (gated_shared_expert has one): call it after (or before) the routed layer on
+/// the same y. It sees every token, padding too: what the layer leaves out by its mask must hold finite numbers here.
 ///
 ///     layer.forward(ex, x, w.routed, y, memory);
 ///     auto kept = shared.forward(ex, x, w.shared, y, memory);      // y += shared(x)
@@ -126,15 +143,9 @@ private:
     static shared_parts<T, Expert> reserve(Executor& ex, matrix_view<const T> x, arena& memory)
     {
         using real = accumulate_t<T>;
-        const int64_t tokens = x.extent(0);
-        shared_parts<T, Expert> kept{};
-        kept.numbers = memory.vector<int32_t>(tokens);
-        kept.ones = memory.vector<real>(tokens);
-        const row_groups all = one_group(ex, tokens, memory);
-        kept.in = {{x, kept.numbers}, all, kept.ones, kept.numbers};
-        if (memory.measuring()) return kept;
-        for_each(ex, tokens, detail::count_up{kept.numbers.data_handle()});
-        for_each(ex, tokens, detail::fill<real>{kept.ones.data_handle(), real(1)});
+        const auto kept = detail::reserve_shared<T, Expert>(ex, x, memory);
+        if (!memory.measuring())
+            for_each(ex, x.extent(0), detail::fill<real>{kept.weights.data_handle(), real(1)});
         return kept;
     }
     template <class T, class Executor>

@@ -91,7 +91,8 @@ struct gate_and_up {
     Real gate, up;
 };
 
-/// Activation(gate) * up (Shazeer 2020). A user's own gated activation has the same three members.
+/// Activation(gate) * up (Shazeer 2020). A user's own gated activation has the same three members; they may be const
+/// members of a value that carries constants, as clamped_swiglu's are.
 template <class Activation>
 struct gated_by {
     static constexpr bool gated = true;
@@ -110,21 +111,58 @@ struct gated_by {
 using swiglu = gated_by<silu>;
 using geglu = gated_by<gelu>;
 
+/// (u + shift) g sigmoid(alpha g), with g = min(gate, limit) and u = up within +-limit: the activation of gpt-oss, whose
+/// constants are the defaults. Beyond the limit a clamped half has no gradient; at it, it has.
+struct clamped_swiglu {
+    static constexpr bool gated = true;
+    double alpha = 1.702;
+    double limit = 7; ///< infinity: no clamp
+    double shift = 1;
+
+    template <class Real>
+    FASTMOE_HOST_DEVICE Real value(Real gate, Real up) const noexcept
+    {
+        const Real g = low(gate);
+        return (within(up) + Real(shift)) * (g * math::sigmoid(Real(alpha) * g));
+    }
+    template <class Real>
+    FASTMOE_HOST_DEVICE gate_and_up<Real> gradient(Real gate, Real up, Real d) const noexcept
+    {
+        const Real g = low(gate), a = Real(alpha), s = math::sigmoid(a * g), most = Real(limit);
+        const Real of_gate = (within(up) + Real(shift)) * (s * (Real(1) + a * g * (Real(1) - s)));
+        return {gate > most ? Real(0) : d * of_gate, up > most || up < -most ? Real(0) : d * (g * s)};
+    }
+
+private:
+    // Comparisons that a NaN fails, so that it passes through.
+    template <class Real>
+    FASTMOE_HOST_DEVICE Real low(Real x) const noexcept
+    {
+        return x > Real(limit) ? Real(limit) : x;
+    }
+    template <class Real>
+    FASTMOE_HOST_DEVICE Real within(Real x) const noexcept
+    {
+        const Real y = low(x);
+        return y < -Real(limit) ? -Real(limit) : y;
+    }
+};
+
 template <class A>
 concept states_gated = requires {
     { A::gated } -> std::convertible_to<bool>;
 };
 
 template <class A>
-concept plain_activation = requires(float x) {
-    { A::value(x) } -> std::same_as<float>;
-    { A::derivative(x) } -> std::same_as<float>;
+concept plain_activation = requires(const A& a, float x) {
+    { a.value(x) } -> std::same_as<float>;
+    { a.derivative(x) } -> std::same_as<float>;
 };
 
 template <class A>
-concept gated_activation = requires(float x) {
-    { A::value(x, x) } -> std::same_as<float>;
-    { A::gradient(x, x, x) } -> std::same_as<gate_and_up<float>>;
+concept gated_activation = requires(const A& a, float x) {
+    { a.value(x, x) } -> std::same_as<float>;
+    { a.gradient(x, x, x) } -> std::same_as<gate_and_up<float>>;
 };
 
 /// One input (value, derivative) or a gate and an up half (value, gradient), elementwise. Written without an "or", whose
@@ -150,16 +188,17 @@ struct gated_columns {
 
 /// a[j] = weight * activation(pre): one row.
 template <class Activation, class Real, class Team, class T>
-FASTMOE_HOST_DEVICE void activate_row(Team& team, const T* pre, T* a, int64_t hidden, gated_columns at, Real weight)
+FASTMOE_HOST_DEVICE void activate_row(Team& team, const Activation& f, const T* pre, T* a, int64_t hidden,
+                                      gated_columns at, Real weight)
 {
     if constexpr (!Activation::gated) {
-        team.for_each(hidden, [=](int64_t j) { a[j] = T(weight * Activation::value(Real(pre[j]))); });
+        team.for_each(hidden, [=](int64_t j) { a[j] = T(weight * f.value(Real(pre[j]))); });
     } else if (at.step == 1) {
         const T* up = pre + at.up_offset;
-        team.for_each(hidden, [=](int64_t j) { a[j] = T(weight * Activation::value(Real(pre[j]), Real(up[j]))); });
+        team.for_each(hidden, [=](int64_t j) { a[j] = T(weight * f.value(Real(pre[j]), Real(up[j]))); });
     } else {
         team.for_each(hidden, [=](int64_t j) {
-            a[j] = T(weight * Activation::value(Real(pre[2 * j]), Real(pre[2 * j + 1])));
+            a[j] = T(weight * f.value(Real(pre[2 * j]), Real(pre[2 * j + 1])));
         });
     }
 }
@@ -174,7 +213,8 @@ inline constexpr int64_t lane_block<single_lane_team> = 64;
 /// From d = dLoss/d(weight * a) for n elements from `da` on: their dpre, and the weighted activation over `da`.
 /// Returns <d, a>.
 template <class Activation, class Real, int64_t Block, class T>
-FASTMOE_HOST_DEVICE Real activate_backward_block(const T* pre, T* da, T* dpre, gated_columns at, Real weight, int64_t n)
+FASTMOE_HOST_DEVICE Real activate_backward_block(const Activation& f, const T* pre, T* da, T* dpre, gated_columns at, Real weight,
+                                                 int64_t n)
 {
     constexpr int64_t lanes = Block < 16 ? Block : 16;
     Real d[Block], x[Block], up[Block], a[Block], part[lanes];
@@ -195,16 +235,16 @@ FASTMOE_HOST_DEVICE Real activate_backward_block(const T* pre, T* da, T* dpre, g
     if constexpr (Activation::gated) {
         read(pre + at.up_offset, at.step, up, n);
         for (int64_t j = 0; j < Block; ++j) {
-            const auto back = Activation::gradient(x[j], up[j], weight * d[j]);
-            a[j] = Activation::value(x[j], up[j]);
+            const auto back = f.gradient(x[j], up[j], weight * d[j]);
+            a[j] = f.value(x[j], up[j]);
             x[j] = back.gate;
             up[j] = back.up;
         }
         write(up, dpre + at.up_offset, at.step, n);
     } else {
         for (int64_t j = 0; j < Block; ++j) {
-            a[j] = Activation::value(x[j]);
-            x[j] = weight * d[j] * Activation::derivative(x[j]);
+            a[j] = f.value(x[j]);
+            x[j] = weight * d[j] * f.derivative(x[j]);
         }
     }
     write(x, dpre, at.step, n);
@@ -221,14 +261,14 @@ FASTMOE_HOST_DEVICE Real activate_backward_block(const T* pre, T* da, T* dpre, g
 
 /// The same for a row; <d, a> goes to every lane.
 template <class Activation, class Real, class Team, class T>
-FASTMOE_HOST_DEVICE Real activate_row_backward(Team& team, const T* pre, T* da, T* dpre, int64_t hidden, gated_columns at,
-                                               Real weight)
+FASTMOE_HOST_DEVICE Real activate_row_backward(Team& team, const Activation& f, const T* pre, T* da, T* dpre,
+                                               int64_t hidden, gated_columns at, Real weight)
 {
     constexpr int64_t block = lane_block<Team>;
     return team.reduce((hidden + block - 1) / block, Real(0), [](Real x, Real y) { return x + y; }, [=](int64_t b) {
         const int64_t first = b * block, n = hidden - first < block ? hidden - first : block;
-        return activate_backward_block<Activation, Real, block>(pre + first * at.step, da + first, dpre + first * at.step, at,
-                                                                weight, n);
+        return activate_backward_block<Activation, Real, block>(f, pre + first * at.step, da + first, dpre + first * at.step,
+                                                                at, weight, n);
     });
 }
 

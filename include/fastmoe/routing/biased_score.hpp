@@ -19,12 +19,19 @@ inline void expects_bias(vector_view<const float> bias, int64_t experts)
     if (bias.extent(0) != 0) expects_shape(bias, "score.bias (E)", experts);
 }
 
-/// What the choice sees of a score: with the bias, or the logit where there is none, so that saturation makes no ties.
+/// The score with the bias, if there is one; a logit that is not finite stands for itself.
+template <class Real>
+FASTMOE_HOST_DEVICE Real biased_sum(Real logit, Real score, const float* bias, int64_t e) noexcept
+{
+    const Real biased = bias ? score + static_cast<Real>(bias[e]) : score;
+    return math::is_finite(logit) ? biased : logit;
+}
+
+/// What the choice sees of that: the logit where there is no bias, so that saturation makes no ties.
 template <class Real>
 FASTMOE_HOST_DEVICE Real biased_selection(Real logit, Real score, const float* bias, int64_t e) noexcept
 {
-    const Real biased = bias ? score + static_cast<Real>(bias[e]) : logit;
-    return math::is_finite(logit) ? biased : logit;
+    return bias ? biased_sum(logit, score, bias, e) : logit;
 }
 
 /// Rows of a score that is a function of one logit. F has value(l) and slope(l, v).
@@ -40,6 +47,7 @@ struct single_scores {
     {
         return biased_selection(logits[e], F::value(logits[e]), bias, e);
     }
+    FASTMOE_HOST_DEVICE Real score(int64_t e) const noexcept { return biased_sum(logits[e], F::value(logits[e]), bias, e); }
     /// Where one logit is +Inf, the limit: those share, all others get nothing.
     FASTMOE_HOST_DEVICE Real value(Real l) const noexcept
     {
@@ -113,6 +121,10 @@ struct biased_softmax_score {
         FASTMOE_HOST_DEVICE Real selection(int64_t e) const noexcept
         {
             return detail::biased_selection(this->logits[e], this->value(this->logits[e]) * inverse, bias, e);
+        }
+        FASTMOE_HOST_DEVICE Real score(int64_t e) const noexcept
+        {
+            return detail::biased_sum(this->logits[e], this->value(this->logits[e]) * inverse, bias, e);
         }
     };
 

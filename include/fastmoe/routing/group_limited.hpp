@@ -16,9 +16,9 @@ enum class outside_groups : std::uint8_t {
     zero,     ///< 0, as some published code masks: chosen before an inner expert whose selection score is negative
 };
 
-/// E experts stand in `groups` groups of equal size, in order. A group scores the sum of its `top` best selection scores
-/// (DeepSeek-V2: 1, the maximum; DeepSeek-V3: 2); the `keep` best groups, ties to the lower one, offer their experts.
-/// NaN counts as -Inf in a group's score.
+/// E experts stand in `groups` groups of equal size, in order. A group scores the sum of the `top` best scores in it, bias
+/// included (DeepSeek-V2: 1, the maximum; DeepSeek-V3: 2); the `keep` best groups, ties to the lower one, offer their
+/// experts. NaN counts as -Inf in a group's score.
 struct group_limited {
     int64_t groups = 1;
     int64_t keep = 1;
@@ -63,6 +63,15 @@ struct group_limited {
     }
 
 private:
+    /// What is added up. A row may select by a quantity that orders as the score does (its logit), which serves a
+    /// maximum, but no sum.
+    template <class Row>
+    FASTMOE_HOST_DEVICE static auto addend(const Row& row, int64_t e, int64_t best)
+    {
+        if constexpr (requires { row.score(e); }) return best == 1 ? row.selection(e) : row.score(e);
+        else return row.selection(e);
+    }
+
     /// The row as the second step sees it. With exclusion, an inner expert whose own score is -Inf or NaN still goes
     /// before all outer ones, which rank with NaN.
     template <class Row, class Real>
@@ -81,7 +90,7 @@ private:
         }
     };
 
-    /// The sum of the `best` greatest of `size` selection scores, greatest first.
+    /// The sum of the `best` greatest of `size` scores, greatest first.
     template <class Row>
     FASTMOE_HOST_DEVICE static auto score_of(const Row& row, int64_t begin, int64_t size, int64_t best)
     {
@@ -93,7 +102,7 @@ private:
             real here = least;
             int64_t at = -1;
             for (int64_t i = begin; i < begin + size; ++i) {
-                const real s = row.selection(i);
+                const real s = addend(row, i, best);
                 const bool after = taken < 0 || s < previous || (s == previous && i > taken);
                 if (after && (s > here || (at < 0 && s == here))) {
                     here = s;

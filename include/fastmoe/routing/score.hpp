@@ -6,7 +6,8 @@
 ///
 ///     auto row = score.row(team, logits, experts);     all lanes alike                                     // (E)
 ///     row.empty()          no logit is finite or +Inf: the token is dropped
-///     row.selection(e)     what the choice sees: bias and noise included
+///     row.selection(e)     what the choice sees: bias and noise included, or what orders in the same way
+///     row.score(e)         optional: what sums of scores add up, where the selection is not that; up to the row's factor
 ///     row.value(l)         the score of a logit l times the row's factor: never the bias. 0 for -Inf and NaN
 ///     row.slope(l, v)      d value / d l, the factor held fixed; v is value(l)
 ///     Row::sums_to_one     whether a score is value / (sum of all values); else the factor is 1
@@ -90,6 +91,10 @@ struct softmax_score {
 
         FASTMOE_HOST_DEVICE bool empty() const noexcept { return peak == -detail::infinity<Real>; }
         FASTMOE_HOST_DEVICE Real selection(int64_t e) const noexcept { return logits[e]; }
+        FASTMOE_HOST_DEVICE Real score(int64_t e) const noexcept
+        {
+            return math::is_finite(logits[e]) ? value(logits[e]) : logits[e];
+        }
         FASTMOE_HOST_DEVICE Real value(Real l) const noexcept
         {
             const Real distance = l - peak; // NaN for +Inf of +Inf, and for NaN
@@ -131,6 +136,19 @@ struct renormalize {
     {
         expects(epsilon >= 0 && epsilon - epsilon == 0, "weigh.epsilon", epsilon, "a finite number from 0 on");
     }
+};
+
+/// The same, with a sum that is taken to be `least` where it is less (ERNIE 4.5): such weights sum to less than one.
+struct renormalize_at_least : renormalize {
+    double least = 1e-12;
+};
+
+/// Weights are the chosen scores divided by their norm, (sum s^power)^(1/power) (DBRX, whose power is 1 by default).
+struct divide_by_norm : renormalize {
+    double power = 2; ///< more than 0
+
+    /// @throws invalid_argument
+    void check(int64_t, int64_t) const { expects(power > 0 && power - power == 0, "weigh.power", power, "more than 0, finite"); }
 };
 
 /// Weights are the scores as they are (Switch, GShard, DeepSeek-V2): after softmax_score, probabilities over all.

@@ -19,8 +19,6 @@
 namespace fastmoe::inline FASTMOE_ABI {
 
 namespace detail {
-    }
-};
 
 /// All in double, whatever the logits are: the choice then depends on how sums were ordered only where two scores agree
 /// in some fifteen digits, and where they agree by symmetry, v is rounded, see settle_scales.

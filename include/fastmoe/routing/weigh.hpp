@@ -7,7 +7,7 @@
 ///
 /// With v the chosen values, d the divisor and g the gradient of the weights before capacity, times scale:
 ///
-///     dv[k] = (g[k] - <g, v> / d) / d      where d is a sum; over all experts, the second term goes to every expert
+///     dv[e] = ([e = chosen k] g[k] - (<g, v> / d) dd / dv[e]) / d      dd / dv is 1 in a sum, (v / d)^(p-1) in a p-norm
 ///     dl[e] = row.slope dv[e]
 ///
 /// A choice that was dropped afterwards is constant. Rescaled weights are w[k] S / R, with S the sum of the magnitudes of
@@ -20,7 +20,7 @@
 
 #include <fastmoe/exec/executor.hpp>
 #include <fastmoe/routing/routing.hpp>
-#include <fastmoe/routing/score.hpp>
+#include <fastmoe/routing/divisor.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI {
 
@@ -65,21 +65,6 @@ struct fixed_choices {
     FASTMOE_HOST_DEVICE constexpr int64_t end(int64_t t) const noexcept { return (t + 1) * k; }
 };
 
-/// What is added to a sum of chosen values: nothing where values are known up to a factor only.
-template <class Row, class Real, class Weigh>
-FASTMOE_HOST_DEVICE constexpr Real epsilon_of(const Weigh& weigh) noexcept
-{
-    return Row::sums_to_one ? Real(0) : static_cast<Real>(weigh.epsilon);
-}
-
-/// Whether n chosen values are divided by their sum. A single score that need not sum to one with others is left as it
-/// is: divided by itself it would say nothing.
-template <class Row, class Weigh>
-FASTMOE_HOST_DEVICE constexpr bool divides_by_chosen(int64_t n) noexcept
-{
-    return Weigh::over_chosen && (Row::sums_to_one || n > 1);
-}
-
 /// The quotient first: the inverse of a subnormal divisor is infinite.
 template <class Real>
 FASTMOE_HOST_DEVICE constexpr Real weight_of(Real value, Real divisor, Real scale) noexcept
@@ -100,18 +85,9 @@ template <class Team, class Weigh, class Row, class Real>
 FASTMOE_HOST_DEVICE void divide_values(Team& team, const Weigh& weigh, const Row& row, const Real* logits, int64_t experts,
                                        Real* values, int64_t n, Real scale)
 {
-    Real divisor = 1;
-    if constexpr (Weigh::over_chosen) {
-        if (divides_by_chosen<Row, Weigh>(n)) {
-            team.sync();
-            divisor = epsilon_of<Row, Real>(weigh) +
-                      team.reduce(n, Real(0), adds{}, [=](int64_t j) { return values[j]; });
-            team.sync();
-        }
-    } else if constexpr (Row::sums_to_one) {
-        divisor = sum_of_values(team, row, logits, experts);
-    }
-    divisor = divisor == Real(0) ? Real(1) : divisor;
+    team.sync();
+    const Real divisor = division_of(team, weigh, row, logits, experts, values, n).divisor;
+    team.sync(); // every lane has read the values
     team.for_each(n, [=](int64_t j) { values[j] = weight_of(values[j], divisor, scale); });
 }
 
@@ -199,37 +175,30 @@ struct weigh_row_backward {
         Real* gradient = team.template scratch<Real>(n);
         const Real* l = logits.data_handle() + t * all;
         const auto row = score.row(team, l, all);
-        using Row = std::remove_cvref_t<decltype(row)>;
         team.for_each(n, [=](int64_t j) { value[j] = ids[j] >= 0 ? row.value(l[ids[j]]) : Real(0); });
         read_gradient(team, begin, n, gradient);
         team.sync();
-        constexpr bool over_all = !Weigh::over_chosen && Row::sums_to_one;
-        const bool over_chosen = divides_by_chosen<Row, Weigh>(n);
-        Real divisor = 1, common = 0;
-        if constexpr (Weigh::over_chosen) {
-            if (over_chosen)
-                divisor = epsilon_of<Row, Real>(weigh) +
-                          team.reduce(n, Real(0), adds{}, [=](int64_t j) { return value[j]; });
-        } else if constexpr (over_all) {
-            divisor = sum_of_values(team, row, l, all);
-        }
-        if (divisor == Real(0)) divisor = 1;
+        const auto by = division_of(team, weigh, row, l, all, value, n);
+        const Real divisor = by.divisor;
         const growth<Real> grown = growth_of(team, begin, n, value, gradient, divisor);
         const int32_t* stays = kept + begin;
         const Real inverse = grown.any ? grown.all / divisor : Real(0); // S / d
-        if (over_chosen || over_all)
+        Real common = 0;
+        if (by.of_all != Real(0) || by.of_chosen != Real(0))
             common = grown.any ? grown.mean * inverse : team.reduce(n, Real(0), adds{}, [=](int64_t j) {
                 return gradient[j] * (value[j] / divisor);
             });
-        if constexpr (over_all)
-            team.for_each(all, [=](int64_t e) { out[e] = -common * (row.slope(l[e], row.value(l[e])) / divisor); });
+        const Real shared = common * by.of_all;
+        if (by.of_all != Real(0))
+            team.for_each(all, [=](int64_t e) { out[e] = -shared * (row.slope(l[e], row.value(l[e])) / divisor); });
         else team.for_each(all, [=](int64_t e) { out[e] = Real(0); });
         team.sync();
         team.for_each(n, [=](int64_t j) {
             const int64_t e = ids[j];
             if (e < 0) return;
             const Real slope = row.slope(l[e], value[j]), mean = value[j] < Real(0) ? -grown.mean : grown.mean;
-            const Real own = (slope / divisor) * ((grown.any ? mean : gradient[j]) - common);
+            const Real moved = common * (by.of_all + by.slope(value[j]));
+            const Real own = (slope / divisor) * ((grown.any ? mean : gradient[j]) - moved);
             out[e] = grown.any && stays[j] >= 0 ? own + (slope / grown.kept) * inverse * (gradient[j] - mean) : own;
         });
     }
