@@ -189,6 +189,17 @@ TEST_CASE("threads beyond what is sensible are refused by name, zero means the m
     CHECK(fm::host_executor().threads() >= 1);
 }
 
+TEST_CASE("an instruction set beyond the machine's is refused by name")
+{
+    const auto native = fm::native_instruction_set();
+    for (int level = static_cast<int>(native) + 1; level <= 4; ++level) { // 4 is no level at all
+        const auto best = static_cast<instruction_set>(level);
+        const std::string expected = "best is " + std::string(fm::name_of(best)) + "; expected at most " + fm::name_of(native);
+        CHECK_THROWS_WITH_AS(fm::host_executor({.threads = 1, .best = best}), doctest::Contains(expected.c_str()), fm::invalid_argument);
+    }
+    CHECK(fm::host_executor({.threads = 1, .best = native}).best() == native);
+}
+
 TEST_CASE("an exception in any worker reaches the caller, and the executor works on")
 {
     for (const int threads : {1, 2, 4}) {

@@ -4,6 +4,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <fstream>
+#include <initializer_list>
+#include <string>
 #include <vector>
 
 #include <doctest/doctest.h>
@@ -81,4 +84,30 @@ TEST_CASE_TEMPLATE("floats of every size narrow in a loop to what they narrow to
         INFO("level ", level);
         CHECK(wrong == 0);
     }
+}
+
+TEST_CASE("the machine's level is the best one all of whose instructions the system lists")
+{
+    std::ifstream file("/proc/cpuinfo");
+    std::string line, flags;
+    while (flags.empty() && std::getline(file, line))
+        if (line.rfind("flags", 0) == 0) flags = line.substr(line.find(':') + 1) + " ";
+    if (flags.empty()) {
+        MESSAGE("skipped: no list of x86 instructions in /proc/cpuinfo");
+        return;
+    }
+    const auto all = [&](std::initializer_list<const char*> names) {
+        for (const char* name : names)
+            if (flags.find(" " + std::string(name) + " ") == std::string::npos) return false;
+        return true;
+    };
+    const bool avx2 = all({"avx2", "fma", "f16c"}), avx512 = avx2 && all({"avx512f", "avx512bw", "avx512dq", "avx512vl"});
+    const auto expected = avx512 && all({"avx512_bf16"}) ? instruction_set::avx512_bf16
+                          : avx512                       ? instruction_set::avx512
+                          : avx2                         ? instruction_set::avx2
+                                                         : instruction_set::baseline;
+    CHECK(std::string(fm::name_of(fm::native_instruction_set())) == fm::name_of(expected));
+#if FASTMOE_X86_DISPATCH
+    CHECK(fm::detail::has_f16c() == all({"f16c"}));
+#endif
 }

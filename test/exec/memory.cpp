@@ -209,11 +209,14 @@ TEST_CASE("a sum of blocks that overflows is refused, not wrapped around")
     CHECK(measure.used() > 0);
 }
 
-TEST_CASE("a misaligned workspace is refused, an empty one serves requests for nothing")
+TEST_CASE("a misaligned workspace and one without memory are refused, an empty one serves requests for nothing")
 {
     workspace w(1024);
     const fm::vector_view<std::byte> odd(w.view().data_handle() + 64, 512);
     CHECK(contains(message_of([&] { fm::arena a(odd); }), "expected a pointer aligned to 256 bytes"));
+    CHECK(contains(message_of([&] { fm::arena a(fm::vector_view<std::byte>(nullptr, 512)); }),
+                   "workspace is a null pointer; expected 512 bytes of memory"));
+    CHECK_THROWS_AS(fm::arena(fm::vector_view<std::byte>(nullptr, -1)), fm::invalid_argument);
     fm::arena nothing(fm::vector_view<std::byte>(nullptr, 0));
     CHECK_FALSE(nothing.measuring());
     CHECK(nothing.vector<float>(0).extent(0) == 0);

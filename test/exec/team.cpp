@@ -94,6 +94,25 @@ struct scan_rows {
     }
 };
 
+/// Notes who is given an element by for_each, who by reduce, and how often.
+struct note_lanes {
+    fm::matrix_view<int32_t> owner, calls, strangers; // (rows,n)
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t row) const
+    {
+        const int64_t n = owner.extent(1);
+        const auto lane = static_cast<int32_t>(team.lane());
+        // Nothing here waits: what an element's lane wrote is read by the same lane.
+        team.for_each(n, [&](int64_t i) { owner(row, i) = lane, calls(row, i) = strangers(row, i) = 0; });
+        (void)team.reduce(n, 0, plus{}, [&](int64_t i) {
+            ++calls(row, i);
+            strangers(row, i) += owner(row, i) != lane;
+            return 1;
+        });
+        team.for_each(n, [&](int64_t i) { strangers(row, i) += owner(row, i) != lane; });
+    }
+};
+
 /// Reverses a row in place by way of scratch: wrong without the two syncs, as soon as there are lanes.
 struct reverse {
     fm::matrix_view<int32_t> x; // (rows,n)
@@ -192,6 +211,22 @@ TEST_CASE_TEMPLATE("every lane of a team gets the reduction of the whole row", C
             }
             CHECK(lanes >= 1);
         }
+    }
+}
+
+TEST_CASE_TEMPLATE("a reduction calls its function once for each element, on the lane that for_each gives it", Cell,
+                   FASTMOE_EXECUTORS)
+{
+    FASTMOE_EXECUTOR(ex, Cell);
+    for (const int64_t n : {1, 2, 3, 4, 5, 15, 16, 17, 33, 100}) {
+        const int64_t rows = 5;
+        grid<int32_t> owner(rows, n), calls(rows, n), strangers(rows, n);
+        fm::for_each_row(ex, rows, note_lanes{owner.view(), calls.view(), strangers.view()}, {.width = n});
+        int64_t wrong = 0;
+        for (int64_t i = 0; i < rows; ++i)
+            for (int64_t j = 0; j < n; ++j) wrong += calls.view()(i, j) != 1 || strangers.view()(i, j) != 0;
+        INFO("n ", n);
+        CHECK(wrong == 0);
     }
 }
 

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 #include <doctest/doctest.h>
 
+#include <fastmoe/expert/initialize.hpp>
 #include <fastmoe/expert/layout.hpp>
 
 #include "support/compare.hpp"
@@ -79,4 +80,17 @@ TEST_CASE("layouts that do not fit are refused by name")
     CHECK_THROWS_AS(copy_weights(ex, w(1, 3, 4), w(2, 3, 4)), invalid_argument);
     CHECK_THROWS_WITH_AS(copy_gated_weights(ex, w(1, 3, 4), {}, w(1, 3, 4), {}), doctest::Contains("to.out is 3; expected an even number"),
                          invalid_argument);
+    // Without memory, and with less of it than the matrices need.
+    auto lost = w(2, 3, 4), flat = w(2, 3, 4);
+    lost.data = nullptr;
+    flat.expert_stride = 0;
+    float* const apart[] = {memory.data(), nullptr};
+    const auto pointed = separate(vector_view<float* const>(apart, 2), 3, 4);
+    CHECK_THROWS_WITH_AS(copy_weights(ex, lost, w(2, 3, 4)), doctest::Contains("from (E,out,in) is a null pointer"), invalid_argument);
+    CHECK_THROWS_WITH_AS(copy_weights(ex, w(2, 3, 4), lost), doctest::Contains("to (E,out,in) is a null pointer"), invalid_argument);
+    CHECK_THROWS_WITH_AS(copy_weights(ex, w(2, 3, 4), flat), doctest::Contains("matrices that do not overlap"), invalid_argument);
+    CHECK_THROWS_WITH_AS(copy_weights(ex, pointed, w(2, 3, 4)), doctest::Contains("memory for expert 1"), invalid_argument);
+    CHECK_THROWS_WITH_AS(fill_uniform(ex, lost, 1, 0), doctest::Contains("w (E,out,in) is a null pointer"), invalid_argument);
+    CHECK_THROWS_WITH_AS(fill_uniform(ex, flat, 1, 0), doctest::Contains("matrices that do not overlap"), invalid_argument);
+    CHECK_NOTHROW(copy_weights(ex, flat, w(2, 3, 4)));
 }

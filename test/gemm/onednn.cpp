@@ -479,7 +479,8 @@ TEST_CASE_TEMPLATE("a workspace one byte short throws and writes nothing", P, ty
     const auto w = p.template numbers<X>(4 * 50 * 30);
     const std::vector<Y> blank_y(static_cast<std::size_t>(p.slots * 50), poison<Y>());
     const std::vector<Y> blank_w(static_cast<std::size_t>(4 * 50 * 30), poison<Y>());
-    auto y = blank_y, dw = blank_w;
+    const std::vector<Y> blank_dx(static_cast<std::size_t>(p.slots * 30), poison<Y>());
+    auto y = blank_y, dw = blank_w, dx = blank_dx;
     const auto view = fm::stacked(fm::tensor_view<const X, 3>(w.data(), 4, 50, 30));
     const fm::indexed_rows<X> rows{fm::as_matrix(x, p.slots, 30), fm::as_vector(index)};
     const fm::indexed_rows<X> dy_rows{fm::as_matrix(dy, p.slots, 50), fm::as_vector(index)};
@@ -493,11 +494,16 @@ TEST_CASE_TEMPLATE("a workspace one byte short throws and writes nothing", P, ty
         CHECK_THROWS_AS(verb(short_of_one), fm::out_of_memory);
         CHECK(short_of_one.used() == 0);
         CHECK(same_bits(y, blank_y));
+        CHECK(same_bits(dx, blank_dx));
         CHECK(same_bits(dw, blank_w));
     };
     refuses([&](fm::arena& memory) {
         itself.forward(ex, p.groups(), rows, view, fm::matrix_view<const X>(),
                                    fm::matrix_view<Y>(y.data(), p.slots, 50), fm::no_epilogue{}, memory);
+    });
+    refuses([&](fm::arena& memory) {
+        itself.dgrad(ex, p.groups(), dy_rows, view, fm::matrix_view<Y>(dx.data(), p.slots, 30), fm::no_epilogue{},
+                                 memory);
     });
     refuses([&](fm::arena& memory) {
         itself.wgrad(ex, p.groups(), dy_rows, rows, fm::stacked(fm::tensor_view<Y, 3>(dw.data(), 4, 50, 30)),
@@ -624,6 +630,33 @@ TEST_CASE("what disagrees is refused by name")
     CHECK_THROWS_WITH_AS(forward(12, 8, 6, 8, 5), doctest::Contains("bias (E,out)"), fm::invalid_argument);
     counts[1] = 8;
     CHECK_THROWS_WITH_AS(forward(12, 8, 6, 8, 6), doctest::Contains("counts (E)"), fm::invalid_argument);
+    counts[1] = 7;
+    CHECK(memory.arena().used() == 0);
+
+    // Memory that is missing, and a gradient whose matrices overlap.
+    const fm::row_groups groups{fm::as_vector(counts), fm::as_vector(offsets), 12};
+    const fm::plain_rows<float> rows{fm::matrix_view<const float>(x.data(), 12, 8)}, nothing{fm::matrix_view<const float>(nullptr, 12, 8)};
+    const fm::plain_rows<float> dy{fm::matrix_view<const float>(y.data(), 12, 6)};
+    float* const apart[] = {w.data(), nullptr};
+    const auto whole = fm::stacked(fm::tensor_view<float, 3>(w.data(), 2, 6, 8));
+    const auto pointed = fm::separate(fm::vector_view<float* const>(apart, 2), 6, 8);
+    const auto product = [&](const fm::row_groups& g, const fm::plain_rows<float>& from, const fm::weight_view<float>& weights) {
+        itself.forward(ex, g, from, weights, fm::matrix_view<const float>(), fm::matrix_view<float>(y.data(), 12, 6),
+                                   fm::no_epilogue{}, memory.arena());
+    };
+    const auto gradient = [&](const fm::plain_rows<float>& from, const fm::weight_view<float>& dw) {
+        itself.wgrad(ex, groups, dy, from, dw, fm::write_mode::overwrite, memory.arena());
+    };
+    auto flat = whole;
+    flat.expert_stride = 8;
+    CHECK_THROWS_WITH_AS(product({{}, groups.offsets, 12}, rows, whole), doctest::Contains("offsets (E+1)"), fm::invalid_argument);
+    CHECK_THROWS_WITH_AS(product({fm::vector_view<const int32_t>(nullptr, 2), groups.offsets, 12}, rows, whole),
+                         doctest::Contains("counts (E) is a null pointer"), fm::invalid_argument);
+    CHECK_THROWS_WITH_AS(product(groups, nothing, whole), doctest::Contains("rows (S,.) is a null pointer"), fm::invalid_argument);
+    CHECK_THROWS_WITH_AS(product(groups, rows, pointed), doctest::Contains("memory for expert 1"), fm::invalid_argument);
+    CHECK_THROWS_WITH_AS(gradient(nothing, whole), doctest::Contains("rows of X is a null pointer"), fm::invalid_argument);
+    CHECK_THROWS_WITH_AS(gradient(rows, pointed), doctest::Contains("memory for expert 1"), fm::invalid_argument);
+    CHECK_THROWS_WITH_AS(gradient(rows, flat), doctest::Contains("matrices that do not overlap"), fm::invalid_argument);
     CHECK(memory.arena().used() == 0);
 }
 

@@ -24,7 +24,7 @@ concept vectorized_functor = requires { typename F::vectorized; };
 
 struct host_options {
     int threads = 0;                             ///< 0: as many as the machine has
-    instruction_set best = native_instruction_set(); ///< lower it to test the other paths
+    instruction_set best = native_instruction_set(); ///< lower it to test the other paths; raised, it is refused
     memory_resource* memory = nullptr;           ///< null: aligned operator new. Must outlive the executor
 };
 
@@ -36,11 +36,13 @@ class host_executor {
 public:
     static constexpr bool readable_memory = true;
 
-    /// @throws invalid_argument if options.threads is negative or over 1024
+    /// @throws invalid_argument if options.threads is negative or over 1024, or options.best is beyond this machine
     /// @throws out_of_memory, or error if the system does not start as many threads
     explicit host_executor(host_options options = {}) : best_(options.best), memory_(options.memory ? options.memory : &heap_)
     {
         expects(options.threads >= 0 && options.threads <= 1024, "threads", options.threads, "0 to 1024");
+        const instruction_set native = native_instruction_set();
+        expects(options.best <= native, "best", name_of(options.best), "at most ", name_of(native), ", this machine's level");
         const int found = static_cast<int>(std::thread::hardware_concurrency());
         threads_ = options.threads > 0 ? options.threads : (found > 0 ? found : 1);
         scratch_ = static_cast<std::byte*>(heap_.allocate(threads_ * team_scratch_bytes));

@@ -17,12 +17,35 @@ enum class instruction_set : std::uint8_t {
     avx512_bf16, ///< and its bfloat16 dot product
 };
 
+/// The name of a level, for messages.
+constexpr const char* name_of(instruction_set level) noexcept
+{
+    switch (level) {
+    case instruction_set::baseline: return "baseline";
+    case instruction_set::avx2: return "avx2";
+    case instruction_set::avx512: return "avx512";
+    default: return "avx512_bf16";
+    }
+}
+
+#if FASTMOE_X86_DISPATCH
+namespace detail {
+/// CPUID leaf 1, bit 29 of ecx: clang 14 does not know F16C by name.
+inline bool has_f16c() noexcept
+{
+    unsigned a = 1, b, c = 0, d;
+    __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+    return (c >> 29 & 1u) != 0;
+}
+} // namespace detail
+#endif
+
 /// The best level of this machine.
 inline instruction_set native_instruction_set() noexcept
 {
 #if FASTMOE_X86_DISPATCH
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && detail::has_f16c();
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (avx512 && __builtin_cpu_supports("avx512bf16")) return instruction_set::avx512_bf16;

@@ -52,9 +52,10 @@ public:
     arena() = default;
 
     /// @param storage  memory of the executor, aligned to memory_alignment       // (bytes)
-    /// @throws invalid_argument if the storage is misaligned
+    /// @throws invalid_argument if the storage is null though it has bytes, or misaligned
     explicit arena(vector_view<std::byte> storage) : storage_(storage.data_handle()), capacity_(storage.extent(0))
     {
+        expects(storage_ != nullptr || capacity_ == 0, "workspace", "a null pointer", capacity_, " bytes of memory");
         expects(reinterpret_cast<std::uintptr_t>(storage_) % memory_alignment == 0, "workspace",
                 static_cast<const void*>(storage_), "a pointer aligned to ", memory_alignment, " bytes");
         measuring_ = false;

@@ -30,15 +30,17 @@ public:
     /// Makes what the lanes wrote to scratch and memory visible to all of them.
     FASTMOE_HOST_DEVICE void sync() const noexcept {}
 
-    /// f(i) for i in [0, n), spread over the lanes.
+    /// f(i) for i in [0, n), each once, spread over the lanes. Which lane gets which i follows from n alone, and reduce()
+    /// keeps to it: a lane may read without sync() what it wrote for the same i in a loop of the same n.
     template <class F>
     FASTMOE_HOST_DEVICE void for_each(int64_t n, F f) const
     {
         for (int64_t i = 0; i < n; ++i) f(i);
     }
 
-    /// op over f(0), ..., f(n-1) and init, in a fixed order; every lane gets the result.
-    /// op must be associative and commutative up to rounding, and init its identity.
+    /// op over f(0), ..., f(n-1) and init, in a fixed order; every lane gets the result. f(i) is called exactly once, by the
+    /// lane that for_each(n) gives i to, and so it may write what belongs to i. op must be associative and commutative up to
+    /// rounding, and init its identity.
     template <class T, class Op, class F>
     FASTMOE_HOST_DEVICE T reduce(int64_t n, T init, Op op, F f) const
     {
@@ -59,7 +61,8 @@ public:
         return part[0];
     }
 
-    /// Exclusive scan: out(i, op over f(0..i-1)) for every i in order of i; returns the total to every lane.
+    /// Exclusive scan: out(i, op over f(0..i-1)) for every i; returns the total to every lane. f(i) and out(i, ...) are called
+    /// once each, by one lane, which need not be that of for_each(n).
     template <class T, class Op, class F, class Out>
     FASTMOE_HOST_DEVICE T scan(int64_t n, T init, Op op, F f, Out out) const
     {

@@ -24,7 +24,7 @@ struct draw_uniform {
         const random_words r = philox({{static_cast<std::uint32_t>(position), static_cast<std::uint32_t>(position >> 32),
                                         which, static_cast<std::uint32_t>(random_stream::weights)}},
                                       seed);
-        const float unit = (static_cast<float>(r.word[0] >> 8) + 0.5f) * 0x1p-24f; // in (0, 1)
+        const float unit = (static_cast<float>(r.word[0] >> 8) + 0.5f) * 0x1p-24f; // in (0, 1]: the sum rounds to even above 2^23
         w(n / matrix, n % matrix / w.in, n % w.in) = T((2.0f * unit - 1.0f) * bound);
     }
 };
@@ -48,11 +48,16 @@ inline std::uint64_t seed_of_part(std::uint64_t seed, std::uint32_t which) noexc
     return std::uint64_t{r.word[0]} << 32 | r.word[1];
 }
 
-/// Uniform in +-1/sqrt(in). The values depend on (seed, which, expert, row, column), not on strides or the executor.
+/// Uniform in +-1/sqrt(in), the upper bound included. The values depend on (seed, which, expert, row, column), not on
+/// strides or the executor.
 /// @param which  tells apart the matrices that one seed fills
+/// @throws invalid_argument if the matrices have no memory or overlap
 template <executor Executor, class T>
 void fill_uniform(Executor& ex, const weight_view<T>& w, std::uint64_t seed, std::uint32_t which)
 {
+    detail::expects_memory(w, "w (E,out,in)");
+    detail::expects_pointers<Executor>(w, "w (E,out,in)");
+    detail::expects_apart(w, "w (E,out,in)");
     const float bound = w.in > 0 ? 1.0f / std::sqrt(static_cast<float>(w.in)) : 0.0f;
     for_each(ex, w.experts * w.out * w.in, detail::draw_uniform<T>{w, seed, which, bound});
 }

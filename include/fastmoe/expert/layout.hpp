@@ -31,23 +31,29 @@ struct copy_weight {
     }
 };
 
-template <class From, class To>
+template <class Executor, class From, class To>
 void expects_same_weights(const weight_view<const From>& from, const weight_view<To>& to)
 {
     expects(from.experts == to.experts, "from.experts", from.experts, to.experts);
     expects(from.out == to.out, "from.out", from.out, to.out);
     expects(from.in == to.in, "from.in", from.in, to.in);
+    expects_memory(from, "from (E,out,in)");
+    expects_memory(to, "to (E,out,in)");
+    expects_pointers<Executor>(from, "from (E,out,in)");
+    expects_pointers<Executor>(to, "to (E,out,in)");
+    expects_apart(to, "to (E,out,in)");
 }
 
 } // namespace detail
 
 /// to(e,o,i) = from(e,o,i), whatever the strides and types of either.
+/// @throws invalid_argument if shapes disagree, memory is missing or misaligned, or the matrices of `to` overlap
 template <executor Executor, class From, class To>
 void copy_weights(Executor& ex, const weight_view<From>& from, const weight_view<To>& to)
 {
     using source = std::remove_const_t<From>;
     const weight_view<const source> read = from;
-    detail::expects_same_weights(read, to);
+    detail::expects_same_weights<Executor>(read, to);
     for_each(ex, to.experts * to.out * to.in, detail::copy_weight<source, To>{read, to, {}, {}, false});
 }
 
@@ -58,7 +64,7 @@ void copy_gated_weights(Executor& ex, const weight_view<From>& from, gated_layou
 {
     using source = std::remove_const_t<From>;
     const weight_view<const source> read = from;
-    detail::expects_same_weights(read, to);
+    detail::expects_same_weights<Executor>(read, to);
     expects(to.out % 2 == 0, "to.out", to.out, "an even number: gate and up rows");
     for_each(ex, to.experts * to.out * to.in, detail::copy_weight<source, To>{read, to, from_layout, to_layout, true});
 }

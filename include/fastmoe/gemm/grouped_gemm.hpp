@@ -9,6 +9,7 @@
 
 #include <concepts>
 #include <cstddef>
+#include <utility>
 
 #include <fastmoe/core/dtype.hpp>
 #include <fastmoe/core/indexed_rows.hpp>
@@ -29,7 +30,8 @@ struct row_groups {
 
 /// The experts' matrices W[e], (out, in) each: E of them at a fixed distance, or anywhere through an array of pointers.
 /// Element (o, i) of expert e is base(e)[o * row_stride + i * col_stride]; one of the two strides is 1, so that row_stride
-/// = 1 is the transposed layout of checkpoints that store (E,in,out).
+/// = 1 is the transposed layout of checkpoints that store (E,in,out). Matrices that are read may overlap; those that are
+/// written may not, of which verbs see what strides can show.
 template <class T>
 struct weight_view {
     T* data = nullptr;            ///< expert 0, unless `pointers` is set
@@ -111,22 +113,82 @@ struct fill_one_group {
 };
 
 template <class T>
+void expects_memory(const weight_view<T>& w, const char* name)
+{
+    const bool empty = w.experts == 0 || w.out == 0 || w.in == 0;
+    expects(empty || w.data || w.pointers, name, "a null pointer", "memory");
+    expects(reinterpret_cast<std::uintptr_t>(w.data) % alignof(T) == 0, name, static_cast<const void*>(w.data),
+            "a pointer aligned to ", alignof(T), " bytes");
+    expects(reinterpret_cast<std::uintptr_t>(w.pointers) % alignof(T*) == 0, name, static_cast<const void*>(w.pointers),
+            "an array of pointers, aligned as such");
+}
+
+template <class T>
 void expects_weights(const weight_view<T>& w, const char* name, int64_t experts, int64_t out, int64_t in)
 {
     expects(w.experts == experts, name, w.experts, experts, " experts");
     expects(w.out == out, name, w.out, out, " output features (rows of a matrix)");
     expects(w.in == in, name, w.in, in, " input features (columns of a matrix)");
     expects(w.row_stride == 1 || w.col_stride == 1, name, w.row_stride, "a row or a column stride of 1");
-    const bool empty = experts == 0 || out == 0 || in == 0;
-    expects(empty || w.data || w.pointers, name, "a null pointer", "memory");
-    expects(reinterpret_cast<std::uintptr_t>(w.data) % alignof(T) == 0, name, static_cast<const void*>(w.data),
-            "a pointer aligned to ", alignof(T), " bytes");
+    expects_memory(w, name);
+}
+
+/// Looks at the matrices' own pointers where that waits for nothing; elsewhere they are the caller's word.
+template <class Executor, class T>
+void expects_pointers(const weight_view<T>& w, const char* name)
+{
+    if constexpr (has_readable_memory<Executor>)
+        for (int64_t e = 0; w.pointers && w.out > 0 && w.in > 0 && e < w.experts; ++e) {
+            const auto* p = static_cast<const void*>(w.pointers[e]);
+            expects(p && reinterpret_cast<std::uintptr_t>(p) % alignof(T) == 0, name, p, "memory for expert ", e,
+                    ", aligned to ", alignof(T), " bytes");
+        }
+}
+
+/// Throws invalid_argument if two elements of the matrices are one by their strides: for matrices that are written. Each
+/// dimension has to step over all that the dimensions of smaller strides span, which any layout of nested blocks does.
+template <class T>
+void expects_apart(const weight_view<T>& w, const char* name)
+{
+    struct dimension {
+        int64_t extent, stride;
+    } d[] = {{w.pointers ? 1 : w.experts, w.expert_stride}, {w.out, w.row_stride}, {w.in, w.col_stride}};
+    for (const dimension& each : d)
+        if (each.extent == 0) return;
+    for (dimension& each : d) each.stride = each.stride < 0 ? -each.stride : each.stride;
+    const auto sort = [](dimension& a, dimension& b) {
+        if (a.stride > b.stride) std::swap(a, b);
+    };
+    sort(d[0], d[1]), sort(d[1], d[2]), sort(d[0], d[1]);
+    int64_t span = 1; // elements from the first to the last
+    for (const dimension& each : d) {
+        if (each.extent == 1) continue;
+        expects(each.stride >= span, name, each.stride, "strides of matrices that do not overlap: ", span, " or more here");
+        span += (each.extent - 1) * each.stride;
+    }
+}
+
+template <class Executor, class T>
+void expects_gradient(const weight_view<T>& dw, int64_t experts, int64_t out, int64_t in)
+{
+    expects_weights(dw, "dW (E,out,in)", experts, out, in);
+    expects_pointers<Executor>(dw, "dW (E,out,in)");
+    expects_apart(dw, "dW (E,out,in)");
 }
 
 inline void expects_groups(const row_groups& g, int64_t rows)
 {
-    expects(g.offsets.extent(0) == g.experts() + 1, "offsets (E+1)", g.offsets.extent(0), g.experts() + 1, " elements");
+    expects_shape(g.counts, "counts (E)", g.experts());
+    expects_shape(g.offsets, "offsets (E+1)", g.experts() + 1);
     expects(rows == g.slots, "rows (S,.)", rows, "S = ", g.slots, " rows");
+}
+
+/// @param rows  plain_rows or indexed_rows
+template <class Rows>
+void expects_rows(const Rows& rows, const char* name)
+{
+    expects_shape(rows.data, name, rows.data.extent(0), rows.data.extent(1));
+    if constexpr (requires { rows.index; }) expects_shape(rows.index, "index of rows (S)", rows.index.extent(0));
 }
 
 } // namespace detail

@@ -154,7 +154,10 @@ struct onednn {
                 if (!memory.measuring()) {
                     detail::expects_groups(groups, x.extent(0));
                     expects(dy.extent(0) == x.extent(0), "rows of dY", dy.extent(0), "S = ", x.extent(0));
-                    expects_lines(dw, "dW (E,out,in)", groups.experts(), dy.extent(1), x.extent(1));
+                    detail::expects_rows(dy, "rows of dY");
+                    detail::expects_rows(x, "rows of X");
+                    detail::expects_gradient<Executor>(dw, groups.experts(), dy.extent(1), x.extent(1));
+                    expects_lines(dw, "dW (E,out,in)");
                 }
                 using call = detail::onednn::call;
                 const int64_t line = dw.col_stride == 1 ? dw.row_stride : dw.col_stride;
@@ -191,12 +194,11 @@ private:
     }
 
     template <class T>
-    static void expects_lines(const weight_view<T>& w, const char* name, int64_t experts, int64_t out, int64_t in)
+    static void expects_lines(const weight_view<T>& w, const char* name)
     {
-        detail::expects_weights(w, name, experts, out, in);
         const bool by_row = w.col_stride == 1;
-        const int64_t stride = by_row ? w.row_stride : w.col_stride, width = by_row ? in : out;
-        expects((by_row ? out : in) == 1 || stride >= width, name, stride, "a stride of at least ", width);
+        const int64_t stride = by_row ? w.row_stride : w.col_stride, width = by_row ? w.in : w.out;
+        expects((by_row ? w.out : w.in) == 1 || stride >= width, name, stride, "a stride of at least ", width);
     }
 
     template <class Rows, class W, class B, class Y, class Epilogue>
@@ -205,7 +207,10 @@ private:
     {
         if (!memory.measuring()) {
             detail::expects_groups(groups, x.extent(0));
-            expects_lines(w, "W (E,out,in)", groups.experts(), y.extent(1), x.extent(1));
+            detail::expects_rows(x, "rows (S,.)");
+            detail::expects_weights(w, "W (E,out,in)", groups.experts(), y.extent(1), x.extent(1));
+            detail::expects_pointers<host_executor>(w, "W (E,out,in)");
+            expects_lines(w, "W (E,out,in)");
             expects_shape(y, "output rows (S,.)", groups.slots, w.out);
         }
         using call = detail::onednn::call;
