@@ -3,15 +3,15 @@
 /// The cheapest assignment of tokens to experts of bounded size, exactly, in integers: the solver behind
 /// balanced_assignment.
 ///
-/// Every token starts where it is cheapest. While an expert e holds more than its bound, one token too many leaves it
-/// along the cheapest path: a token of e to expert f, one of f to g, ..., up to an expert with room. An edge costs what the
-/// cheapest move between its two experts does. With a price for every expert, raised after each path, no edge costs less
-/// than nothing, and the paths of Dijkstra's algorithm keep the assignment the cheapest there is for the sizes it has:
-/// successive shortest paths, for a graph whose nodes are the experts (Ahuja, Magnanti and Orlin 1993, sec. 9.7).
+/// Experts have prices, and every token starts where cost and price are least. While an expert e holds more than T/E, one
+/// token too many leaves it along the cheapest path: a token of e to expert f, one of f to g, ..., up to an expert with
+/// room. An edge costs what the cheapest move between its two experts does. With prices raised after each path no edge
+/// costs less than nothing, and the paths of Dijkstra's algorithm keep the assignment the cheapest there is for the sizes
+/// it has: successive shortest paths, for a graph whose nodes are the experts (Ahuja, Magnanti and Orlin 1993, sec. 9.7).
 ///
-/// So there are at most T - T/E paths, each settles at most E experts, and an expert is settled in O(E). Every expert can
-/// reach one with room in one step, so no price exceeds the greatest cost. Ties go to the lower expert, then to the lower
-/// token: all is integers, so the result is the same on any executor.
+/// So there are fewer than T paths, each settles at most E experts, and an expert is settled in O(E). Every expert can
+/// reach one with room in one step, so no price exceeds the first ones by more than the greatest cost. All is integers and
+/// ties are broken by number, so the result is the same on any executor.
 #pragma once
 
 #include <fastmoe/exec/executor.hpp>
@@ -21,7 +21,7 @@
 namespace fastmoe::inline FASTMOE_ABI::detail {
 
 /// More than any path costs. Costs are below a fourth of it.
-inline constexpr int64_t unreachable = int64_t{1} << 62;
+inline constexpr int64_t unreachable = int64_t{1} << 61;
 
 struct lesser_of {
     template <class Value>
@@ -33,8 +33,8 @@ struct lesser_of {
 
 /// What the solver works on; all memory of the executor.
 struct assignment_problem {
-    matrix_view<const int64_t> costs; // (E,T)  0 to 2^60
-    int32_t* experts;                 // (T)    the expert of a token, -1: takes no part; starts with a cheapest one
+    matrix_view<const int64_t> costs; // (E,T)  0 to 2^59
+    int32_t* experts;                 // (T)    the expert of a token, -1: takes no part
     int64_t* own;                     // (T)    the cost of a token where it is
     int32_t *next, *previous;         // (T)    tokens of the same expert; -1: none
     int32_t *head, *load;             // (E)    the first of them, and how many
@@ -115,7 +115,6 @@ struct link_tokens {
         const assignment_problem in = p;
         team.for_each(in.total_experts(), [in](int64_t e) { in.head[e] = -1; });
         team.for_each(in.total_experts(), [in](int64_t e) { in.load[e] = 0; });
-        team.for_each(in.total_experts(), [in](int64_t e) { in.prices[e] = 0; });
         team.for_each(in.tokens(), [in](int64_t t) { in.own[t] = 0; });
         team.sync();
         if (team.lane() != 0) return;
@@ -136,7 +135,7 @@ struct find_moves {
     }
 };
 
-/// Moves tokens along cheapest paths until no expert holds more than ceil(tokens / E).
+/// Moves tokens along cheapest paths until every expert holds as many.
 struct even_out {
     using vectorized = void;
     assignment_problem p;
@@ -147,7 +146,7 @@ struct even_out {
         const int64_t all = p.total_experts();
         const int32_t* load = p.load;
         const int64_t tokens = team.reduce(all, int64_t{0}, adds{}, [load](int64_t e) { return int64_t{load[e]}; });
-        const int64_t most = (tokens + all - 1) / all;
+        const int64_t most = tokens / all;
         for (int64_t e = 0; e < all; ++e)
             while (load[e] > most) {
                 const int64_t room = search(team, e, most);
@@ -158,7 +157,7 @@ struct even_out {
 private:
     /// Dijkstra's algorithm from one expert to the nearest with room, which it returns; then raises the prices of the
     /// experts that are nearer. A move whose token has left costs no more than those that remain, so it may wait until the
-    /// way over it is the shortest.
+    /// way over it is the shortest; it alone can cost less than nothing, which those that remain do not.
     template <class Team>
     FASTMOE_HOST_DEVICE int64_t search(Team& team, int64_t start, int64_t most) const
     {
@@ -178,6 +177,7 @@ private:
             });
             const int64_t nearest = found < all ? found : found - all;
             if (nearest != start && renew(team, nearest)) continue;
+            team.sync(); // everybody has read the way there
             if (found < all) {
                 team.for_each(all, [=](int64_t e) {
                     const int64_t before = distances[e];
@@ -186,10 +186,11 @@ private:
                 team.sync();
                 return nearest;
             }
-            const int64_t base = distance - prices[nearest];
+            const int64_t price = prices[nearest];
             const int64_t* move = p.moves.data_handle() + nearest * all;
             team.for_each(all, [=](int64_t e) {
-                const int64_t reached = base + move[e] + prices[e], before = distances[e], open = pending[e];
+                const int64_t edge = move[e] + prices[e] - price, before = distances[e], open = pending[e];
+                const int64_t reached = edge > 0 ? distance + edge : distance;
                 const int32_t origin = origins[e];
                 distances[e] = reached < before ? reached : before;
                 pending[e] = reached < before ? reached : open;
@@ -210,7 +211,8 @@ private:
         replace(team, from, to);
         const int64_t *distances = in.distances, *pending = in.pending;
         const auto way = [=](int64_t e) { // over e, if that is settled
-            const int64_t sum = distances[e] - in.prices[e] + in.moves(e, to) + in.prices[to];
+            const int64_t edge = in.moves(e, to) + in.prices[to] - in.prices[e];
+            const int64_t sum = edge > 0 ? distances[e] + edge : distances[e];
             const bool settled = (distances[e] < unreachable) & (pending[e] == unreachable);
             return settled ? sum : unreachable;
         };
@@ -285,8 +287,9 @@ private:
     }
 };
 
-/// Assigns tokens to experts so that their sum of costs is the least, with at most ceil(tokens / E) for each, where those
-/// with an expert of -1 do not count. experts: a cheapest expert of every token; overwritten.
+/// Assigns tokens to experts so that their sum of costs is the least, with the same number for each.
+/// @param p  experts: of every token one whose cost and price are least, or -1: it takes no part; E divides the number of
+///           those that do. prices: any, within 2^59. Both are overwritten
 template <class Executor>
 void solve_assignment(Executor& ex, const assignment_problem& p)
 {

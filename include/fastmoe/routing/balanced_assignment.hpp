@@ -25,6 +25,7 @@ struct logit_costs {
 
     FASTMOE_HOST_DEVICE int64_t operator()(int64_t t, int64_t e) const
     {
+        if (t >= logits.extent(0)) return 0; // a filler
         // More than E moves can gain together, so that as few tokens as can be get such an expert.
         const int64_t beyond = (logits.extent(1) + 1) << bits;
         const Real l = logits(t, e), peak = peaks[t];
@@ -36,13 +37,13 @@ struct logit_costs {
     }
 };
 
-/// The first of the best experts, or -1; and how far the row reaches down from it.
+/// Whether a token takes part, its greatest logit, and how far the row reaches down from it.
 template <class Real>
-struct start_assignment {
+struct measure_row {
     using vectorized = void;
     matrix_view<const Real> logits; // (T,E)
     const std::uint8_t* mask;       // (T), or null
-    int32_t* experts;               // (T)
+    int32_t* experts;               // (T+E)  0 or -1
     Real* peaks;                    // (T)
     double* reaches;                // (T)
 
@@ -52,38 +53,101 @@ struct start_assignment {
         const int64_t all = logits.extent(1);
         const Real* l = logits.data_handle() + t * all;
         const Real peak = mask && mask[t] == 0 ? -infinity<Real> : greatest(team, l, all);
-        const bool open = peak > -infinity<Real>;
-        const int32_t best = team.reduce(all, static_cast<int32_t>(all), lesser_of{}, [=](int64_t e) {
-            return static_cast<int32_t>(l[e] == peak ? e : all);
-        });
         const double reach = team.reduce(all, 0.0, greater_of{}, [=](int64_t e) {
             const double distance = static_cast<double>(peak) - static_cast<double>(l[e]); // NaN loses
             return distance <= logit_costs<Real>::reach ? distance : 0.0;
         });
         if (team.lane() != 0) return;
-        experts[t] = open ? best : -1;
+        experts[t] = peak > -infinity<Real> ? 0 : -1;
         peaks[t] = peak;
-        reaches[t] = open ? reach : 0;
+        reaches[t] = reach;
     }
 };
 
-/// The power of two that puts the furthest distance just below 2^bits.
+/// The power of two that puts the furthest distance just below 2^bits; and as many fillers, to which all experts are alike,
+/// as make the number of tokens one that E divides.
 template <class Real>
-struct choose_scale {
+struct measure_batch {
     const double* reaches; // (T)
     double* scale;         // (1)
-    int64_t tokens;
+    int32_t* experts;      // (T+E)
+    int64_t tokens, total;
 
     template <class Team>
     FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t) const
     {
         const double* from = reaches;
+        int32_t *start = experts, *fillers = experts + tokens;
         const double furthest = team.reduce(tokens, 0.0, greater_of{}, [from](int64_t t) { return from[t]; });
+        const int64_t open =
+            team.reduce(tokens, int64_t{0}, adds{}, [start](int64_t t) { return static_cast<int64_t>(start[t] >= 0); });
+        const int64_t missing = (open + total - 1) / total * total - open;
+        team.for_each(total, [fillers, missing](int64_t i) { fillers[i] = i < missing ? 0 : -1; });
         if (team.lane() != 0) return;
         const auto exponent = static_cast<int>(::cuda::std::bit_cast<std::uint64_t>(furthest) >> 52) - 1023;
         int power = logit_costs<Real>::bits - 1 - exponent;
         power = power > 1000 ? 1000 : power;
         *scale = ::cuda::std::bit_cast<double>(static_cast<std::uint64_t>(power + 1023) << 52);
+    }
+};
+
+/// A first price for every expert, which does away with what all tokens think of it: minus its mean cost.
+struct price_experts {
+    using vectorized = void;
+    matrix_view<const int64_t> costs; // (E,T+E)
+    const int32_t* experts;           // (T+E)
+    int64_t* prices;                  // (E)
+    int64_t most;                     // that one cost counts
+
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t e) const
+    {
+        constexpr int coarse = 12; // bits that are left out, so that no sum overflows
+        const int64_t n = costs.extent(1), bound = most;
+        const int64_t* cost = costs.data_handle() + e * n;
+        const int32_t* here = experts;
+        const int64_t sum = team.reduce(n, int64_t{0}, adds{}, [=](int64_t t) {
+            const int64_t own = (cost[t] < bound ? cost[t] : bound) >> coarse;
+            return own * (here[t] >= 0);
+        });
+        const int64_t count =
+            team.reduce(n, int64_t{0}, adds{}, [here](int64_t t) { return static_cast<int64_t>(here[t] >= 0); });
+        if (team.lane() == 0) prices[e] = count > 0 ? -(sum / count << coarse) : 0;
+    }
+};
+
+/// Sends every token where cost and price are least, a block of tokens at a time.
+struct take_cheapest {
+    using vectorized = void;
+    matrix_view<const int64_t> costs; // (E,T+E)
+    const int64_t* prices;            // (E)
+    int32_t* experts;                 // (T+E)
+
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t b) const
+    {
+        constexpr int64_t width = 16;
+        const int64_t n = costs.extent(1), all = costs.extent(0), begin = b * column_block;
+        const int64_t end = begin + column_block < n ? begin + column_block : n;
+        const int64_t* from = costs.data_handle();
+        const int64_t* price = prices;
+        int32_t* to = experts;
+        team.for_each((end - begin + width - 1) / width, [=](int64_t piece) {
+            const int64_t first = begin + piece * width, here = end - first < width ? end - first : width;
+            int64_t least[width], best[width];
+            for (int64_t j = 0; j < width; ++j) least[j] = unreachable;
+            for (int64_t j = 0; j < width; ++j) best[j] = 0;
+            for (int64_t e = 0; e < all; ++e) {
+                const int64_t* cost = from + e * n + first;
+                for (int64_t j = 0; j < here; ++j) {
+                    const int64_t sum = cost[j] + price[e], before = least[j], was = best[j];
+                    least[j] = sum < before ? sum : before;
+                    best[j] = sum < before ? e : was;
+                }
+            }
+            for (int64_t j = 0; j < here; ++j)
+                if (to[first + j] >= 0) to[first + j] = static_cast<int32_t>(best[j]);
+        });
     }
 };
 
@@ -102,8 +166,8 @@ struct choose_scale {
 /// get an expert whose logit is -Inf, NaN, finite beside a +Inf, or more than 2^16 below the greatest of its row; where one
 /// must, in the order of choice.
 ///
-/// Time grows with the tokens that must move, at most N - N/E; memory is 8 T E + 12 E^2 bytes and a little. One team solves
-/// it: see assignment_solver.hpp.
+/// Every token starts where its logit, less the expert's mean, is greatest; time grows with those that must move from there,
+/// at most N + E. Memory is 8 (T + E) E + 12 E^2 bytes and a little. One team solves it: see assignment_solver.hpp.
 struct balanced_assignment {
     static constexpr bool reads_logits = true;
     static constexpr bool ragged = false;
@@ -123,20 +187,29 @@ struct balanced_assignment {
             if (!scratch.measuring()) detail::choose_rows(ex, in.logits, in.mask, 1, detail::logit_rows{}, to.experts);
             return;
         }
-        const auto costs = scratch.matrix<int64_t>(experts, tokens);
-        const auto problem = detail::assignment_problem::reserve(scratch, costs, to.experts);
+        const int64_t filled = tokens + experts;
+        const auto costs = scratch.matrix<int64_t>(experts, filled);
+        const auto chosen = scratch.vector<int32_t>(filled);
+        const auto problem = detail::assignment_problem::reserve(scratch, costs, chosen);
         const auto peaks = scratch.vector<Real>(tokens);
         const auto reaches = scratch.vector<double>(tokens);
         const auto scale = scratch.vector<double>(1);
         if (scratch.measuring()) return;
+        int32_t* ids = chosen.data_handle();
         for_each_row(ex, tokens,
-                     detail::start_assignment<Real>{in.logits, in.mask.data_handle(), to.experts.data_handle(),
-                                                    peaks.data_handle(), reaches.data_handle()},
-                     {.width = 3 * experts});
-        for_each_row(ex, 1, detail::choose_scale<Real>{reaches.data_handle(), scale.data_handle(), tokens},
+                     detail::measure_row<Real>{in.logits, in.mask.data_handle(), ids, peaks.data_handle(), reaches.data_handle()},
+                     {.width = 2 * experts});
+        for_each_row(ex, 1,
+                     detail::measure_batch<Real>{reaches.data_handle(), scale.data_handle(), ids, tokens, experts},
                      {.width = tokens});
-        detail::fill_columns(ex, costs, detail::logit_costs<Real>{in.logits, peaks.data_handle(), scale.data_handle()});
+        using to_costs = detail::logit_costs<Real>;
+        detail::fill_columns(ex, costs, to_costs{in.logits, peaks.data_handle(), scale.data_handle()});
+        for_each_row(ex, experts, detail::price_experts{costs, ids, problem.prices, int64_t{1} << to_costs::bits},
+                     {.width = 2 * filled});
+        for_each_row(ex, detail::column_blocks(filled), detail::take_cheapest{costs, problem.prices, ids},
+                     {.width = detail::column_block * experts});
         detail::solve_assignment(ex, problem);
+        for_each(ex, tokens, detail::copy_ids<int32_t>{ids, to.experts.data_handle()});
     }
 };
 
