@@ -54,7 +54,8 @@ struct cosine_case {
     template <class Buffer>
     fm::cosine_parameters<Real> views(Buffer& p, Buffer& b, Buffer& m, Buffer& tau) const
     {
-        return {p.matrix(gate.projection_width, in.width), b.view(), m.matrix(gate.experts, gate.projection_width), tau.view()};
+        const int64_t inner = gate.projection_width;
+        return {p.matrix(inner, in.width), b.view(), m.matrix(gate.experts, inner), tau.view()};
     }
 
     struct gradient {
@@ -91,12 +92,14 @@ void near(const std::vector<Real>& actual, const std::vector<double>& expected, 
     for (double e : expected) largest = std::max(largest, std::fabs(e));
     for (std::size_t i = 0; i < actual.size(); ++i) {
         CAPTURE(i);
-        REQUIRE(std::fabs(double(actual[i]) - start - expected[i]) <= (support::roundoff<Real> * 16 * length + 1e-8) * largest);
+        const double bound = (support::roundoff<Real> * 16 * length + 1e-8) * largest;
+        REQUIRE(std::fabs(double(actual[i]) - start - expected[i]) <= bound);
     }
 }
 
 template <class Real, class Executor, class Gate>
-void matches_oracle(Executor& ex, support::random& rng, const Gate& gate, bool renormalize, int64_t tokens, int64_t width, double tau)
+void matches_oracle(Executor& ex, support::random& rng, const Gate& gate, bool renormalize, int64_t tokens, int64_t width,
+                    double tau)
 {
     CAPTURE(gate.experts);
     CAPTURE(gate.k);
@@ -142,7 +145,8 @@ TEST_CASE_TEMPLATE("the cosine router agrees with the oracle, and every gradient
     const bool small = std::is_same_v<typename Cell::executor, support::lanes>;
     for (int i = 0; i < (small ? 3 : 8); ++i) {
         const int64_t experts = rng.integer(2, small ? 9 : 20), k = rng.integer(2, std::min<int64_t>(experts, 5));
-        const int64_t width = rng.integer(1, 9), inner = rng.integer(2, 7), tokens = rng.integer(i == 0 ? 0 : 1, small ? 4 : 9);
+        const int64_t width = rng.integer(1, 9), inner = rng.integer(2, 7);
+        const int64_t tokens = rng.integer(i == 0 ? 0 : 1, small ? 4 : 9);
         const auto bias = i % 2 ? fm::projection_bias::learned : fm::projection_bias::none;
         const double tau = i == 2 ? 5.0 : rng.uniform(-1, 2); // above ln 100: clamped, without a gradient
         matches_oracle<Real>(ex, rng,
@@ -150,8 +154,8 @@ TEST_CASE_TEMPLATE("the cosine router agrees with the oracle, and every gradient
                                          .balance = {0.3}, .z = {0.1}},
                              true, tokens, width, tau);
         matches_oracle<Real>(ex, rng,
-                             all_gate{.experts = experts, .k = i % 2 ? 1 : k, .projection_width = inner, .bias = bias, .scale = 0.75,
-                                      .balance = {0.3}, .z = {0.1}},
+                             all_gate{.experts = experts, .k = i % 2 ? 1 : k, .projection_width = inner, .bias = bias,
+                                      .scale = 0.75, .balance = {0.3}, .z = {0.1}},
                              false, tokens, width, tau);
     }
 }
@@ -175,13 +179,15 @@ TEST_CASE("parameters' gradients are added where that is asked for")
     added(once.temperature, twice.temperature);
 }
 
-TEST_CASE_TEMPLATE("rows without a direction or with NaN have the documented result, and gradients stay finite", Cell, FASTMOE_LOGIT_CELLS)
+TEST_CASE_TEMPLATE("rows without a direction or with NaN have the documented result, and gradients stay finite", Cell,
+                   FASTMOE_LOGIT_CELLS)
 {
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);
     FASTMOE_SEEDED(rng, 83);
     const int64_t width = 3, inner = 3, experts = 4;
-    cosine_case<Real, chosen_gate> c(rng, {.experts = experts, .k = 2, .projection_width = inner, .balance = {1}, .z = {1}}, 4, width, 1);
+    const chosen_gate gate{.experts = experts, .k = 2, .projection_width = inner, .balance = {1}, .z = {1}};
+    cosine_case<Real, chosen_gate> c(rng, gate, 4, width, 1);
     for (int64_t n = 0; n < 9; ++n) c.projection[n] = Real(n % 4 == 0); // x P^T = x
     c.in.x = support::narrowed<Real>({0, 0, 0, 1, 0, 0, nan_, 1, 1, 0, 1, 0});
     c.embeddings = support::narrowed<Real>({1, 0, 0, 0, 0, 0, nan_, 0, 0, -1, 0, 0});
@@ -267,7 +273,9 @@ TEST_CASE("parameters of a cosine gate start where they should, and depend on th
     const int64_t width = 16;
     const auto fill = [&](auto& on, std::vector<std::vector<float>>& out, std::uint64_t seed) {
         std::vector<float> p(32 * width, NAN), b(32, NAN), m(64 * 32, NAN), tau(1, NAN);
-        gate.initialize(on, fm::cosine_parameters<float>{fm::as_matrix(p, 32, width), fm::as_vector(b), fm::as_matrix(m, 64, 32), fm::as_vector(tau)}, seed);
+        const fm::cosine_parameters<float> own{fm::as_matrix(p, 32, width), fm::as_vector(b), fm::as_matrix(m, 64, 32),
+                                               fm::as_vector(tau)};
+        gate.initialize(on, own, seed);
         out = {p, b, m, tau};
     };
     std::vector<std::vector<float>> a, b, other;
@@ -293,9 +301,10 @@ TEST_CASE("parameters of the wrong shape, and what makes no sense, are refused b
     const auto says = [&](auto change, const char* part) {
         c_t c(rng, {.experts = 4, .k = 2, .projection_width = 3, .bias = fm::projection_bias::learned}, 3, 5, 1);
         change(c);
-        auto p = support::upload(ex, c.projection), b = support::upload(ex, c.bias), m = support::upload(ex, c.embeddings), tau = support::upload(ex, c.temperature);
-        fm::cosine_parameters<float> own{fm::matrix_view<float>(p.data(), 3, 5), b.view(), fm::matrix_view<float>(m.data(), 4, 3), tau.view()};
-        const std::string text = support::message_of<fm::invalid_argument>([&] { support::owning_gate_run(ex, c.gate, c.in, own, own); });
+        const fm::cosine_parameters<float> own{fm::as_matrix(c.projection, 3, 5), fm::as_vector(c.bias),
+                                               fm::as_matrix(c.embeddings, 4, 3), fm::as_vector(c.temperature)};
+        const std::string text =
+            support::message_of<fm::invalid_argument>([&] { support::owning_gate_run(ex, c.gate, c.in, own, own); });
         INFO(text);
         CHECK(support::has(text, part));
     };
@@ -314,7 +323,8 @@ TEST_CASE("a layer with a cosine gate needs no router and has the gradients of f
     FASTMOE_SEEDED(rng, 87);
     fm::host_executor ex({.threads = 2});
     const int64_t tokens = 6, width = 4;
-    const fm::moe_layer layer{all_gate{.experts = 4, .k = 2, .projection_width = 3, .balance = {0.2}}, fm::mlp<fm::gelu>{.width = width, .hidden = 5}};
+    const fm::moe_layer layer{all_gate{.experts = 4, .k = 2, .projection_width = 3, .balance = {0.2}},
+                              fm::mlp<fm::gelu>{.width = width, .hidden = 5}};
     auto w = fm::random_weights<double>(ex, layer, 3), g = fm::zero_weights<double>(ex, layer);
     CHECK_EQ(w.view().gate.extent(0), 0);
     std::vector<double> x = rng.normals(tokens * width), y(x.size()), dx(x.size(), nan_);
@@ -322,7 +332,8 @@ TEST_CASE("a layer with a cosine gate needs no router and has the gradients of f
     const auto &own = w.view().own, &grad = g.view().own;
     for (int64_t i = 0; i < 12; ++i) own.embeddings.data_handle()[i] *= 100; // differences need a step below the norm
     const auto saved = layer.forward(ex, fm::as_matrix(x, tokens, width), w.view(), fm::as_matrix(y, tokens, width));
-    layer.backward(ex, saved, fm::as_matrix(dy, tokens, width), w.view(), fm::as_matrix(dx, tokens, width), g.view(), {.loss_scale = 0.7});
+    layer.backward(ex, saved, fm::as_matrix(dy, tokens, width), w.view(), fm::as_matrix(dx, tokens, width), g.view(),
+                   {.loss_scale = 0.7});
     const auto check = [&](const double* actual, double* what, int64_t n) {
         std::vector<double> values(what, what + n);
         const auto expected = support::finite_difference(
@@ -335,7 +346,8 @@ TEST_CASE("a layer with a cosine gate needs no router and has the gradients of f
             },
             values, 1e-4);
         std::copy(values.begin(), values.end(), what);
-        for (int64_t i = 0; i < n; ++i) CHECK(std::fabs(actual[i] - expected[i]) < 1e-7 * std::max(1.0, std::fabs(expected[i])));
+        for (int64_t i = 0; i < n; ++i)
+            CHECK(std::fabs(actual[i] - expected[i]) < 1e-7 * std::max(1.0, std::fabs(expected[i])));
     };
     check(dx.data(), x.data(), tokens * width);
     check(grad.projection.data_handle(), own.projection.data_handle(), 12);

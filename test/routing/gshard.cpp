@@ -24,6 +24,7 @@ namespace {
 constexpr double inf = std::numeric_limits<double>::infinity();
 constexpr double nan_ = std::numeric_limits<double>::quiet_NaN();
 constexpr auto training = fm::gate_mode::training;
+const std::vector<std::uint8_t> open{}; // a mask that takes nobody out
 
 using paper_gate = fm::gshard_gate<>;
 using raw_gate = fm::gshard_gate<fm::raw_scores>;
@@ -47,8 +48,8 @@ struct gshard_result {
 
 /// Algorithm 1 of the paper, token by token.
 /// @param uniform  (T)   @param fixed  if given, the result whose choices are to be used again
-gshard_result gshard(const gshard_rule& rule, const std::vector<double>& logits, int64_t experts, const std::vector<double>& uniform,
-                     const gshard_result* fixed = nullptr)
+gshard_result gshard(const gshard_rule& rule, const std::vector<double>& logits, int64_t experts,
+                     const std::vector<double>& uniform, const gshard_result* fixed = nullptr)
 {
     gshard_result r;
     const int64_t tokens = static_cast<int64_t>(logits.size()) / experts;
@@ -74,7 +75,8 @@ gshard_result gshard(const gshard_rule& rule, const std::vector<double>& logits,
     r.experts = r.chosen;
     for (int64_t t = 0; t < tokens; ++t)
         if (count[r.chosen[2 * t]]++ >= capacity) r.experts[2 * t] = -1;
-    for (int e = 0; e < experts; ++e) r.balance += rule.balance * double(experts) * double(count[e]) / double(tokens) * mean[e];
+    for (int e = 0; e < experts; ++e)
+        r.balance += rule.balance * double(experts) * double(count[e]) / double(tokens) * mean[e];
     for (int64_t t = 0; t < tokens; ++t) {
         const bool luck = 2 * r.weights[2 * t + 1] > uniform[t];
         int64_t& c = count[r.chosen[2 * t + 1]];
@@ -91,7 +93,8 @@ std::vector<double> uniforms(const support::gate_extras& extras, int64_t tokens)
 {
     const fm::random_source source{extras.seed_and_step.data(), fm::random_stream::choice};
     std::vector<double> out;
-    for (int64_t t = 0; t < tokens; ++t) out.push_back(source.uniform<double>(static_cast<std::uint64_t>(extras.first_token + t)));
+    for (int64_t t = 0; t < tokens; ++t)
+        out.push_back(source.uniform<double>(static_cast<std::uint64_t>(extras.first_token + t)));
     return out;
 }
 
@@ -105,7 +108,7 @@ void matches_oracle(Executor& ex, support::random& rng, const Gate& gate, const 
     const auto logits = support::normal_vector<Real>(rng, tokens * experts, 1.5);
     const auto dweights = support::normal_vector<Real>(rng, tokens * 2);
     const support::gate_extras extras{.seed_and_step = {rng.bits(), 3}, .first_token = rng.integer(0, 99)};
-    const support::gate_run r(ex, gate, tokens, logits, dweights, training, std::vector<std::uint8_t>{}, 0.5, extras);
+    const support::gate_run r(ex, gate, tokens, logits, dweights, training, open, 0.5, extras);
     auto l = support::widened(logits);
     const auto u = uniforms(extras, tokens);
     const auto expected = gshard(rule, l, experts, u);
@@ -141,9 +144,12 @@ TEST_CASE_TEMPLATE("GShard's gate agrees with algorithm 1 in all its forms, and 
         for (double factor : {inf, 0.4, 0.8}) {
             gshard_rule rule{.factor = std::fmin(factor, 1e9), .leaves_its_place = i % 2 == 1, .balance = 0.4};
             const auto drop = rule.leaves_its_place ? fm::second_drop::before_capacity : fm::second_drop::after_capacity;
-            matches_oracle<Real>(ex, rng, paper_gate{.experts = experts, .capacity = {.factor = factor}, .balance = {0.4}, .drop = drop}, rule, tokens);
+            const fm::capacity limit{.factor = factor};
+            const paper_gate over_chosen{.experts = experts, .capacity = limit, .balance = {0.4}, .drop = drop};
+            matches_oracle<Real>(ex, rng, over_chosen, rule, tokens);
             rule.over_all = true;
-            matches_oracle<Real>(ex, rng, raw_gate{.experts = experts, .capacity = {.factor = factor}, .balance = {0.4}, .drop = drop}, rule, tokens);
+            const raw_gate over_all{.experts = experts, .capacity = limit, .balance = {0.4}, .drop = drop};
+            matches_oracle<Real>(ex, rng, over_all, rule, tokens);
         }
     }
 }
@@ -165,7 +171,7 @@ TEST_CASE("a second choice that chance drops keeps its place in the capacity, or
     REQUIRE(lucky[1] >= 8);
     paper_gate gate{.experts = 4, .capacity = {.factor = 0.25}}; // 8 places
     const auto second = [&] {
-        const support::gate_run r(ex, gate, tokens, logits, std::vector<double>(tokens * 2), training, std::vector<std::uint8_t>{}, 1.0, extras);
+        const support::gate_run r(ex, gate, tokens, logits, std::vector<double>(tokens * 2), training, open, 1.0, extras);
         std::vector<int64_t> kept;
         for (int64_t t = 0; t < tokens; ++t)
             if (r.experts[2 * t + 1] >= 0) kept.push_back(t);
@@ -176,7 +182,8 @@ TEST_CASE("a second choice that chance drops keeps its place in the capacity, or
         if (t < 8) early.push_back(t);
     CHECK_EQ(second(), early); // places went to the first eight, lucky or not
     gate.drop = fm::second_drop::before_capacity;
-    CHECK_EQ(second(), std::vector<int64_t>(lucky.begin(), lucky.begin() + static_cast<int64_t>(std::min<std::size_t>(8, lucky.size()))));
+    lucky.resize(std::min<std::size_t>(8, lucky.size()));
+    CHECK_EQ(second(), lucky);
 }
 
 TEST_CASE("the second is kept as often as twice its weight, by the token's number, on any executor and thread count")
@@ -187,22 +194,25 @@ TEST_CASE("the second is kept as often as twice its weight, by the token's numbe
     std::vector<float> logits;
     for (int64_t t = 0; t < tokens; ++t) logits.insert(logits.end(), {0.f, 1.2f, 0.1f, -1.f, -2.f});
     const auto run = [&](auto& ex, const auto& gate, int64_t from, int64_t n, std::uint64_t step) {
-        return support::gate_run(ex, gate, n, std::vector<float>(logits.begin(), logits.begin() + n * experts), std::vector<float>(n * 2),
-                                 training, std::vector<std::uint8_t>{}, 1.0, support::gate_extras{.seed_and_step = {4, step}, .first_token = from});
+        const std::vector<float> part(logits.begin(), logits.begin() + n * experts);
+        return support::gate_run(ex, gate, n, part, std::vector<float>(n * 2), training, open, 1.0,
+                                 support::gate_extras{.seed_and_step = {4, step}, .first_token = from});
     };
     const auto kept = [](const auto& r) {
         double n = 0;
         for (std::size_t c = 1; c < r.experts.size(); c += 2) n += r.experts[c] >= 0;
         return n;
     };
-    const double g = 1 / (1 + std::exp(1.1)), p = std::exp(0.1) / (1 + std::exp(1.2) + std::exp(0.1) + std::exp(-1.0) + std::exp(-2.0));
+    const double g = 1 / (1 + std::exp(1.1)); // of 1.2 and 0.1
+    const double p = std::exp(0.1) / (1 + std::exp(1.2) + std::exp(0.1) + std::exp(-1.0) + std::exp(-2.0));
     const auto likely = [&](double count, double chance) {
         CHECK(std::fabs(count - double(tokens) * chance) < 5 * std::sqrt(double(tokens) * chance * (1 - chance)));
     };
     const auto all = run(one, paper_gate{.experts = experts}, 0, tokens, 1);
     likely(kept(all), 2 * g);
     likely(kept(run(one, raw_gate{.experts = experts}, 0, tokens, 1)), 2 * p);
-    for (std::size_t c = 0; c < all.experts.size(); c += 2) REQUIRE_EQ(all.weights[c], all.weights[0]); // the first does not grow
+    for (std::size_t c = 0; c < all.experts.size(); c += 2)
+        REQUIRE_EQ(all.weights[c], all.weights[0]); // the first does not grow
     CHECK(run(one, paper_gate{.experts = experts}, 0, tokens, 2).experts != all.experts);
     for (int threads : {2, 4}) {
         fm::host_executor ex({.threads = threads});
@@ -213,7 +223,8 @@ TEST_CASE("the second is kept as often as twice its weight, by the token's numbe
     CHECK(std::equal(part.experts.begin(), part.experts.end(), all.experts.begin() + 1400));
 }
 
-TEST_CASE_TEMPLATE("chance acts in training alone, or always, by name; rows that are not finite have the documented result", Cell, FASTMOE_LOGIT_CELLS)
+TEST_CASE_TEMPLATE("chance acts in training alone, or always, by name; rows that are not finite have the documented result",
+                   Cell, FASTMOE_LOGIT_CELLS)
 {
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);
@@ -259,8 +270,8 @@ TEST_CASE("a GShard gate that makes no sense is refused by name")
     fm::host_executor ex({.threads = 1});
     const auto says = [&](const paper_gate& gate, const support::gate_extras& extras, const char* part) {
         const std::string text = support::message_of<fm::invalid_argument>([&] {
-            support::gate_run(ex, gate, 2, std::vector<float>(2 * std::max<int64_t>(gate.experts, 0)), std::vector<float>(4), training,
-                              std::vector<std::uint8_t>{}, 1.0, extras);
+            support::gate_run(ex, gate, 2, std::vector<float>(2 * gate.experts), std::vector<float>(4), training, open, 1.0,
+                              extras);
         });
         INFO(text);
         CHECK(support::has(text, part));

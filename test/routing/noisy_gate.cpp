@@ -164,9 +164,11 @@ TEST_CASE_TEMPLATE("noisy top-K agrees with the oracle, and its gradients with f
     FASTMOE_SEEDED(rng, 61);
     const bool small = std::is_same_v<typename Cell::executor, support::lanes>;
     for (int i = 0; i < (small ? 4 : 10); ++i) {
-        const int64_t experts = rng.integer(2, small ? 12 : 24), k = i % 4 == 3 ? experts : rng.integer(2, std::max<int64_t>(2, experts / 2));
+        const int64_t experts = rng.integer(2, small ? 12 : 24);
+        const int64_t k = i % 4 == 3 ? experts : rng.integer(2, std::max<int64_t>(2, experts / 2));
         const int64_t tokens = rng.integer(i == 0 ? 0 : 1, small ? 5 : 12), width = rng.integer(1, 9);
-        fm::noisy_gate gate{.experts = experts, .k = k, .scale = 1.25, .balance = {0.2}, .z = {0.05}, .importance = {0.3}, .load = {0.4}};
+        fm::noisy_gate gate{.experts = experts, .k = k, .scale = 1.25, .balance = {0.2}, .z = {0.05}, .importance = {0.3},
+                            .load = {0.4}};
         if (i % 2) gate.importance.variance = gate.load.variance = fm::variance::sample;
         if (i == 4) gate.importance.coefficient = 0;
         if (i == 5) gate.load.coefficient = 0;
@@ -206,7 +208,8 @@ TEST_CASE("with capacity the losses still see all choices, and gradients are tho
     for (auto weights : {fm::after_drop::keep, fm::after_drop::rescale})
         for (double factor : {0.0, 0.5, 0.9}) {
             CAPTURE(factor);
-            fm::noisy_gate gate{.experts = 5, .k = 3, .capacity = {.factor = factor, .weights = weights}, .importance = {0.3}, .load = {0.2}};
+            const fm::noisy_gate gate{.experts = 5, .k = 3, .capacity = {.factor = factor, .weights = weights},
+                                      .importance = {0.3}, .load = {0.2}};
             noisy_case<double> c(rng, gate, 8, 4);
             std::vector<double> dnoise;
             const auto first = c.run(ex, dnoise);
@@ -306,8 +309,9 @@ struct one_of_two {
     template <class Executor>
     void all_reduce(Executor& ex, fm::vector_view<double> values) const
     {
+        const std::size_t call = mine->size();
         mine->push_back(support::download(ex, values));
-        for (std::size_t i = 0; other && i < other->at(mine->size() - 1).size(); ++i) values(i) += (*other)[mine->size() - 1][i];
+        for (std::size_t i = 0; other && i < other->at(call).size(); ++i) values(i) += (*other)[call][i];
     }
 };
 
@@ -319,7 +323,8 @@ TEST_CASE("two ranks have the losses and gradients of the joined batch, for uneq
     FASTMOE_SEEDED(rng, 66);
     const int64_t experts = 5, k = 2, width = 3;
     for (auto [left, right] : {std::pair{20, 3}, std::pair{1, 9}, std::pair{6, 0}}) {
-        noisy_case<double> joined(rng, {.experts = experts, .k = k, .importance = {0.3}, .load = {0.2}}, left + right, width);
+        noisy_case<double> joined(rng, {.experts = experts, .k = k, .importance = {0.3}, .load = {0.2}}, left + right,
+                                  width);
         std::vector<double> all;
         const auto whole = joined.run(ex, all);
         noisy_case<double> part[] = {joined, joined};
@@ -380,6 +385,15 @@ TEST_CASE_TEMPLATE("rows that are not finite leave the losses and every gradient
     for (Real v : r.losses) CHECK(std::isfinite(v));
     for (Real v : r.dlogits) CHECK(std::isfinite(v));
     for (int64_t t = 0; t < 7; ++t) CHECK(std::isfinite(r.dx[t]));
+    // A noise matrix with a NaN: that expert has no noisy logit, and is left alone.
+    noisy_case<Real> hole(rng, {.experts = 4, .k = 2, .importance = {1}, .load = {1}}, 5, 1);
+    hole.noise[3] = Real(nan_);
+    const auto others = hole.run(ex, dnoise = {});
+    for (int32_t e : others.experts) CHECK(e < 3);
+    for (Real v : others.losses) CHECK(std::isfinite(v));
+    for (Real v : others.dlogits) CHECK(std::isfinite(v));
+    for (Real v : dnoise) CHECK(std::isfinite(v));
+    CHECK_EQ(dnoise[3], Real(0));
 }
 
 TEST_CASE("noise is drawn by seed, step and the token's number, so that any split, executor or thread count gives the same ids")
@@ -454,7 +468,8 @@ TEST_CASE("a layer with a noisy gate has the gradients of finite differences in 
     FASTMOE_SEEDED(rng, 70);
     fm::host_executor ex({.threads = 2});
     const int64_t tokens = 6, width = 4;
-    const fm::moe_layer layer{fm::noisy_gate{.experts = 4, .k = 2, .importance = {0.2}, .load = {0.3}}, fm::mlp<fm::gelu>{.width = width, .hidden = 5}};
+    const fm::moe_layer layer{fm::noisy_gate{.experts = 4, .k = 2, .importance = {0.2}, .load = {0.3}},
+                              fm::mlp<fm::gelu>{.width = width, .hidden = 5}};
     auto w = fm::random_weights<double>(ex, layer, 3), g = fm::zero_weights<double>(ex, layer);
     for (int64_t i = 0; i < 16; ++i) CHECK_EQ(w.view().own.noise.data_handle()[i], 0.0); // as the paper starts
     support::fill_normal(rng, w.view().own.noise, 0.5);
@@ -466,7 +481,8 @@ TEST_CASE("a layer with a noisy gate has the gradients of finite differences in 
         return layer.forward(ex, fm::as_matrix(x, tokens, width), w.view(), fm::as_matrix(y, tokens, width), options);
     };
     const auto saved = forward();
-    layer.backward(ex, saved, fm::as_matrix(dy, tokens, width), w.view(), fm::as_matrix(dx, tokens, width), g.view(), {.loss_scale = 0.7});
+    layer.backward(ex, saved, fm::as_matrix(dy, tokens, width), w.view(), fm::as_matrix(dx, tokens, width), g.view(),
+                   {.loss_scale = 0.7});
     const auto loss = [&] {
         const auto s = forward();
         double sum = 0.7 * (s.losses()(2) + s.losses()(3));

@@ -26,14 +26,20 @@ namespace {
 constexpr double inf = std::numeric_limits<double>::infinity();
 constexpr double nan_ = std::numeric_limits<double>::quiet_NaN();
 constexpr auto training = fm::gate_mode::training;
+const std::vector<std::uint8_t> open{}; // a mask that takes nobody out
 
 static_assert(fm::gate_policy<fm::sparse_mixer_gate, fm::host_executor, fm::bfloat16, fm::self>);
 static_assert(fm::gate_policy<fm::sparse_mixer_gate, support::lanes, double, fm::self>);
 
 template <class Real>
+std::vector<Real> row_of(const std::vector<Real>& v, int64_t t, int64_t n)
+{
+    return std::vector<Real>(v.begin() + t * n, v.begin() + (t + 1) * n);
+}
+template <class Real>
 std::vector<double> token_of(const std::vector<Real>& v, int64_t t, int64_t n)
 {
-    return std::vector<double>(v.begin() + t * n, v.begin() + (t + 1) * n);
+    return support::widened(row_of(v, t, n));
 }
 
 /// dl for g * m of each round, by the formula; m is the share of the choice.
@@ -66,7 +72,8 @@ TEST_CASE_TEMPLATE("SparseMixer agrees with the oracle for any K, and its gradie
     FASTMOE_SEEDED(rng, 91);
     const bool small = std::is_same_v<typename Cell::executor, support::lanes>;
     for (int i = 0; i < (small ? 8 : 40); ++i) {
-        const int64_t experts = rng.integer(1, small ? 12 : 40), k = i % 5 == 0 ? experts : rng.integer(1, std::min<int64_t>(experts, 6));
+        const int64_t experts = rng.integer(1, small ? 12 : 40);
+        const int64_t k = i % 5 == 0 ? experts : rng.integer(1, std::min<int64_t>(experts, 6));
         const int64_t tokens = rng.integer(0, small ? 3 : 8);
         const fm::sparse_mixer_gate gate{.experts = experts, .k = k, .epsilon = rng.one_of(0.0, 0.01, 0.1, 0.4, 0.7, 5.0)};
         CAPTURE(experts);
@@ -129,7 +136,8 @@ TEST_CASE("two rounds by hand: a mask measures against the top of its own round,
     CHECK_EQ(zeros.weights, std::vector<double>{0.5, 1});
 }
 
-TEST_CASE_TEMPLATE("rows that are not finite, and masked tokens, have the documented result in either form", Cell, FASTMOE_LOGIT_CELLS)
+TEST_CASE_TEMPLATE("rows that are not finite, and masked tokens, have the documented result in either form", Cell,
+                   FASTMOE_LOGIT_CELLS)
 {
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);
@@ -195,7 +203,8 @@ support::gate_extras draws(std::uint64_t seed, int64_t first = 0)
 
 } // namespace
 
-TEST_CASE_TEMPLATE("the published estimator weighs by m or m / 3 and has the gradient of m, rescaled or not", Cell, FASTMOE_LOGIT_CELLS)
+TEST_CASE_TEMPLATE("the published estimator weighs by m or m / 3 and has the gradient of m, rescaled or not", Cell,
+                   FASTMOE_LOGIT_CELLS)
 {
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);
@@ -205,9 +214,9 @@ TEST_CASE_TEMPLATE("the published estimator weighs by m or m / 3 and has the gra
     const auto logits = support::normal_vector<Real>(rng, tokens * experts);
     const auto dweights = support::normal_vector<Real>(rng, tokens * k);
     const auto extras = draws(5, 40);
-    const support::gate_run r(ex, gate, tokens, logits, dweights, training, std::vector<std::uint8_t>{}, 1.0, extras);
+    const support::gate_run r(ex, gate, tokens, logits, dweights, training, open, 1.0, extras);
     gate.capacity = {.factor = 0.7, .weights = fm::after_drop::rescale};
-    const support::gate_run dropped(ex, gate, tokens, logits, dweights, training, std::vector<std::uint8_t>{}, 1.0, extras);
+    const support::gate_run dropped(ex, gate, tokens, logits, dweights, training, open, 1.0, extras);
     const fm::random_source coin{extras.seed_and_step.data(), fm::random_stream::noise};
     int thirds = 0, tops = 0, rescaled = 0;
     for (int64_t t = 0; t < tokens; ++t) {
@@ -219,7 +228,8 @@ TEST_CASE_TEMPLATE("the published estimator weighs by m or m / 3 and has the gra
         double sum = 0, left = 0, dot = 0;
         for (int64_t j = 0; j < k; ++j) {
             REQUIRE(rounds[j].competing[ids[j]]);
-            const bool top = ids[j] == rounds[j].top, third = !top && coin.uniform<double>(static_cast<std::uint64_t>((40 + t) * k + j)) < 0.75;
+            const bool top = ids[j] == rounds[j].top;
+            const bool third = !top && coin.uniform<double>(static_cast<std::uint64_t>((40 + t) * k + j)) < 0.75;
             w.push_back(rounds[j].shares[ids[j]] / (third ? 3 : 1));
             thirds += third, tops += top;
             CHECK(std::fabs(r.weights[t * k + j] - w[j]) < 64 * support::roundoff<Real>);
@@ -228,16 +238,16 @@ TEST_CASE_TEMPLATE("the published estimator weighs by m or m / 3 and has the gra
             left += stays ? w[j] : 0;
             dot += stays ? g[j] * w[j] : 0;
         }
-        near(std::vector<Real>(r.dlogits.begin() + t * experts, r.dlogits.begin() + (t + 1) * experts), estimate(rounds, g),
-             512 * support::roundoff<Real>);
+        near(row_of(r.dlogits, t, experts), estimate(rounds, g), 512 * support::roundoff<Real>);
         if (left == 0) continue; // all dropped: no gradient, the next line would divide by 0
         rescaled += left < sum;
         for (int64_t j = 0; j < k; ++j) { // of w_j sum / left; then m_j takes the place of w_j
             const bool stays = dropped.experts[t * k + j] >= 0;
-            CHECK(std::fabs(dropped.weights[t * k + j] - (stays ? w[j] * sum / left : 0)) < 256 * support::roundoff<Real> * (1 + sum / left));
+            const double grown = stays ? w[j] * sum / left : 0;
+            CHECK(std::fabs(dropped.weights[t * k + j] - grown) < 256 * support::roundoff<Real> * (1 + sum / left));
             g[j] = (stays ? sum / left * (g[j] - dot / left) : 0) + dot / left;
         }
-        near(std::vector<Real>(dropped.dlogits.begin() + t * experts, dropped.dlogits.begin() + (t + 1) * experts), estimate(rounds, g),
+        near(row_of(dropped.dlogits, t, experts), estimate(rounds, g),
              2048 * support::roundoff<Real> * (1 + sum * sum / left / left));
     }
     CHECK(thirds > 0);
@@ -263,14 +273,14 @@ TEST_CASE("the estimator's draws follow the softmax, and its expectation is the 
     for (int64_t t = 0; t < tokens; ++t) logits.insert(logits.end(), row.begin(), row.end());
     const fm::sparse_mixer_gate gate{.experts = experts, .k = 1, .epsilon = 0.4, .pick = fm::mixer_pick::sampled};
     // The gradient of the loss needs the weights first: two runs with the same numbers.
-    const support::gate_run first(ex, gate, tokens, logits, std::vector<double>(tokens), training, std::vector<std::uint8_t>{}, 1.0, draws(9));
+    const support::gate_run first(ex, gate, tokens, logits, std::vector<double>(tokens), training, open, 1.0, draws(9));
     std::vector<double> dweights;
     for (int64_t t = 0; t < tokens; ++t) {
         const int e = first.experts[t];
         const double w = first.weights[t];
         dweights.push_back(a[e] + 2 * b[e] * w + 3 * c[e] * w * w);
     }
-    const support::gate_run r(ex, gate, tokens, logits, dweights, training, std::vector<std::uint8_t>{}, 1.0, draws(9));
+    const support::gate_run r(ex, gate, tokens, logits, dweights, training, open, 1.0, draws(9));
     REQUIRE_EQ(r.experts, first.experts);
     const auto p = oracle::mix(row, 1, 0.4).front().shares; // (0, 1, 2 compete; 3 is masked)
     REQUIRE_EQ(p[3], 0.0);
@@ -284,7 +294,8 @@ TEST_CASE("the estimator's draws follow the softmax, and its expectation is the 
         CHECK(std::fabs(count - double(tokens) * p[e]) <= 5 * std::sqrt(double(tokens) * p[e] * (1 - p[e])));
         for (int i = 0; i < 4; ++i) // sum of L_i(p_i) dp_i / dl_e
             expected += (a[i] * p[i] + b[i] * p[i] * p[i] + c[i] * p[i] * p[i] * p[i]) * p[i] * ((i == e) - p[e]);
-        const double mean = sum / double(tokens), deviation = std::sqrt((squares / double(tokens) - mean * mean) / double(tokens));
+        const double mean = sum / double(tokens);
+        const double deviation = std::sqrt((squares / double(tokens) - mean * mean) / double(tokens));
         CAPTURE(mean);
         CAPTURE(expected);
         CHECK(std::fabs(mean - expected) <= 5 * deviation);
@@ -300,8 +311,8 @@ TEST_CASE("samples are drawn by seed, step and the token's number, so that any s
     const fm::sparse_mixer_gate gate{.experts = experts, .k = k, .epsilon = 1, .pick = fm::mixer_pick::sampled};
     const auto logits = support::normal_vector<float>(rng, tokens * experts);
     const auto draw = [&](auto& ex, int64_t from, int64_t n, std::uint64_t seed) {
-        return support::gate_run(ex, gate, n, std::vector<float>(logits.begin() + from * experts, logits.begin() + (from + n) * experts),
-                                 std::vector<float>(n * k, 1.f), training, std::vector<std::uint8_t>{}, 1.0, draws(seed, from));
+        const std::vector<float> part(logits.begin() + from * experts, logits.begin() + (from + n) * experts);
+        return support::gate_run(ex, gate, n, part, std::vector<float>(n * k, 1.f), training, open, 1.0, draws(seed, from));
     };
     const auto all = draw(one, 0, tokens, 5);
     for (int threads : {2, 4}) {
@@ -326,7 +337,7 @@ TEST_CASE("a mixer that makes no sense is refused by name")
     fm::host_executor ex({.threads = 1});
     const auto says = [&](fm::sparse_mixer_gate gate, const support::gate_extras& extras, const char* part) {
         const std::string text = support::message_of<fm::invalid_argument>([&] {
-            support::gate_run(ex, gate, 2, std::vector<float>(2 * 4), std::vector<float>(2 * 2), training, std::vector<std::uint8_t>{}, 1.0, extras);
+            support::gate_run(ex, gate, 2, std::vector<float>(8), std::vector<float>(4), training, open, 1.0, extras);
         });
         INFO(text);
         CHECK(support::has(text, part));

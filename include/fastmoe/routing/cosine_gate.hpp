@@ -231,7 +231,7 @@ private:
     {
         expects_shape(p.projection, "projection (N,D)", projection_width, width);
         if (bias == projection_bias::learned) expects_shape(p.bias, "projection bias (N)", projection_width);
-        else expects(p.bias.data_handle() == nullptr, "projection bias", "not empty", "none without projection_bias::learned");
+        else expects(!p.bias.data_handle(), "projection bias", "not empty", "none without projection_bias::learned");
         expects_shape(p.embeddings, "embeddings (E,N)", experts, projection_width);
         expects_shape(p.temperature, "temperature (1)", 1);
     }

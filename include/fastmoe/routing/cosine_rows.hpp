@@ -145,7 +145,8 @@ struct temperature_sum {
     FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t) const
     {
         const Real* from = slopes.data_handle();
-        const double sum = team.reduce(slopes.extent(0), 0.0, adds{}, [from](int64_t t) { return static_cast<double>(from[t]); });
+        const double sum =
+            team.reduce(slopes.extent(0), 0.0, adds{}, [from](int64_t t) { return static_cast<double>(from[t]); });
         if (team.lane() != 0) return;
         const Real value = sharpness[1] != Real(0) ? static_cast<Real>(sum) : Real(0);
         gradient[0] = G(mode == write_mode::accumulate ? Real(gradient[0]) + value : value);

@@ -9,6 +9,10 @@
 ///
 /// U is drawn by the token's number among all ranks' tokens. The weight of the first does not grow when the second is
 /// dropped, and a dropped choice is constant in backward. The paper's loss is this one over E^2, once for each group.
+///
+/// FastMoE's code draws in inference too (second_draw::always), fills its capacity without an order, whatever the schedule
+/// gives, and takes for the first choice that of a top-k which is not sorted; none of the last two is offered. Keeping the
+/// second by 2 p_2 with weights p is gshard_gate<raw_scores>.
 #pragma once
 
 #include <fastmoe/exec/random.hpp>
@@ -72,9 +76,9 @@ struct drop_second {
 /// @tparam Weigh  renormalize: weights g, kept by g_2. raw_scores: weights p, kept by p_2, the probabilities over all
 template <class Weigh = renormalize>
 struct gshard_gate {
-    int64_t experts = 0;            ///< E, 2 or more
-    fastmoe::capacity capacity{};   ///< token_major, the default, means choice_major here
-    balance_loss balance{};         ///< counts first choices, whatever it says
+    int64_t experts = 0;          ///< E, 2 or more
+    fastmoe::capacity capacity{}; ///< token_major, the default, means choice_major here
+    balance_loss balance{};       ///< counts first choices, whatever it says
     z_loss z{};
     input_jitter jitter{};
     second_drop drop = second_drop::after_capacity;
@@ -129,14 +133,15 @@ struct gshard_gate {
     {
         expects(experts >= k, "experts", experts, "2 or more");
         expects(capacity.order != drop_order::by_weight, "capacity.order", "by_weight", "choice_major, or the default");
-        expects(capacity.weights == after_drop::keep, "capacity.weights", "rescale", "keep: GShard's first weight does not grow");
+        expects(capacity.weights == after_drop::keep, "capacity.weights", "rescale", "keep: the first weight does not grow");
         choice().expects_sane();
     }
 
 private:
     top_k_gate<softmax_score, top_k, Weigh> choice() const
     {
-        top_k_gate<softmax_score, top_k, Weigh> gate{.experts = experts, .k = k, .capacity = capacity, .balance = balance, .z = z};
+        top_k_gate<softmax_score, top_k, Weigh> gate{
+            .experts = experts, .k = k, .capacity = capacity, .balance = balance, .z = z};
         gate.capacity.order = drop_order::choice_major;
         gate.balance.counts = counted_choices::first;
         return gate;

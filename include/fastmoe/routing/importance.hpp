@@ -186,7 +186,8 @@ void importance_loss_backward(Executor& ex, type_identity_t<vector_view<const in
     expects_shape(slopes, "slopes (E)", slopes.extent(0));
     expects_shape(dweights, "dweights (C)", dweights.extent(0));
     for_each(ex, dweights.extent(0),
-             detail::add_importance_slopes<Real>{experts.data_handle(), slopes.data_handle(), dweights.data_handle(), loss_scale});
+             detail::add_importance_slopes<Real>{experts.data_handle(), slopes.data_handle(), dweights.data_handle(),
+                                                 loss_scale});
 }
 
 } // namespace fastmoe::inline FASTMOE_ABI

@@ -120,7 +120,6 @@ private:
     {
         const int64_t tokens = state.routing.tokens;
         int32_t* ids = state.routing.experts.data_handle();
-        const row_hint weighs{.width = 4 * k * experts, .scratch_bytes = experts * static_cast<int64_t>(sizeof(int32_t)) + 64};
         if (samples(in.mode)) {
             expects(in.random != nullptr, "random", "a null pointer", "seed and step");
             expects(in.first_token >= 0, "first_token", in.first_token, "zero or more");
@@ -134,9 +133,10 @@ private:
                          {.width = 2 * experts, .scratch_bytes = top_k::scratch_bytes<Real>(experts, k)});
         }
         for_each_row(ex, tokens,
-                     detail::mixer_weigh<Real>{in.logits, ids, state.chosen.data_handle(), state.routing.weights.data_handle(),
-                                               coin(in), k, reach<Real>(), samples(in.mode)},
-                     weighs);
+                     detail::mixer_weigh<Real>{in.logits, ids, state.chosen.data_handle(),
+                                               state.routing.weights.data_handle(), coin(in), k, reach<Real>(),
+                                               samples(in.mode)},
+                     {.width = 4 * k * experts, .scratch_bytes = detail::mixer_weigh<Real>::scratch_bytes(experts)});
     }
 };
 

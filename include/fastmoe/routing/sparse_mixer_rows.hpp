@@ -57,8 +57,10 @@ struct mixer_token {
         const Real *l = logits, own = logits[ids[j]];
         if (!sampled) return {own == own ? own : least, reach};
         const int32_t* taken = place;
-        return {team.reduce(experts, least, greater_of{}, [=](int64_t e) { return taken[e] >= j && l[e] == l[e] ? l[e] : least; }),
-                reach};
+        const Real top = team.reduce(experts, least, greater_of{}, [=](int64_t e) {
+            return taken[e] >= j && l[e] == l[e] ? l[e] : least;
+        });
+        return {top, reach};
     }
     template <class Team>
     FASTMOE_HOST_DEVICE Real sum(Team& team, const mixer_round<Real>& r, int64_t j) const
@@ -196,6 +198,11 @@ struct mixer_weigh {
     Real reach;
     bool sampled;
 
+    static constexpr int64_t scratch_bytes(int64_t experts) noexcept
+    {
+        return experts * static_cast<int64_t>(sizeof(int32_t)) + 64;
+    }
+
     template <class Team>
     FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t t) const
     {
@@ -260,7 +267,7 @@ struct mixer_row_backward {
             if (team.lane() == 0) weight[j] = factor * share;
         }
         team.sync();
-        read_gradient(team, k, kept + t * k, dweights + t * k, Real(1), rescaled, static_cast<const Real*>(weight), gradient);
+        read_gradient<Team, Real>(team, k, kept + t * k, dweights + t * k, Real(1), rescaled, weight, gradient);
         team.sync();
         for (int64_t j = 0; j < k; ++j) {
             const Real g = gradient[j];
