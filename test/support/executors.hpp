@@ -19,6 +19,7 @@
 
 #include "lanes.hpp"
 #include "random.hpp"
+#include "skip.hpp"
 
 namespace support {
 
@@ -80,10 +81,7 @@ std::vector<std::remove_const_t<T>> download(Executor& ex, ::cuda::std::mdspan<T
 /// The dtypes alone.
 #define FASTMOE_DTYPES double, float, ::fastmoe::bfloat16, ::fastmoe::half
 
-/// Declares the cell's executor. Without its device the test says so and ends: ctest reads the line as a skip.
+/// Declares the cell's executor. Without its device the test case ends here and counts as skipped.
 #define FASTMOE_EXECUTOR(ex, ...)                                                                                     \
-    if (!__VA_ARGS__::available()) {                                                                                  \
-        MESSAGE("skipped: no device for ", __VA_ARGS__::name);                                                        \
-        return;                                                                                                       \
-    }                                                                                                                 \
+    if (!__VA_ARGS__::available()) FASTMOE_SKIP("no device for ", __VA_ARGS__::name);                                 \
     auto ex = __VA_ARGS__::make()
