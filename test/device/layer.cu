@@ -1,0 +1,89 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// Every functor of a layer, forward, backward and inference, compiled for a device by calling the layer on an executor
+/// whose loops are kernels. Nothing here is run. A new gate or expert is a line below.
+#include <fastmoe/moe.hpp>
+
+#include "support/compile_only.cuh"
+
+namespace {
+
+namespace fm = fastmoe;
+
+/// All three calls of a layer.
+template <class T, class Layer>
+void instantiate(const Layer& layer)
+{
+    fm::arena measure;
+    const fm::matrix_view<T> x(nullptr, 0, 64);
+    const auto w = layer.template reserve_weights<T>(measure, 64);
+    support::compile_only ex;
+    auto saved = layer.forward(ex, x, w, x);
+    layer.backward(ex, saved, x, w, x, w);
+    layer.infer(ex, x, w, x);
+}
+
+/// A layer of each dtype: gated experts with biases, capacity, and both losses.
+template <class T>
+void dtype()
+{
+    const fm::moe_layer layer{
+        fm::top_k_gate<fm::softmax_score>{.experts = 8, .k = 2, .capacity = {.factor = 1.25},
+                                          .balance = {.coefficient = 0.01}, .z = {.coefficient = 0.001}},
+        fm::mlp<fm::swiglu>{.width = 64, .hidden = 128, .biases = true}, fm::self{}};
+    instantiate<T>(layer);
+}
+
+/// Gates before an expert that leaves the weights to combine.
+template <class Gate>
+void gate(const Gate& g)
+{
+    instantiate<float>(fm::moe_layer{g, fm::linear<>{.width = 64}, fm::self{}});
+}
+
+template <class Activation>
+void activation()
+{
+    const fm::switch_gate g{.experts = 8};
+    instantiate<float>(fm::moe_layer{g, fm::mlp<Activation>{.width = 64, .hidden = 128}, fm::self{}});
+}
+
+} // namespace
+
+void instantiate_dtypes()
+{
+    dtype<double>();
+    dtype<float>();
+    dtype<fm::bfloat16>();
+    dtype<fm::half>();
+}
+
+void instantiate_gates()
+{
+    gate(fm::top_k_gate<fm::sigmoid_score, fm::group_limited>{.experts = 8, .k = 2});
+    gate(fm::top_k_gate<fm::sqrt_softplus_score>{.experts = 8, .k = 2});
+    gate(fm::top_k_gate<fm::biased_softmax_score>{.experts = 8, .k = 2});
+    gate(fm::hash_gate{.experts = 8});
+    gate(fm::random_gate{.experts = 8, .k = 2});
+}
+
+void instantiate_activations()
+{
+    activation<fm::relu>();
+    activation<fm::gelu>();
+    activation<fm::gelu_tanh>();
+    activation<fm::silu>();
+    activation<fm::geglu>();
+}
+
+void instantiate_shared_expert()
+{
+    const fm::shared_expert shared{fm::mlp<fm::swiglu>{.width = 64, .hidden = 128}};
+    fm::arena memory;
+    const fm::matrix_view<float> x(nullptr, 0, 64);
+    const auto w = shared.expert.reserve_weights<float>(memory, 1);
+    support::compile_only ex;
+    const auto kept = shared.forward(ex, x, w, x, memory);
+    shared.backward(ex, kept, x, w, x, w, fm::write_mode::overwrite, memory);
+    shared.infer(ex, x, w, x, memory);
+}
