@@ -69,7 +69,10 @@ trained_model train_one(Executor& ex, const program_options& o, const corpus& te
     return out;
 }
 
-/// @return the exit status
+/// The exit status of a comparison that the mixture has lost.
+inline constexpr int moe_is_not_better = 3;
+
+/// @return the exit status: 0 if the mixture's validation loss is the lower one, else moe_is_not_better
 template <class T, class Gemm, class Executor>
 int run_demo(Executor& ex, program_options o, const corpus& text)
 {
@@ -103,7 +106,13 @@ int run_demo(Executor& ex, program_options o, const corpus& text)
     std::printf("(nats per byte, on text that neither has seen; %lld tokens each, %.0f s in all)\n",
                 static_cast<long long>(summary.tokens), summary.seconds);
     std::printf("wrote %s, loss.svg and load.svg\n", at("summary.json").c_str());
-    return 0;
+    if (summary.moe_is_lower()) return 0;
+    std::fflush(stdout);
+    std::fprintf(stderr,
+                 "The MoE's validation loss, %.4f, is not lower than its dense twin's, %.4f: the comparison did not show what "
+                 "it is for.\n",
+                 moe.report.val_loss, dense.report.val_loss);
+    return moe_is_not_better;
 }
 
 } // namespace train_gpt

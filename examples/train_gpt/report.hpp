@@ -261,6 +261,8 @@ struct demo_summary {
     model_report moe;
     model_report dense;
     expert_load load; ///< of the MoE
+
+    bool moe_is_lower() const { return moe.val_loss < dense.val_loss; }
 };
 
 /// Writes summary.json, as a whole or not at all. A value that is not finite becomes null.
@@ -275,7 +277,8 @@ inline void write_summary(const std::string& path, const demo_summary& summary)
     };
     json out{{"corpus_bytes", summary.corpus_bytes}, {"tokens", summary.tokens},
              {"seconds", summary.seconds},           {"moe", model(summary.moe)},
-             {"dense", model(summary.dense)},        {"expert_load_cv", json::array()}};
+             {"dense", model(summary.dense)},        {"moe_val_loss_is_lower", summary.moe_is_lower()},
+             {"expert_load_cv", json::array()}};
     for (const auto& layer : summary.load) out["expert_load_cv"].push_back(load_cv(layer));
     fastmoe::io::replace_file file(path);
     file.write(out.dump(4) + "\n");

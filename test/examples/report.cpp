@@ -337,6 +337,20 @@ TEST_CASE("The summary holds what was given under the documented names, and null
     CHECK(read["dense"]["val_loss"].is_null());
     CHECK(read["dense"]["total_params"] == 800002);
     CHECK(read["expert_load_cv"] == nlohmann::json{0.5, 0.0});
+    CHECK(read["moe_val_loss_is_lower"] == false); // nothing is lower than what is not a number
+}
+
+TEST_CASE("The summary says that the mixture's loss is lower only if it is")
+{
+    temporary_folder folder;
+    for (const double dense : {1.2, 1.25, 1.3}) {
+        demo_summary given;
+        given.moe.val_loss = 1.25;
+        given.dense.val_loss = dense;
+        write_summary(folder / "summary.json", given);
+        const auto read = nlohmann::json::parse(support::read_file(folder / "summary.json"));
+        CHECK(read["moe_val_loss_is_lower"] == (dense == 1.3));
+    }
 }
 
 TEST_CASE("The bars are as long as the shares and no line is wider than asked")
