@@ -26,7 +26,8 @@ die() {
 }
 
 # run_step "What it does" command...: one line and the time it took; the command's output goes to a file, and its end is
-# shown if the command fails. When a person watches, the seconds count up while it runs.
+# shown if the command fails, or `advice` in its place if there is any. When a person watches, the seconds count up while
+# it runs.
 run_step() {
     local title=$1 name start=$SECONDS status=0 watcher=
     shift
@@ -46,7 +47,10 @@ run_step() {
         wait "$watcher" 2>/dev/null || true
         printf '\r\033[K'
     fi
-    if ((status != 0)); then
+    if ((status != 0)) && [[ -n ${advice:-} ]]; then
+        printf '%s\n' "$title: failed after $((SECONDS - start)) s; $log says more." "" "$advice" >&2
+        exit "$status"
+    elif ((status != 0)); then
         say "$title: failed after $((SECONDS - start)) s. The end of $log:" >&2
         tail -n 40 "$log" >&2
         exit "$status"
@@ -122,22 +126,39 @@ ensure_cccl() {
     local wheels=$root/build/cccl requirements=$root/scripts/cccl-requirements.txt
     if ! cmp -s "$requirements" "$wheels/requirements.txt"; then
         python3 -m pip --version >/dev/null 2>&1 || ensure_packages python3-pip
+        local advice="This machine has no CUDA Toolkit of version 13, whose headers are needed (a GPU is not), and the headers
+alone could not be had from PyPI. Please do one of these, and start this script again:
+
+  - install the CUDA Toolkit 13.0 or newer, and name it with CUDAToolkit_ROOT if it is not in /usr/local/cuda;
+  - let this machine reach PyPI (https_proxy and pip's own settings are heeded);
+  - on a machine that reaches it, run
+
+        python3 -m pip download --no-deps --only-binary=:all: --require-hashes -r scripts/cccl-requirements.txt -d wheels
+
+    bring the folder here, and set PIP_NO_INDEX=1 and PIP_FIND_LINKS=wheels."
         run_step "CUDA's headers, from wheels" fetch_wheels "$requirements" "$wheels"
     fi
     cccl_settings=("-DFASTMOE_CCCL_INCLUDE_DIR=$wheels/nvidia/cu13/include/cccl" -DFASTMOE_ENABLE_CUDA=OFF)
 }
 
+# The exit status of fetch_wheels where no package index answers.
+no_index=75
+
 # Downloads what is pinned, checks it, and unpacks it; the copy of the list beside it says that all is there.
 fetch_wheels() {
-    local requirements=$1 wheels=$2
+    local requirements=$1 wheels=$2 status=0
     rm -rf "$wheels"
     mkdir -p "$wheels/download"
-    python3 -m pip download --no-deps --only-binary=:all: --require-hashes --disable-pip-version-check --no-input \
-        -r "$requirements" -d "$wheels/download" || return
+    python3 -m pip download --no-deps --only-binary=:all: --require-hashes --disable-pip-version-check --no-input --retries 2 \
+        -r "$requirements" -d "$wheels/download" 2>&1 | tee "$wheels/pip.log" || status=$?
+    if ((status != 0)); then
+        grep -qE "Retrying \(Retry|from versions: none" "$wheels/pip.log" && return "$no_index"
+        return "$status"
+    fi
     for wheel in "$wheels"/download/*.whl; do
         python3 -m zipfile -e "$wheel" "$wheels" || return
     done
-    rm -r "$wheels/download"
+    rm -r "$wheels/download" "$wheels/pip.log"
     [[ -e $wheels/nvidia/cu13/include/cccl/cuda/std/mdspan ]] || return
     cp "$requirements" "$wheels/requirements.txt"
 }
