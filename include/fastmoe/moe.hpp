@@ -4,6 +4,7 @@
 #pragma once
 
 #include <fastmoe/comm/threads.hpp>
+#include <fastmoe/core/same_bits.hpp>
 #include <fastmoe/core/version.hpp>
 #include <fastmoe/exec/host_executor.hpp>
 #include <fastmoe/expert/expert_tuple.hpp>

@@ -24,14 +24,16 @@ namespace io {
 /// The new content of a path: written beside it as `path + ".partial"`, synced, and renamed over it by commit().
 /// Without commit() the destructor removes the partial file, and the path is as it was. A process that is killed
 /// leaves at most the partial file, which the next writer of the same path overwrites.
+/// A symbolic link stays: what it leads to is replaced, and all that is said here of the path is true of that. The new file
+/// has the permissions of the old one.
 class replace_file {
 public:
-    /// @throws invalid_argument if path is a folder, a device or anything else that is no regular file
+    /// @throws invalid_argument if path is a folder, a device or anything else that is no regular file, or links in a circle
     /// @throws error if the partial file cannot be made, or another process is writing the same path
-    explicit replace_file(std::string path) : path_(std::move(path)), partial_(path_ + ".partial")
+    explicit replace_file(std::string path) : path_(end_of_links(std::move(path))), partial_(path_ + ".partial")
     {
         struct stat there;
-        const bool regular = ::stat(path_.c_str(), &there) != 0 || S_ISREG(there.st_mode);
+        const bool exists = ::stat(path_.c_str(), &there) == 0, regular = !exists || S_ISREG(there.st_mode);
         expects(regular, "path", "'" + path_ + "', a folder or a device", "a regular file or a new name");
         file_ = ::open(partial_.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0666);
         if (file_ < 0) fail("cannot create");
@@ -44,6 +46,9 @@ public:
             raise<error>("cannot write '" + path_ + "': another process is writing it now");
         }
         if (::ftruncate(file_, 0) != 0) fail("cannot empty");
+        // Before any content: what was private must not be public for a moment. Its next writer must be able to open it.
+        if (exists) mode_ = static_cast<int>(there.st_mode & 0777);
+        if (exists && ::fchmod(file_, static_cast<mode_t>(mode_ | S_IWUSR)) != 0) fail("cannot keep the permissions of");
     }
 
     replace_file(const replace_file&) = delete;
@@ -79,6 +84,7 @@ public:
     /// @throws error if the disk refuses; the path then shows the old content, whole
     void commit(const std::string& keep_previous_as = {})
     {
+        if (mode_ >= 0 && ::fchmod(file_, static_cast<mode_t>(mode_)) != 0) fail("cannot keep the permissions of");
         // The content must be on the disk before the name points to it, or a power cut could leave a short file.
         if (::fsync(file_) != 0) fail("cannot sync");
         if (!keep_previous_as.empty()) keep_previous(keep_previous_as);
@@ -89,6 +95,27 @@ public:
     }
 
 private:
+    /// The folder of a path, with its slash.
+    static std::string folder_of(const std::string& path)
+    {
+        const std::size_t slash = path.rfind('/');
+        return slash == std::string::npos ? "./" : path.substr(0, slash + 1);
+    }
+
+    /// Where the symbolic links end that begin at a path; there need not be a file.
+    static std::string end_of_links(std::string path)
+    {
+        const std::string begin = path;
+        for (int links = 0;; ++links) {
+            char to[4096];
+            const ssize_t n = ::readlink(path.c_str(), to, sizeof to);
+            if (n < 0) return path; // no link
+            const bool short_enough = links < 40 && n < static_cast<ssize_t>(sizeof to);
+            expects(short_enough, "path", "'" + begin + "', links without an end", "links that lead to a file");
+            path = (to[0] == '/' ? "" : folder_of(path)) + std::string(to, static_cast<std::size_t>(n));
+        }
+    }
+
     /// A second link to the old content, so that the path itself is never without a file.
     void keep_previous(const std::string& name)
     {
@@ -105,9 +132,7 @@ private:
     /// Makes the new name last through a power cut.
     void sync_folder() const
     {
-        const std::size_t slash = path_.rfind('/');
-        const std::string folder = slash == std::string::npos ? "." : path_.substr(0, slash + 1);
-        const int f = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+        const int f = ::open(folder_of(path_).c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
         const bool synced =
             f >= 0 && (::fsync(f) == 0 || errno == EINVAL); // EINVAL: this file system has no such thing
         const int why = errno;
@@ -130,6 +155,7 @@ private:
     std::string path_;
     std::string partial_;
     int file_ = -1;
+    int mode_ = -1; ///< permissions of the file that is replaced, if there is one
 };
 
 } // namespace io

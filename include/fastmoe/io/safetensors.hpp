@@ -119,6 +119,28 @@ private:
 
 namespace detail {
 
+/// Throws invalid_argument unless the tensors are ones that the reader will take, and that can be read from memory.
+inline void expects_tensors(const safetensor_map& tensors)
+{
+    int64_t total = 0;
+    for (const auto& [name, t] : tensors) {
+        const std::string what = "tensor " + name_text(name);
+        const char* const argument = what.c_str();
+        const auto type = static_cast<int>(t.type);
+        expects(name != "__metadata__", argument, "a tensor", "another name: the format reserves it");
+        expects(type < static_cast<int>(element_type::count_), argument, "of type " + std::to_string(type), "one of element_type");
+        bool fits = true, negative = false;
+        int64_t bytes = bytes_of(t.type);
+        for (int64_t extent : t.shape) negative = negative || extent < 0;
+        for (int64_t extent : t.shape) fits = fits && !__builtin_mul_overflow(bytes, extent, &bytes);
+        fits = fits && !__builtin_add_overflow(total, bytes, &total);
+        const std::string shape = "of shape " + shape_text(t.shape);
+        expects(!negative, argument, shape, "extents of 0 or more");
+        expects(fits, argument, shape, "no more bytes than 63 bits can count, with the tensors before it");
+        expects(t.data != nullptr || bytes == 0, argument, "a null pointer", std::to_string(bytes) + " bytes of memory");
+    }
+}
+
 /// The header and its tensors' places: wide elements first, then by name, so that everything in the file is aligned.
 inline std::string header_text(const safetensors& content)
 {
@@ -137,7 +159,6 @@ inline std::string header_text(const safetensors& content)
     for (int width = 8; width > 0; width /= 2)
         for (const auto& [name, t] : content.tensors) {
             if (bytes_of(t.type) != width) continue;
-            expects(name != "__metadata__", "tensor name", "__metadata__", "another: the format reserves it");
             const std::string begin = std::to_string(place);
             place += t.bytes();
             std::string shape;
@@ -154,11 +175,14 @@ inline std::string header_text(const safetensors& content)
 
 /// Writes a file that stands at its path as a whole or not at all: see replace_file. The same content, the same bytes.
 /// @param keep_previous_as  where the file that stood there stays readable; empty = it is let go
-/// @throws invalid_argument for a name that is not UTF-8 or a path that is no file, error if the disk refuses
+/// @throws invalid_argument for a name that is not UTF-8, a tensor without memory or with a shape that none has, more names
+///         and shapes than a header may hold, or a path that is no file; error if the disk refuses
 inline void write_safetensors(const std::string& path, const safetensors& content,
                               const std::string& keep_previous_as = {})
 {
+    detail::expects_tensors(content.tensors);
     const std::string header = detail::header_text(content);
+    expects(header.size() <= detail::longest_header, "header", header.size(), "at most ", detail::longest_header, " bytes");
     unsigned char length[8];
     for (int i = 0; i < 8; ++i) length[i] = static_cast<unsigned char>(header.size() >> 8 * i);
     replace_file file(path);

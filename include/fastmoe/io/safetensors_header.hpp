@@ -24,6 +24,9 @@ namespace io {
 
 namespace detail {
 
+/// The limit that the format's reference reader keeps, and so ours and the writer.
+inline constexpr std::uint64_t longest_header = 100'000'000;
+
 /// Takes the events of the JSON parser. Its grammar is the format's, nothing else gets through: no tree is built, and
 /// nesting stops at the third bracket.
 class header_reader {
@@ -245,13 +248,12 @@ inline void check_entry(const std::string& file, const std::string& name, const 
 /// @throws format_error that names the file, the tensor and what was expected
 inline safetensors parse_safetensors(const std::byte* data, std::size_t size, const std::string& file)
 {
-    constexpr std::uint64_t longest_header = 100'000'000; // the limit that the format's reference reader keeps
     if (size < 8)
         detail::refuse_file(file, {},
                             "it has " + std::to_string(size) + " bytes; expected at least 8: it is truncated");
     std::uint64_t length = 0;
     for (int i = 7; i >= 0; --i) length = length << 8 | static_cast<std::uint8_t>(data[i]);
-    const std::uint64_t most = size - 8 < longest_header ? size - 8 : longest_header;
+    const std::uint64_t most = size - 8 < detail::longest_header ? size - 8 : detail::longest_header;
     if (length > most)
         detail::refuse_file(file, {},
                             "header length is " + std::to_string(length) + "; expected at most " +
