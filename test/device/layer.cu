@@ -65,6 +65,31 @@ void instantiate_gates()
     gate(fm::top_k_gate<fm::biased_softmax_score>{.experts = 8, .k = 2});
     gate(fm::hash_gate{.experts = 8});
     gate(fm::random_gate{.experts = 8, .k = 2});
+    gate(fm::expert_choice_gate{.experts = 8, .k = 2});
+    gate(fm::sinkhorn_gate{.experts = 8});
+    gate(fm::base_gate{.experts = 8});
+    gate(fm::token_rounding_gate{.experts = 8, .k = 2});
+    gate(fm::swipe_gate{.experts = 8, .k = 2});
+    gate(fm::topology_gate{.experts = 8, .k = 2});
+}
+
+/// What balances experts without a loss, and what reports their load.
+void instantiate_balance()
+{
+    support::compile_only ex;
+    fm::arena memory;
+    const fm::matrix_view<float> logits(nullptr, 0, 8);
+    const fm::gate_logits<float> in{logits, {}};
+    const fm::vector_view<float> bias(nullptr, 8);
+    const fm::vector_view<fm::int64_t> counts(nullptr, 8);
+    const fm::vector_view<const fm::int32_t> chosen(nullptr, 0);
+    fm::count_choices(ex, chosen, counts, fm::write_mode::overwrite, memory);
+    fm::update_bias(ex, {}, counts, bias);
+    fm::balance_by_quantile(ex, fm::sigmoid_score{}, in, 2, fm::self{}, bias, memory);
+    const fm::matrix_view<fm::int64_t> histogram(nullptr, 8, 1000);
+    fm::count_quantiles(ex, fm::sigmoid_score{}, in, 2, bias, histogram, memory);
+    fm::balance_by_histogram(ex, 2, fm::self{}, histogram, bias, memory);
+    fm::measure_load(ex, chosen, chosen, 8, fm::self{}, fm::vector_view<fm::load_report>(nullptr, 1), memory);
 }
 
 void instantiate_activations()
