@@ -151,8 +151,8 @@ struct bounded_up_factor {
 
     bounded_up_factor(reference::activation act, const bounded<Real>& x) : value(x), slope(1)
     {
+        if (act != reference::activation::clamped_swiglu) return; // the row itself
         const auto [v, s] = reference::up_factor(act, x.value);
-        if (v == x.value) return; // the row itself
         value = bounded<Real>::rounding(v, x.error);
         slope = s;
         for (const double at : {x.value - x.error, x.value + x.error})
