@@ -11,4 +11,7 @@ struct tightly_clamped : fastmoe::clamped_swiglu {
 
 } // namespace
 
-FASTMOE_MLP_TEST("a clamped SwiGLU", tightly_clamped, clamped_swiglu)
+template <>
+inline constexpr auto support::activation_kind<tightly_clamped> = support::reference::activation::clamped_swiglu;
+
+FASTMOE_MLP_TEST("a clamped SwiGLU", tightly_clamped)

@@ -45,8 +45,9 @@ TEST_CASE_TEMPLATE("a gated shared expert adds sigmoid(x g) times the expert, an
         CAPTURE(int(weigh));
         const int64_t tokens = 7, width = 6, hidden = 5;
         const gated_shared_expert shared{mlp<swiglu>{.width = width, .hidden = hidden, .biases = true, .weigh = weigh}};
-        auto model = support::random_experts<T>(r, 1, oracle::expert_kind::mlp, oracle::activation::swiglu, width, hidden, true);
-        support::mlp_memory<T, Executor> w(ex, model, {}, false), g(ex, model, {}, true);
+        using memory_type = support::expert_memory<T, mlp<swiglu>, Executor>;
+        auto model = memory_type::draw(r, shared.expert, 1);
+        const memory_type w(ex, shared.expert, model), g(ex, shared.expert, support::poisoned(model));
         auto gate_values = support::widened(support::narrowed<T>(r.normals(width)));
         auto gate = support::upload(ex, support::narrowed<T>(gate_values));
         support::guarded<T> x(tokens, width), y(tokens, width), again(tokens, width), dy(tokens, width), dx(tokens, width);
@@ -65,9 +66,7 @@ TEST_CASE_TEMPLATE("a gated shared expert adds sigmoid(x g) times the expert, an
             ex.synchronize();
         });
 
-        const auto where = weigh == weigh_at::output       ? oracle::weight_at::output
-                           : weigh == weigh_at::activation ? oracle::weight_at::activation
-                                                           : oracle::weight_at::input;
+        const auto where = support::where_of(weigh);
         const auto plus = [](oracle::numbers a, const oracle::numbers& b) {
             for (std::size_t i = 0; i < a.size(); ++i) a[i] += b[i];
             return a;
@@ -85,25 +84,55 @@ TEST_CASE_TEMPLATE("a gated shared expert adds sigmoid(x g) times the expert, an
         const auto slope = [&](oracle::numbers& at) { return support::finite_difference(value, at); };
         CHECK(support::close(dx.view(), plus(slope(xs), dx_before), bound));
         CHECK(support::close(dgate.view(), slope(gate_values), bound));
-        CHECK(support::close(support::narrowed<T>(g.up()), slope(model[0].up), bound));
-        CHECK(support::close(support::narrowed<T>(g.down()), slope(model[0].down), bound));
-        CHECK(support::close(support::narrowed<T>(g.up_bias()), slope(model[0].up_bias), bound));
-        CHECK(support::close(support::narrowed<T>(g.down_bias()), slope(model[0].down_bias), bound));
+        for (auto member : {&oracle::expert::up, &oracle::expert::down, &oracle::expert::up_bias, &oracle::expert::down_bias})
+            CHECK(support::close(support::narrowed<T>(g.read(member)), slope(model[0].*member), bound));
     }
 }
 
-TEST_CASE("a gate of another shape is refused by name before y is written")
+TEST_CASE("a gated shared expert refuses a gate of another shape, a gradient over what it reads and a short workspace, and touches nothing")
 {
     host_executor ex({.threads = 1});
     const gated_shared_expert shared{mlp<swiglu>{.width = 4, .hidden = 3}};
     FASTMOE_SEEDED(r, 62);
-    const auto model =
-        support::random_experts<float>(r, 1, oracle::expert_kind::mlp, oracle::activation::swiglu, 4, 3, false);
-    support::mlp_memory<float, host_executor> w(ex, model, {}, false);
-    std::vector<float> gate(5), x(8), y(8, 7.0f);
-    support::workspace memory(ex, 1 << 16);
-    const gated_shared_weights<const float, mlp<swiglu>> views{matrix_view<const float>(gate.data(), 1, 5), w.views()};
-    CHECK_THROWS_WITH_AS(shared.infer(ex, as_matrix(x, 2, 4), views, as_matrix(y, 2, 4), memory),
-                         doctest::Contains("weights.gate (1,D) is of shape (1,5); expected (1,4)"), invalid_argument);
-    CHECK_EQ(y, std::vector<float>(8, 7.0f));
+    using memory_type = support::expert_memory<float, mlp<swiglu>, host_executor>;
+    const auto model = memory_type::draw(r, shared.expert, 1);
+    const memory_type w(ex, shared.expert, model), g(ex, shared.expert, model);
+    const std::vector<float> before(8, 7.0f);
+    std::vector<float> gate(5), dgate(4), x(8, 1.0f), y = before, dy(8, 1.0f), dx = before;
+    using views = gated_shared_weights<float, mlp<swiglu>>;
+    const views good{as_matrix(gate, 1, 5), w.views()};
+    views one = good, gradients{as_matrix(dgate, 1, 4), g.views()};
+    one.gate = matrix_view<float>(gate.data(), 1, 4);
+    const auto matrix = [](auto& v) { return as_matrix(v, 2, 4); };
+    support::workspace room(ex, 1 << 16);
+    const auto kept = shared.forward(ex, matrix(x), one, matrix(y), room);
+    y = before;
+
+    const auto refused = [&](const auto& call, const char* part) {
+        const std::string text = support::message_of<error>(call);
+        INFO(text);
+        CHECK(support::has(text, part));
+        CHECK_EQ(y, before);
+        CHECK_EQ(dx, before);
+    };
+    const char* wrong = "weights.gate (1,D) is of shape (1,5); expected (1,4)";
+    refused([&] { shared.infer(ex, matrix(x), good, matrix(y), room); }, wrong);
+    refused([&] { (void)shared.forward(ex, matrix(x), good, matrix(y), room); }, wrong);
+    const auto back = [&](const views& with, const views& to, std::vector<float>& out, arena& memory) {
+        shared.backward(ex, kept, matrix(dy), with, matrix(out), to, write_mode::overwrite, memory);
+    };
+    refused([&] { back(good, gradients, dx, room); }, wrong);
+    refused([&] { back(one, good, dx, room); }, "gradients.gate (1,D) is of shape (1,5); expected (1,4)");
+    refused([&] { back(one, gradients, dy, room); }, "dx (T,D) is memory that is shared; expected none in common with dy");
+    refused([&] { back(one, gradients, x, room); }, "dx (T,D) is memory that is shared; expected none in common with x");
+    refused([&] { (void)shared.forward(ex, matrix(x), one, matrix(x), room); }, "y (T,D) is memory that is shared");
+    const auto short_of = [&](const auto& call) {
+        arena measure;
+        call(measure);
+        support::workspace little(ex, measure.bytes() - 1);
+        refused([&] { call(little.arena()); }, "workspace is ");
+    };
+    short_of([&](arena& m) { shared.infer(ex, matrix(x), one, matrix(y), m); });
+    short_of([&](arena& m) { (void)shared.forward(ex, matrix(x), one, matrix(y), m); });
+    short_of([&](arena& m) { back(one, gradients, dx, m); });
 }

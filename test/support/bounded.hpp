@@ -144,6 +144,22 @@ struct bounded_activation {
     }
 };
 
+/// The factor that an up row gives, and its slope; at a kink both slopes are possible.
+template <class Real>
+struct bounded_up_factor {
+    bounded<Real> value, slope;
+
+    bounded_up_factor(reference::activation act, const bounded<Real>& x) : value(x), slope(1)
+    {
+        if (act != reference::activation::clamped_swiglu) return; // the row itself
+        const auto [v, s] = reference::up_factor(act, x.value);
+        value = bounded<Real>::rounding(v, x.error);
+        slope = s;
+        for (const double at : {x.value - x.error, x.value + x.error})
+            slope.error = std::fmax(slope.error, std::fabs(reference::up_factor(act, at).second - s));
+    }
+};
+
 /// Whether every element is a rounding to T of a number within its bound. The text tells the worst, in units of the bound.
 template <class T, class Real>
 verdict within(const std::vector<T>& actual, const std::vector<bounded<Real>>& expected)

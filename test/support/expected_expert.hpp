@@ -55,7 +55,7 @@ public:
         pre_ = product(e.up, e.up_bias, in_, e.up_rows());
         for (int64_t h = 0; h < e.hidden; ++h) {
             const bounded_activation<real> a(e.act, pre_[h]);
-            plain_.push_back(e.gated() ? a.value * pre_[e.hidden + h] : a.value);
+            plain_.push_back(e.gated() ? a.value * bounded_up_factor<real>(e.act, pre_[e.hidden + h]).value : a.value);
         }
         numbers hidden;
         for (const auto& a : plain_) hidden.push_back(stored<T>(where == reference::weight_at::activation ? weight * a : a));
@@ -74,8 +74,13 @@ public:
         for (int64_t h = 0; h < e_.hidden; ++h) {
             const bounded_activation<real> a(e_.act, pre_[h]);
             const number weighted = inside * d[h];
-            dpre[h] = stored<T>((e_.gated() ? weighted * pre_[e_.hidden + h] : weighted) * a.slope);
-            if (e_.gated()) dpre[e_.hidden + h] = stored<T>(weighted * a.value);
+            if (e_.gated()) {
+                const bounded_up_factor<real> up(e_.act, pre_[e_.hidden + h]);
+                dpre[h] = stored<T>(weighted * up.value * a.slope);
+                dpre[e_.hidden + h] = stored<T>(weighted * a.value * up.slope);
+            } else {
+                dpre[h] = stored<T>(weighted * a.slope);
+            }
             hidden.push_back(stored<T>(inside * plain_[h]));
             dweight_sum.add(d[h], plain_[h]);
         }

@@ -16,8 +16,8 @@ namespace support::reference {
 using std::int64_t;
 using numbers = std::vector<double>;
 
-/// clamped_swiglu is that of gpt-oss with a limit of 1, which small numbers reach; unclamped_swiglu the same without one.
-enum class activation { relu, gelu, gelu_tanh, silu, swiglu, geglu, clamped_swiglu, unclamped_swiglu };
+/// clamped_swiglu is that of gpt-oss with a limit of 1, which small numbers reach.
+enum class activation { relu, gelu, gelu_tanh, silu, swiglu, geglu, clamped_swiglu };
 enum class expert_kind { mlp, linear };
 enum class weight_at { input, activation, output };
 
@@ -76,12 +76,9 @@ inline std::pair<double, double> activate(activation act, double v)
         const double c = std::sqrt(2 / std::acos(-1.0)), u = std::tanh(c * (v + 0.044715 * v * v * v));
         return {0.5 * v * (1 + u), 0.5 * (1 + u) + 0.5 * v * (1 - u * u) * c * (1 + 3 * 0.044715 * v * v)};
     }
-    case activation::clamped_swiglu:
-        if (v > 1) return {activate(activation::unclamped_swiglu, 1).first, 0};
-        return activate(activation::unclamped_swiglu, v);
-    case activation::unclamped_swiglu: {
-        const double s = 1 / (1 + std::exp(-1.702 * v));
-        return {v * s, s + v * 1.702 * s * (1 - s)};
+    case activation::clamped_swiglu: {
+        const double g = std::fmin(v, 1), s = 1 / (1 + std::exp(-1.702 * g));
+        return {g * s, v > 1 ? 0 : s + g * 1.702 * s * (1 - s)};
     }
     default: {
         const double s = 1 / (1 + std::exp(-v));
@@ -93,10 +90,8 @@ inline std::pair<double, double> activate(activation act, double v)
 /// The factor that an up row gives, and its slope.
 inline std::pair<double, double> up_factor(activation act, double u)
 {
-    if (act == activation::clamped_swiglu && u > 1) return {2, 0};
-    if (act == activation::clamped_swiglu && u < -1) return {0, 0};
-    if (act >= activation::clamped_swiglu) return {u + 1, 1};
-    return {u, 1};
+    if (act != activation::clamped_swiglu) return {u, 1};
+    return {std::fmin(std::fmax(u, -1), 1) + 1, std::fabs(u) > 1 ? 0 : 1};
 }
 
 /// out = W in + b for a row-major W.

@@ -48,8 +48,8 @@ template <class T>
 struct add_weighted_row {
     using vectorized = void;
     using real = accumulate_t<T>;
-    matrix_view<const T> from; // (T,D)
-    matrix_view<T> to;         // (T,D)
+    matrix_view<const T> from;       // (T,D)
+    matrix_view<T> to;               // (T,D)
     vector_view<const real> weights; // (T)
 
     template <class Team>
@@ -69,6 +69,8 @@ struct add_weighted_row {
 ///
 ///     layer.forward(ex, x, w.routed, y, memory);
 ///     auto kept = shared.forward(ex, x, w.shared, y, memory);      // y += sigmoid(x . g) expert(x)
+///
+/// Its rows are rounded to T before the gate's value multiplies them, and so is the sum with what y or dx holds.
 template <states_weighing Expert>
 struct gated_shared_expert {
     static_assert(Expert::applies_weights, "a gated shared expert needs the gradient of its weight from its expert");
@@ -78,89 +80,124 @@ struct gated_shared_expert {
     using weights = gated_shared_weights<T, Expert>;
 
     /// y += sigmoid(x . g) expert(x).
-    /// @param x        tokens            // (T,D)
-    /// @param y        added to          // (T,D)
+    /// @param x        tokens                     // (T,D)
+    /// @param y        added to; may be x         // (T,D)
     /// @param scratch  taken and given back; on a measuring arena only counted
     /// @throws invalid_argument if shapes disagree, out_of_memory; y is not written then
     template <executor Executor, class T>
     void infer(Executor& ex, type_identity_t<matrix_view<const T>> x, const type_identity_t<weights<const T>>& w,
                matrix_view<T> y, arena& scratch) const
     {
-        const int64_t mark = scratch.used();
-        const auto kept = reserve<T>(ex, x, w, y, scratch);
-        const auto rows = scratch.matrix<T>(x.extent(0), x.extent(1));
-        expert.infer(ex, kept.in, w.expert, rows, scratch);
-        add<T>(ex, kept, rows, y, scratch);
-        scratch.rewind(mark);
+        static_assert(expert_policy<Expert, Executor, T>, "the expert lacks what inference asks; see expert.hpp");
+        if (!scratch.measuring()) expects_call(x, w, y);
+        detail::with_scratch(scratch, [&](arena& memory) {
+            const auto kept = reserve<T>(ex, x, w, memory);
+            const auto rows = memory.matrix<T>(x.extent(0), x.extent(1));
+            expert.infer(ex, kept.in, w.expert, rows, memory);
+            add(ex, kept, rows, y, memory);
+        });
     }
 
     /// The same; the result holds views into `memory`, what lies behind it is given back.
+    /// @param y  added to; not x, which backward() reads        // (T,D)
+    /// @throws as infer
     template <executor Executor, class T>
     shared_parts<T, Expert> forward(Executor& ex, type_identity_t<matrix_view<const T>> x,
                                     const type_identity_t<weights<const T>>& w, matrix_view<T> y, arena& memory) const
     {
-        auto kept = reserve<T>(ex, x, w, y, memory);
-        kept.expert = expert.template reserve_saved<T>(memory, x.extent(0));
-        const int64_t mark = memory.used();
-        const auto rows = memory.matrix<T>(x.extent(0), x.extent(1));
-        expert.forward(ex, kept.in, w.expert, kept.expert, rows, memory);
-        add<T>(ex, kept, rows, y, memory);
-        memory.rewind(mark);
-        return kept;
+        static_assert(trainable_expert<Expert, Executor, T>, "the expert lacks what training asks; see expert.hpp");
+        if (memory.measuring()) return pass<T>(ex, x, w, y, memory);
+        expects_call(x, w, y);
+        detail::expects_apart(y, "y (T,D)", x, "x (T,D), which backward() reads");
+        arena needed;
+        pass<T>(ex, x, w, y, needed);
+        memory.require(needed.bytes());
+        return pass<T>(ex, x, w, y, memory);
     }
 
     /// With s = sigmoid(x . g): d(x . g) = <dy, expert(x)> s (1 - s).
-    /// @param dy         gradient of y               // (T,D)
-    /// @param dx         added to                    // (T,D)
-    /// @param gradients  overwritten or added to
+    /// @param dy         gradient of y                          // (T,D)
+    /// @param dx         added to; neither dy nor x             // (T,D)
+    /// @param gradients  overwritten or added to; T or a wider type
+    /// @throws invalid_argument if shapes disagree or dx shares memory with dy or x, out_of_memory; nothing is written then
     template <executor Executor, class T, class G>
     void backward(Executor& ex, const shared_parts<T, Expert>& kept, type_identity_t<matrix_view<const T>> dy,
                   const type_identity_t<weights<const T>>& w, type_identity_t<matrix_view<T>> dx,
                   const gated_shared_weights<G, Expert>& gradients, write_mode mode, arena& scratch) const
     {
+        static_assert(trainable_expert<Expert, Executor, T>, "the expert lacks what training asks; see expert.hpp");
         using real = accumulate_t<T>;
-        const int64_t mark = scratch.used(), tokens = dy.extent(0), width = dy.extent(1);
-        const indexed_rows<T> dy_rows{dy, kept.numbers};
-        const auto pending = expert.template reserve_pending<T>(scratch, tokens);
-        const auto dweights = scratch.vector<real>(tokens);
-        const auto drows = scratch.matrix<T>(tokens, width);
-        expert.backward(ex, kept.in, w.expert, kept.expert, dy_rows, pending, drows, dweights, scratch);
-        const matrix_view<real> dlogits(dweights.data_handle(), tokens, 1);
+        const auto& x = kept.in.x.data;
+        const int64_t tokens = dy.extent(0), width = dy.extent(1);
         if (!scratch.measuring()) {
-            expects_shape(dx, "dx (T,D)", tokens, width);
-            for_each(ex, tokens * width, detail::add_to<T>{drows.data_handle(), dx.data_handle()});
-            for_each(ex, tokens,
-                     detail::sigmoid_backward_in_place<real>{kept.weights.data_handle(), dweights.data_handle()});
+            expects_shape(dy, "dy (T,D)", x.extent(0), x.extent(1));
+            expects_shape(dx, "dx (T,D)", x.extent(0), x.extent(1));
+            detail::expects_apart(dx, "dx (T,D)", dy, "dy (T,D), which the weight gradients read");
+            detail::expects_apart(dx, "dx (T,D)", x, "x (T,D), which the weight gradients read");
+            expects_shape(w.gate, "weights.gate (1,D)", 1, width);
+            expects_shape(gradients.gate, "gradients.gate (1,D)", 1, width);
+            detail::check_weights(expert, w.expert, 1, width, weight_role::weights);
+            detail::check_weights(expert, gradients.expert, 1, width, weight_role::gradients);
         }
-        project_input_backward(ex, dlogits, w.gate, dx, write_mode::accumulate, scratch);
-        project_weights_backward(ex, dlogits, kept.in.x.data, gradients.gate, {}, mode, scratch);
-        expert.weight_gradients(ex, kept.in, kept.expert, dy_rows, pending, gradients.expert, mode, scratch);
-        scratch.rewind(mark);
+        detail::with_scratch(scratch, [&](arena& memory) {
+            const indexed_rows<T> dy_rows{dy, kept.numbers};
+            const auto pending = expert.template reserve_pending<T>(memory, tokens);
+            const auto dweights = memory.vector<real>(tokens);
+            const auto drows = memory.matrix<T>(tokens, width);
+            const matrix_view<real> dlogits(dweights.data_handle(), tokens, 1);
+            expert.backward(ex, kept.in, w.expert, kept.expert, dy_rows, pending, drows, dweights, memory);
+            expert.weight_gradients(ex, kept.in, kept.expert, dy_rows, pending, gradients.expert, mode, memory);
+            if (!memory.measuring()) {
+                for_each(ex, tokens * width, detail::add_to<T>{drows.data_handle(), dx.data_handle()});
+                for_each(ex, tokens,
+                         detail::sigmoid_backward_in_place<real>{kept.weights.data_handle(), dweights.data_handle()});
+            }
+            project_input_backward(ex, dlogits, w.gate, dx, write_mode::accumulate, memory);
+            project_weights_backward(ex, dlogits, x, gradients.gate, {}, mode, memory);
+        });
     }
 
 private:
+    template <class T>
+    void expects_call(matrix_view<const T> x, const weights<const T>& w, matrix_view<T> y) const
+    {
+        expects_shape(x, "x (T,D)", y.extent(0), y.extent(1));
+        expects_shape(y, "y (T,D)", x.extent(0), x.extent(1));
+        expects_shape(w.gate, "weights.gate (1,D)", 1, x.extent(1));
+        detail::check_weights(expert, w.expert, 1, x.extent(1), weight_role::weights);
+    }
+
+    template <class T, class Executor>
+    shared_parts<T, Expert> pass(Executor& ex, matrix_view<const T> x, const weights<const T>& w, matrix_view<T> y,
+                                 arena& memory) const
+    {
+        detail::kept_scope all(memory);
+        auto kept = reserve<T>(ex, x, w, memory);
+        kept.expert = expert.template reserve_saved<T>(memory, x.extent(0));
+        const arena::scope lent(memory);
+        const auto rows = memory.matrix<T>(x.extent(0), x.extent(1));
+        expert.forward(ex, kept.in, w.expert, kept.expert, rows, memory);
+        add(ex, kept, rows, y, memory);
+        all.keep();
+        return kept;
+    }
+
     /// All tokens as one group, with the gate's values as weights.
     template <class T, class Executor>
-    static shared_parts<T, Expert> reserve(Executor& ex, matrix_view<const T> x, const weights<const T>& w,
-                                           matrix_view<T> y, arena& memory)
+    static shared_parts<T, Expert> reserve(Executor& ex, matrix_view<const T> x, const weights<const T>& w, arena& memory)
     {
         using real = accumulate_t<T>;
         const int64_t tokens = x.extent(0);
-        auto kept = detail::reserve_shared<T, Expert>(ex, x, memory);
-        if (!memory.measuring()) {
-            expects_shape(w.gate, "weights.gate (1,D)", 1, x.extent(1));
-            expects_shape(y, "y (T,D)", tokens, x.extent(1));
-        }
+        const auto kept = detail::reserve_shared<T, Expert>(ex, x, memory);
         project(ex, x, w.gate, vector_view<const real>(), matrix_view<real>(kept.weights.data_handle(), tokens, 1), memory);
         if (!memory.measuring()) for_each(ex, tokens, detail::sigmoid_in_place<real>{kept.weights.data_handle()});
         return kept;
     }
 
     template <class T, class Executor>
-    void add(Executor& ex, const shared_parts<T, Expert>& kept, matrix_view<T> rows, matrix_view<T> y,
-             const arena& scratch) const
+    void add(Executor& ex, const shared_parts<T, Expert>& kept, matrix_view<T> rows, matrix_view<T> y, const arena& memory) const
     {
-        if (scratch.measuring()) return;
+        if (memory.measuring()) return;
         if (expert.weighs_output())
             for_each_row(ex, rows.extent(0), detail::add_weighted_row<T>{rows, y, kept.in.weights}, {.width = rows.extent(1)});
         else for_each(ex, y.extent(0) * y.extent(1), detail::add_to<T>{rows.data_handle(), y.data_handle()});
