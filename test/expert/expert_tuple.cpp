@@ -4,7 +4,7 @@
 #include <doctest/doctest.h>
 
 #include "support/compare.hpp"
-#include "support/layer_memory.hpp"
+#include "support/mlp_memory.hpp"
 
 using namespace fastmoe;
 namespace oracle = support::reference;

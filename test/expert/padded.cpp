@@ -7,7 +7,7 @@
 #include <fastmoe/transfer/dispatch.hpp>
 
 #include "support/compare.hpp"
-#include "support/expert_weights.hpp"
+#include "support/mlp_memory.hpp"
 #include "support/poison.hpp"
 #include "support/routed.hpp"
 

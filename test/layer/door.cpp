@@ -8,7 +8,7 @@
 
 #include "support/bad_views.hpp"
 #include "support/compare.hpp"
-#include "support/layer_memory.hpp"
+#include "support/mlp_memory.hpp"
 
 using namespace fastmoe;
 namespace oracle = support::reference;

@@ -8,7 +8,7 @@
 #include <fastmoe/layer/shared_expert.hpp>
 #include <fastmoe/routing/assigned_gate.hpp>
 
-#include "support/layer_memory.hpp"
+#include "support/mlp_memory.hpp"
 
 using namespace fastmoe;
 

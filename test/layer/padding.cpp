@@ -6,7 +6,7 @@
 #include <limits>
 
 #include "support/compare.hpp"
-#include "support/layer_memory.hpp"
+#include "support/mlp_memory.hpp"
 
 using namespace fastmoe;
 namespace oracle = support::reference;

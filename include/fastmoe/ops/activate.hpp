@@ -228,7 +228,7 @@ FASTMOE_HOST_DEVICE Real activate_backward_block(const Activation& f, const T* p
         if (count == Block && step == 1)
             for (int64_t j = 0; j < Block; ++j) to[j] = T(from[j]);
         else
-            for (int64_t j = 0; j < count; ++j) to[j * step] = T(from[j]);
+            for (int64_t j = 0; j < Block && j < count; ++j) to[j * step] = T(from[j]); // g++ 12 cannot see that n <= Block
     };
     read(da, 1, d, n);
     read(pre, at.step, x, n);
