@@ -16,16 +16,21 @@ TUNED = {
 }
 GENERIC = {
     "apply_capacity",
+    "balance_quantiles",
     "bucket",
     "choose",
     "combine",
     "combine_weights_backward",
+    "count_choices",
     "dispatch",
+    "importance_loss",
     "jitter",
     "make_plan",
+    "measure_load",
     "router_losses",
     "router_losses_backward",
     "sum_groups",
+    "update_bias",
     "weigh",
     "weigh_backward",
 }

@@ -40,6 +40,7 @@ void matches_oracle()
             compare_layer::setting s{.tokens = r.integer(10, 70), .gate_bias = biases, .masked = round % 2 == 1};
                 compare_layer::check(compare_layer::run<cell<T>>(r, gate, expert, s));
             s.gradients = write_mode::accumulate;
+            compare_layer::check(compare_layer::run<cell<T>>(r, gate, expert, s));
             compare_layer::check(compare_layer::run<cell<T>, accumulate_t<T>>(r, gate, expert, s));
             ++round;
         }

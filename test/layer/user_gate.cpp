@@ -18,13 +18,14 @@ struct weigh_listed {
     matrix_view<const Real> logits;
     const int32_t* ids;
 
-    FASTMOE_HOST_DEVICE void operator()(int64_t t) const
+    /// By choice, so that offsets which are out of order let no two tokens write the same one.
+    FASTMOE_HOST_DEVICE void operator()(int64_t c) const
     {
-        for (int64_t c = route.begin(t); c < route.end(t); ++c) {
-            const bool inside = ids[c] >= 0 && ids[c] < route.total_experts;
-            route.experts(c) = ids[c];
-            route.weights(c) = inside ? math::sigmoid(logits(t, ids[c])) : Real(0);
-        }
+        int64_t t = 0;
+        while (t + 1 < route.tokens && route.end(t) <= c) ++t;
+        const bool inside = ids[c] >= 0 && ids[c] < route.total_experts;
+        route.experts(c) = ids[c];
+        route.weights(c) = inside ? math::sigmoid(logits(t, ids[c])) : Real(0);
     }
 };
 
@@ -60,7 +61,7 @@ struct listed_gate {
     template <class Executor, class T, class Communicator, class State>
     void route(Executor& ex, const gate_input<T>& in, const Communicator&, const State& state, arena& scratch) const
     {
-        if (!scratch.measuring()) for_each(ex, in.x.extent(0), weigh_listed<accumulate_t<T>>{state.routing, in.logits, ids.data_handle()});
+        if (!scratch.measuring()) for_each(ex, state.routing.choices(), weigh_listed<accumulate_t<T>>{state.routing, in.logits, ids.data_handle()});
     }
     template <class Executor, class T, class Communicator, class State, class Real>
     void backward(Executor& ex, const gate_input<T>&, const Communicator&, const State& state, vector_view<const Real> dweights, Real,

@@ -44,14 +44,14 @@ struct expected_layer {
         expected_experts<T> routed(m.experts, m.where, x, choices, dy);
         experts = routed.gradients;
         y = totals(routed.y);
-        const numbers dl = dlogits(routed.dweights), sum = totals(routed.dx);
-        for (std::size_t i = 0; i < sum.size(); ++i) dx.push_back(stored<T>(sum[i]));
-        for (int64_t t = 0; t < tokens && !dl.empty(); ++t) add_router(m, x, t, dl.data() + t * m.count());
+        const numbers dl = dlogits(routed.dweights);
+        for (int64_t t = 0; t < tokens && !dl.empty(); ++t) add_router(m, x, t, dl.data() + t * m.count(), routed.dx);
+        dx = totals(routed.dx); // the rows and the router's part are rounded once
         for (const auto& e : m.shared) add_shared(e, x, tokens, dy);
     }
 
 private:
-    void add_router(const reference::model& m, const reference::numbers& x, int64_t t, const number* dl)
+    void add_router(const reference::model& m, const reference::numbers& x, int64_t t, const number* dl, sums& dx_sums)
     {
         for (int64_t d = 0; d < m.width; ++d) {
             bounded_sum<real> sum;
@@ -59,7 +59,7 @@ private:
                 sum.add(dl[e], m.gate[e * m.width + d]);
                 gate[e * m.width + d].add(dl[e], x[t * m.width + d]);
             }
-            dx[t * m.width + d] = dx[t * m.width + d] + sum.total();
+            dx_sums[t * m.width + d].add(sum.total());
         }
         for (std::size_t e = 0; e < gate_bias.size(); ++e) gate_bias[e].add(dl[e]);
     }
