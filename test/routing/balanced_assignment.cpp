@@ -24,7 +24,8 @@ static_assert(fm::gate_policy<fm::base_gate, fm::host_executor, fm::bfloat16, fm
 static_assert(fm::gate_policy<fm::base_gate, support::lanes, double, fm::self>);
 
 template <class Real, class Executor>
-auto run(Executor& ex, const support::random_batch<Real>& b, const std::vector<Real>& dweights, fm::gate_mode mode = fm::gate_mode::training)
+auto run(Executor& ex, const support::random_batch<Real>& b, const std::vector<Real>& dweights,
+         fm::gate_mode mode = fm::gate_mode::training)
 {
     return support::gate_run(ex, fm::base_gate{.experts = b.experts}, b.tokens, b.stored, dweights, mode, b.mask);
 }
