@@ -247,8 +247,8 @@ TEST_CASE("what makes no sense is refused by name")
     says(gate_of(4, 2, -8), 2, "assignment.tile is -8; expected 1 to 2^31 - 1");
     says(gate_of(4, 2, int64_t{1} << 31), 2, "assignment.tile is 2147483648; expected 1 to 2^31 - 1");
     says(gate_of(4, 2, 8), int64_t{1} << 31, "tokens * k is 2147483648; expected at most 2^31 - 1 choices");
-    says(gate_of(1 << 25, 1, 128, rounding::up), 1 << 30,
-         "tokens * k is 1073741824; expected at most 2^31 - 1 choices, rounded");
+    says(gate_of(4000, 1, 1 << 20, rounding::up), 2000000000,
+         "tokens * k is 2000000000; expected at most 2^31 - 1 choices, rounded");
     fm::arena measure;
     CHECK_NOTHROW(gate_of(4, 2, INT32_MAX, rounding::up).reserve<float>(measure, 10));
 }
