@@ -23,7 +23,8 @@ void has_gradients(support::random& rng, const Gate& gate, int64_t tokens)
     const int64_t width = 5;
     const moe_layer<Gate, mlp<gelu>> layer{gate, mlp<gelu>{.width = width, .hidden = 6}, self{}};
     auto w = random_weights<double>(ex, layer, 7), g = zero_weights<double>(ex, layer);
-    std::vector<double> x = rng.normals(tokens * width, 2), direction = rng.normals(tokens * width), y(x.size()), dx(x.size(), NAN);
+    std::vector<double> x = rng.normals(tokens * width, 2), direction = rng.normals(tokens * width);
+    std::vector<double> y(x.size()), dx(x.size(), NAN);
     std::vector<std::uint8_t> mask;
     for (int64_t t = 0; t < tokens; ++t) mask.push_back(t % 5 != 1);
     const gate_options options{.mask = as_vector(mask)};
@@ -101,7 +102,8 @@ TEST_CASE("a layer behind a balanced assignment trains through the weights alone
 TEST_CASE("capacity bounds ragged choices too, by weight")
 {
     FASTMOE_SEEDED(rng, 115);
-    has_gradients(rng, expert_choice_gate{.experts = 4, .k = 2, .capacity = {.factor = 0.5, .order = drop_order::by_weight}}, 12);
+    const capacity half{.factor = 0.5, .order = drop_order::by_weight};
+    has_gradients(rng, expert_choice_gate{.experts = 4, .k = 2, .capacity = half}, 12);
     has_gradients(rng, token_rounding_gate{.experts = 4, .k = 2, .capacity = {.factor = 0.6, .weights = after_drop::rescale},
                                     .assignment = {.tile = 2}}, 12);
 }

@@ -19,13 +19,14 @@ namespace {
 constexpr double inf = std::numeric_limits<double>::infinity();
 constexpr double nan_ = std::numeric_limits<double>::quiet_NaN();
 
-/// The executors that must agree to the bit: one thread, two, four, and each instruction set.
+/// The executors that must agree to the bit: one thread, two, and four.
 struct several_hosts {
     std::vector<std::unique_ptr<fm::host_executor>> all;
 
     several_hosts()
     {
-        for (int threads : {1, 2, 4}) all.push_back(std::make_unique<fm::host_executor>(fm::host_options{.threads = threads}));
+        for (int threads : {1, 2, 4})
+            all.push_back(std::make_unique<fm::host_executor>(fm::host_options{.threads = threads}));
     }
 };
 
@@ -101,11 +102,11 @@ struct shape {
 /// E from 1 to 2048, T from 0, K from 1 to E.
 std::vector<shape> shapes(support::random& rng)
 {
-    std::vector<shape> out{{0, 1, 1, true}, {1, 1, 1, true}, {0, 2048, 1, false}, {3, 2048, 2048, false}, {65, 2048, 2, false},
-                           {64, 5, 5, true}, {65, 3, 2, true}, {300, 1, 1, true}};
+    std::vector<shape> out{{0, 1, 1, true}, {1, 1, 1, true}, {0, 2048, 1, false}, {3, 2048, 2048, false},
+                           {65, 2048, 2, false}, {64, 5, 5, false}, {65, 3, 2, true}, {300, 1, 1, false}};
     for (int i = 0; i < 10; ++i) {
         const int64_t experts = rng.integer(1, 12);
-        out.push_back({rng.integer(0, 30), experts, rng.integer(1, experts), true});
+        out.push_back({rng.integer(0, 24), experts, rng.integer(1, experts), i % 2 == 0});
     }
     for (int i = 0; i < 6; ++i) {
         const int64_t experts = rng.one_of(20, 64, 100, 129, 300), tokens = rng.integer(1, 30000 / experts);
@@ -116,7 +117,7 @@ std::vector<shape> shapes(support::random& rng)
 
 } // namespace
 
-TEST_CASE("expert choice keeps its bounds, and is the same with any threads, on lanes, and with every instruction set")
+TEST_CASE("expert choice keeps its bounds, and is the same with any threads, lanes and instruction set")
 {
     FASTMOE_SEEDED(rng, 101);
     several_hosts hosts;
@@ -129,14 +130,15 @@ TEST_CASE("expert choice keeps its bounds, and is the same with any threads, on 
     }
 }
 
-TEST_CASE("token rounding keeps its bounds, and is the same with any threads, on lanes, and with every instruction set")
+TEST_CASE("token rounding keeps its bounds, and is the same with any threads, lanes and instruction set")
 {
     FASTMOE_SEEDED(rng, 102);
     several_hosts hosts;
     for (const shape& s : shapes(rng)) {
         const auto b = any_batch(rng, s.tokens, s.experts);
         fm::token_rounding_gate gate{.experts = s.experts, .k = s.k};
-        gate.assignment = {rng.integer(1, 16), rng.one_of(fm::tile_rounding::nearest, fm::tile_rounding::up, fm::tile_rounding::down)};
+        gate.assignment.tile = rng.integer(1, 16);
+        gate.assignment.rounding = rng.one_of(fm::tile_rounding::nearest, fm::tile_rounding::up, fm::tile_rounding::down);
         holds(hosts, gate, b, s.small);
         const auto plain = loads(run(*hosts.all[0], gate, b, fm::gate_mode::inference), s.experts);
         const auto whole = loads(run(*hosts.all[0], gate, b, fm::gate_mode::training), s.experts);
@@ -147,7 +149,7 @@ TEST_CASE("token rounding keeps its bounds, and is the same with any threads, on
     }
 }
 
-TEST_CASE("Sinkhorn keeps its bounds, and is the same with any threads, on lanes, and with every instruction set")
+TEST_CASE("Sinkhorn keeps its bounds, and is the same with any threads, lanes and instruction set")
 {
     FASTMOE_SEEDED(rng, 103);
     several_hosts hosts;
@@ -157,12 +159,14 @@ TEST_CASE("Sinkhorn keeps its bounds, and is the same with any threads, on lanes
         gate.assignment.rounds = s.small ? 3 : 8;
         holds(hosts, gate, b, s.small);
         const auto r = run(*hosts.all[0], gate, b, fm::gate_mode::training);
-        for (int64_t t = 0; t < s.tokens; ++t)
-            for (int64_t j = 0; j < s.k; ++j) REQUIRE_EQ(r.experts[t * s.k + j] >= 0, b.open(t));
+        for (int64_t t = 0; t < s.tokens; ++t) {
+            const auto row = r.experts.begin() + t * s.k;
+            REQUIRE_EQ(std::count(row, row + s.k, -1), b.open(t) ? 0 : s.k);
+        }
     }
 }
 
-TEST_CASE("the balanced assignment keeps its bounds, and is the same with any threads, on lanes, and with every instruction set")
+TEST_CASE("the balanced assignment keeps its bounds, and is the same with any threads, lanes and instruction set")
 {
     FASTMOE_SEEDED(rng, 104);
     several_hosts hosts;

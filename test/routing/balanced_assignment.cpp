@@ -24,7 +24,8 @@ static_assert(fm::gate_policy<fm::base_gate, fm::host_executor, fm::bfloat16, fm
 static_assert(fm::gate_policy<fm::base_gate, support::lanes, double, fm::self>);
 
 template <class Real, class Executor>
-auto run(Executor& ex, const support::random_batch<Real>& b, const std::vector<Real>& dweights, fm::gate_mode mode = fm::gate_mode::training)
+auto run(Executor& ex, const support::random_batch<Real>& b, const std::vector<Real>& dweights,
+         fm::gate_mode mode = fm::gate_mode::training)
 {
     return support::gate_run(ex, fm::base_gate{.experts = b.experts}, b.tokens, b.stored, dweights, mode, b.mask);
 }
@@ -251,5 +252,6 @@ TEST_CASE("what makes no sense is refused by name")
     };
     says({.experts = 4, .k = 2}, "k is 2; expected 1 for a balanced assignment");
     says({.experts = 4, .k = 0}, "k is 0; expected 1 or more");
-    says({.experts = 300000}, "experts is 300000; expected at most 2^18 for a balanced assignment");
+    CHECK_THROWS_WITH_AS(fm::balanced_assignment{}.check(300000, 1), doctest::Contains("experts is 300000; expected at most 2^18"),
+                         fm::invalid_argument);
 }

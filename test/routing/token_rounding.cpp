@@ -43,13 +43,16 @@ int64_t rounded(int64_t count, int64_t tile, rounding way)
 }
 
 template <class Real, class Executor>
-auto run(Executor& ex, const fm::token_rounding_gate& gate, const support::random_batch<Real>& b, const std::vector<Real>& dweights,
-         fm::gate_mode mode = fm::gate_mode::training)
+auto run(Executor& ex, const fm::token_rounding_gate& gate, const support::random_batch<Real>& b,
+         const std::vector<Real>& dweights, fm::gate_mode mode = fm::gate_mode::training)
 {
     return support::gate_run(ex, gate, b.tokens, b.stored, dweights, mode, b.mask);
 }
 
-std::vector<double> over_chosen(const std::vector<double>& l, const std::vector<int>& ids) { return oracle::softmax(l.data(), ids); }
+std::vector<double> over_chosen(const std::vector<double>& l, const std::vector<int>& ids)
+{
+    return oracle::softmax(l.data(), ids);
+}
 
 } // namespace
 
@@ -160,7 +163,8 @@ TEST_CASE("half a tile rounds up, and a tile of 1 changes nothing")
     const std::vector<double> logits{1, 0, 2, 0, 3, 0, 4, 0, 0, 9, 0, 9, 0, 9, 0, 9};
     const auto lists = [&](int64_t tile, rounding way) {
         const auto gate = gate_of(2, 1, tile, way);
-        return support::lists_of(support::gate_run(ex, gate, 8, logits, std::vector<double>(gate.assignment.choices(8, 2, 1))), 8, 1);
+        const std::vector<double> dweights(gate.assignment.choices(8, 2, 1));
+        return support::lists_of(support::gate_run(ex, gate, 8, logits, dweights), 8, 1);
     };
     for (const auto& list : lists(8, rounding::nearest)) CHECK_EQ(list, std::vector<int32_t>{0, 1});
     for (const auto& list : lists(9, rounding::nearest)) CHECK(list.empty());
@@ -243,7 +247,8 @@ TEST_CASE("what makes no sense is refused by name")
     says(gate_of(4, 2, -8), 2, "assignment.tile is -8; expected 1 to 2^31 - 1");
     says(gate_of(4, 2, int64_t{1} << 31), 2, "assignment.tile is 2147483648; expected 1 to 2^31 - 1");
     says(gate_of(4, 2, 8), int64_t{1} << 31, "tokens * k is 2147483648; expected at most 2^31 - 1 choices");
-    says(gate_of(1 << 25, 1, 128, rounding::up), 1 << 30, "tokens * k is 1073741824; expected at most 2^31 - 1 choices, rounded");
+    says(gate_of(4000, 1, 1 << 20, rounding::up), 2000000000,
+         "tokens * k is 2000000000; expected at most 2^31 - 1 choices, rounded");
     fm::arena measure;
     CHECK_NOTHROW(gate_of(4, 2, INT32_MAX, rounding::up).reserve<float>(measure, 10));
 }

@@ -34,14 +34,25 @@ struct random_batch : reference::batch {
     void widen() { logits = widened(stored); }
 };
 
+/// The choices of a token.
+struct range {
+    std::int64_t begin, end;
+};
+template <class Run>
+range range_of(const Run& r, std::int64_t t, std::int64_t k)
+{
+    if (r.first.empty()) return {t * k, (t + 1) * k};
+    return {r.first[t], r.first[t + 1]};
+}
+
 /// The experts of every token.
 template <class Run>
 std::vector<std::vector<std::int32_t>> lists_of(const Run& r, std::int64_t tokens, std::int64_t k)
 {
     std::vector<std::vector<std::int32_t>> out(tokens);
     for (std::int64_t t = 0; t < tokens; ++t) {
-        const std::int64_t begin = r.first.empty() ? t * k : r.first[t], end = r.first.empty() ? (t + 1) * k : r.first[t + 1];
-        out[t].assign(r.experts.begin() + begin, r.experts.begin() + end);
+        const range c = range_of(r, t, k);
+        out[t].assign(r.experts.begin() + c.begin, r.experts.begin() + c.end);
     }
     return out;
 }
@@ -53,28 +64,25 @@ void holds_together(const Run& r, const reference::batch& b, std::int64_t k)
     if (!r.first.empty()) {
         REQUIRE_EQ(r.first.size(), std::size_t(b.tokens + 1));
         REQUIRE_EQ(r.first[0], 0);
-        for (std::int64_t t = 0; t < b.tokens; ++t) REQUIRE(r.first[t] <= r.first[t + 1]);
+        REQUIRE(std::is_sorted(r.first.begin(), r.first.end()));
         REQUIRE(r.first[b.tokens] <= std::int64_t(r.experts.size()));
-        for (std::size_t c = r.first[b.tokens]; c < r.experts.size(); ++c) {
-            REQUIRE_EQ(r.experts[c], -1);
-            REQUIRE_EQ(double(r.weights[c]), 0.0);
-        }
+        const std::int64_t rest = std::int64_t(r.experts.size()) - r.first[b.tokens];
+        REQUIRE_EQ(std::count(r.experts.end() - rest, r.experts.end(), -1), rest);
+        REQUIRE_EQ(std::count(r.weights.end() - rest, r.weights.end(), 0), rest);
     } else {
         REQUIRE_EQ(r.experts.size(), std::size_t(b.tokens * k));
     }
     const auto lists = lists_of(r, b.tokens, k);
     for (std::int64_t t = 0; t < b.tokens; ++t) {
         std::set<std::int32_t> once;
-        for (std::int32_t e : lists[t]) {
-            REQUIRE(e >= -1);
-            REQUIRE(e < b.experts);
-            if (e < 0) continue;
-            REQUIRE(once.insert(e).second);
-            REQUIRE(b.open(t));
-        }
+        const bool open = b.open(t);
+        bool sound = true;
+        for (std::int32_t e : lists[t]) sound = sound && (e == -1 || (e >= 0 && e < b.experts && open && once.insert(e).second));
+        REQUIRE(sound);
     }
-    for (auto w : r.weights) REQUIRE(std::isfinite(double(w)));
-    for (auto d : r.dlogits) REQUIRE(std::isfinite(double(d)));
+    const auto finite = [](auto v) { return std::isfinite(double(v)); };
+    REQUIRE(std::all_of(r.weights.begin(), r.weights.end(), finite));
+    REQUIRE(std::all_of(r.dlogits.begin(), r.dlogits.end(), finite));
 }
 
 /// Weights as a function of a token's logits, and the gradient of <dweights, weights> by finite differences of it, against
@@ -88,7 +96,7 @@ void weighs_as(const Run& r, const reference::batch& b, std::int64_t k, const st
     double largest = 1;
     for (Real d : dweights) largest = std::max(largest, std::fabs(double(d)));
     for (std::int64_t t = 0; t < b.tokens; ++t) {
-        const std::int64_t begin = r.first.empty() ? t * k : r.first[t], end = r.first.empty() ? (t + 1) * k : r.first[t + 1];
+        const auto [begin, end] = range_of(r, t, k);
         std::vector<double> l(b.logits.begin() + t * b.experts, b.logits.begin() + (t + 1) * b.experts);
         const std::vector<int> ids(r.experts.begin() + begin, r.experts.begin() + end);
         if (ids.empty() || ids[0] < 0) {

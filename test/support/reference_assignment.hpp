@@ -208,8 +208,8 @@ inline long double greatest_balanced_sum(const batch& b)
         if (b.open(t)) open.push_back(t);
     const auto n = static_cast<std::int64_t>(open.size());
     const std::int64_t each = (n + b.experts - 1) / b.experts;
-    return -least_assignment_cost(n, each * b.experts,
-                                  [&](std::int64_t i, std::int64_t slot) { return -static_cast<long double>(b.at(open[i], slot / each)); });
+    const auto cost = [&](std::int64_t i, std::int64_t slot) -> long double { return -b.at(open[i], slot / each); };
+    return -least_assignment_cost(n, each * b.experts, cost);
 }
 
 } // namespace support::reference

@@ -97,14 +97,14 @@ struct price_experts {
     matrix_view<const int64_t> costs; // (E,T+E)
     const int32_t* experts;           // (T+E)
     int64_t* prices;                  // (E)
-    int64_t most;                     // that one cost counts
+    int64_t tokens, most;             // most: that one cost counts
 
     template <class Team>
     FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t e) const
     {
         constexpr int coarse = 12; // bits that are left out, so that no sum overflows
-        const int64_t n = costs.extent(1), bound = most;
-        const int64_t* cost = costs.data_handle() + e * n;
+        const int64_t n = tokens, bound = most;
+        const int64_t* cost = costs.data_handle() + e * costs.extent(1);
         const int32_t* here = experts;
         const int64_t sum = team.reduce(n, int64_t{0}, adds{}, [=](int64_t t) {
             const int64_t own = (cost[t] < bound ? cost[t] : bound) >> coarse;
@@ -116,19 +116,47 @@ struct price_experts {
     }
 };
 
+/// Fillers go where the price is least. Prices below the n-th least of n fillers are raised to it, so that the fillers find
+/// n experts at that price, and crowd none.
+struct place_fillers {
+    int64_t* prices;  // (E)
+    int32_t* fillers; // (E)  0 or -1
+    int64_t total;
+
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t) const
+    {
+        int64_t* price = prices;
+        int32_t* to = fillers;
+        const int64_t n =
+            team.reduce(total, int64_t{0}, adds{}, [to](int64_t i) { return static_cast<int64_t>(to[i] >= 0); });
+        if (n == 0) return;
+        const int64_t least = kth_greatest(team, price, total, total - n + 1);
+        team.sync();
+        team.for_each(total, [price, least](int64_t e) { price[e] = price[e] < least ? least : price[e]; });
+        team.sync();
+        team.scan(
+            total, int64_t{0}, adds{}, [=](int64_t e) { return static_cast<int64_t>(price[e] == least); },
+            [=](int64_t e, int64_t before) {
+                if (price[e] == least && before < n) to[before] = static_cast<int32_t>(e);
+            });
+    }
+};
+
 /// Sends every token where cost and price are least, a block of tokens at a time.
 struct take_cheapest {
     using vectorized = void;
     matrix_view<const int64_t> costs; // (E,T+E)
     const int64_t* prices;            // (E)
-    int32_t* experts;                 // (T+E)
+    int32_t* experts;                 // (T)
+    int64_t tokens;
 
     template <class Team>
     FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t b) const
     {
         constexpr int64_t width = 16;
         const int64_t n = costs.extent(1), all = costs.extent(0), begin = b * column_block;
-        const int64_t end = begin + column_block < n ? begin + column_block : n;
+        const int64_t end = begin + column_block < tokens ? begin + column_block : tokens;
         const int64_t* from = costs.data_handle();
         const int64_t* price = prices;
         int32_t* to = experts;
@@ -197,16 +225,18 @@ struct balanced_assignment {
         if (scratch.measuring()) return;
         int32_t* ids = chosen.data_handle();
         for_each_row(ex, tokens,
-                     detail::measure_row<Real>{in.logits, in.mask.data_handle(), ids, peaks.data_handle(), reaches.data_handle()},
+                     detail::measure_row<Real>{in.logits, in.mask.data_handle(), ids, peaks.data_handle(),
+                                               reaches.data_handle()},
                      {.width = 2 * experts});
         for_each_row(ex, 1,
                      detail::measure_batch<Real>{reaches.data_handle(), scale.data_handle(), ids, tokens, experts},
                      {.width = tokens});
         using to_costs = detail::logit_costs<Real>;
         detail::fill_columns(ex, costs, to_costs{in.logits, peaks.data_handle(), scale.data_handle()});
-        for_each_row(ex, experts, detail::price_experts{costs, ids, problem.prices, int64_t{1} << to_costs::bits},
-                     {.width = 2 * filled});
-        for_each_row(ex, detail::column_blocks(filled), detail::take_cheapest{costs, problem.prices, ids},
+        for_each_row(ex, experts, detail::price_experts{costs, ids, problem.prices, tokens, int64_t{1} << to_costs::bits},
+                     {.width = 2 * tokens});
+        for_each_row(ex, 1, detail::place_fillers{problem.prices, ids + tokens, experts}, {.width = 64 * experts});
+        for_each_row(ex, detail::column_blocks(tokens), detail::take_cheapest{costs, problem.prices, ids, tokens},
                      {.width = detail::column_block * experts});
         detail::solve_assignment(ex, problem);
         for_each(ex, tokens, detail::copy_ids<int32_t>{ids, to.experts.data_handle()});
