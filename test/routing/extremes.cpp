@@ -111,6 +111,20 @@ TEST_CASE_TEMPLATE("two kept weights that are next to nothing share their token'
     CHECK(std::fabs(r.dlogits[50] + slope) < 64 * support::roundoff<Real>);
 }
 
+TEST_CASE_TEMPLATE("weights that a scale has made 0 do not grow, and their gradient agrees", Real, float, double)
+{
+    fm::host_executor ex({.threads = 1});
+    const double tiny = std::is_same_v<Real, float> ? 1e-30 : 1e-250, far = std::is_same_v<Real, float> ? -60 : -400;
+    const auto logits = crowd<Real>({0, far, far - 1, -3000, -3000, -3000, -3000, -3000});
+    const fm::top_k_gate<> gate{.experts = 8, .k = 3, .scale = tiny, .capacity = {.factor = 1, .weights = rescale}};
+    std::vector<Real> dweights(21, Real(0));
+    dweights[19] = Real(1 / tiny);
+    const support::gate_run r(ex, gate, 7, logits, dweights);
+    REQUIRE_EQ(r.experts[18], -1);
+    for (int i : {18, 19, 20}) CHECK_EQ(r.weights[i], Real(0));
+    for (int i = 48; i < 56; ++i) CHECK(std::fabs(r.dlogits[i]) < 1e-20);
+}
+
 TEST_CASE("with a negative scale rescaled weights have the gradient of finite differences too")
 {
     fm::host_executor ex({.threads = 1});
@@ -348,6 +362,15 @@ TEST_CASE_TEMPLATE("ragged choices that overlap belong to one token each, and th
             CHECK_EQ(w.weights[c], c < 152 ? Real(300) / 152 : Real(0));
         }
     }
+}
+
+TEST_CASE("a ragged choice that no token has takes no place from those that have one")
+{
+    fm::host_executor ex({.threads = 1});
+    written<float> w{2, 1, 0, {0, 0, 0, 0}, {0, 1, 2}, {1, 2, 9, 9}};
+    CHECK_EQ(bounded(ex, {.factor = 0.5, .order = fm::drop_order::by_weight}, w), "nothing was thrown"); // keeps two
+    CHECK_EQ(w.experts, std::vector<int32_t>{0, 0, 0, 0});
+    CHECK_EQ(w.weights, std::vector<float>{1, 2, 9, 9});
 }
 
 TEST_CASE_TEMPLATE("losses take ids out of range for none, and name the first", Cell, FASTMOE_LOGIT_CELLS)
