@@ -217,6 +217,7 @@ FASTMOE_HOST_DEVICE Real activate_backward_block(const Activation& f, const T* p
                                                  int64_t n)
 {
     constexpr int64_t lanes = Block < 16 ? Block : 16;
+    const int64_t turn = Activation::gated ? at.step : 1; // the layout of gated columns says nothing about others
     Real d[Block], x[Block], up[Block], a[Block], part[lanes];
     const auto read = [](const T* from, int64_t step, Real (&to)[Block], int64_t count) {
         if (count == Block && step == 1)
@@ -231,23 +232,23 @@ FASTMOE_HOST_DEVICE Real activate_backward_block(const Activation& f, const T* p
             for (int64_t j = 0; j < Block && j < count; ++j) to[j * step] = T(from[j]); // g++ 12 cannot see that n <= Block
     };
     read(da, 1, d, n);
-    read(pre, at.step, x, n);
+    read(pre, turn, x, n);
     if constexpr (Activation::gated) {
-        read(pre + at.up_offset, at.step, up, n);
+        read(pre + at.up_offset, turn, up, n);
         for (int64_t j = 0; j < Block; ++j) {
             const auto back = f.gradient(x[j], up[j], weight * d[j]);
             a[j] = f.value(x[j], up[j]);
             x[j] = back.gate;
             up[j] = back.up;
         }
-        write(up, dpre + at.up_offset, at.step, n);
+        write(up, dpre + at.up_offset, turn, n);
     } else {
         for (int64_t j = 0; j < Block; ++j) {
             a[j] = f.value(x[j]);
             x[j] = weight * d[j] * f.derivative(x[j]);
         }
     }
-    write(x, dpre, at.step, n);
+    write(x, dpre, turn, n);
     for (int64_t j = n; j < Block; ++j) a[j] = Real(0); // whatever the activation makes of nothing
     for (int64_t j = 0; j < lanes; ++j) part[j] = d[j] * a[j];
     for (int64_t i = lanes; i < Block; i += lanes)
@@ -267,8 +268,8 @@ FASTMOE_HOST_DEVICE Real activate_row_backward(Team& team, const Activation& f, 
     constexpr int64_t block = lane_block<Team>;
     return team.reduce((hidden + block - 1) / block, Real(0), [](Real x, Real y) { return x + y; }, [=](int64_t b) {
         const int64_t first = b * block, n = hidden - first < block ? hidden - first : block;
-        return activate_backward_block<Activation, Real, block>(f, pre + first * at.step, da + first, dpre + first * at.step,
-                                                                at, weight, n);
+        const int64_t from = Activation::gated ? first * at.step : first;
+        return activate_backward_block<Activation, Real, block>(f, pre + from, da + first, dpre + from, at, weight, n);
     });
 }
 

@@ -78,9 +78,14 @@ void expects_plan(const plan& p, const routing<Real>& route)
 {
     expects(p.tokens == route.tokens, "plan.tokens", p.tokens, "the routing's T = ", route.tokens);
     expects(p.alignment >= 1, "plan.alignment", p.alignment, "1 or more");
-    const int64_t padding = route.total_experts * (p.alignment - 1);
-    expects(p.slots >= route.choices() + padding, "plan.slots", p.slots, "C + E * (alignment - 1) = ",
-            route.choices() + padding, " or more");
+    if (p.slots_each >= 0) {
+        expects(p.slots == route.total_experts * p.slots_each, "plan.slots", p.slots, "E * slots_each = ",
+                route.total_experts * p.slots_each);
+    } else {
+        const int64_t padding = route.total_experts * (p.alignment - 1);
+        expects(p.slots >= route.choices() + padding, "plan.slots", p.slots, "C + E * (alignment - 1) = ",
+                route.choices() + padding, " or more");
+    }
     expects(p.slots <= INT32_MAX, "plan.slots", p.slots, "at most 2^31 - 1");
     expects_shape(p.counts, "plan.counts (E)", route.total_experts);
     expects_shape(p.offsets, "plan.offsets (E+1)", route.total_experts + 1);
