@@ -36,8 +36,8 @@ TEST_CASE("in double, the oracle with bounds is the plain one, forward and backw
 {
     FASTMOE_SEEDED(r, 20250301);
     const reference::activation acts[] = {reference::activation::relu, reference::activation::gelu, reference::activation::gelu_tanh, reference::activation::clamped_swiglu,
-                                          reference::activation::silu, reference::activation::swiglu, reference::activation::geglu, reference::activation::unclamped_swiglu};
-    for (int trial = 0; trial < 80; ++trial) {
+                                          reference::activation::silu, reference::activation::swiglu, reference::activation::geglu};
+    for (int trial = 0; trial < 70; ++trial) {
         INFO("trial ", trial);
         const int64_t tokens = r.integer(0, 9), width = r.integer(1, 6), count = r.integer(2, 6);
         const bool biases = r.coin();
@@ -46,7 +46,7 @@ TEST_CASE("in double, the oracle with bounds is the plain one, forward and backw
         m.gate = r.normals(count * width);
         if (biases) m.gate_bias = r.normals(count);
         for (int64_t e = 0; e < count; ++e)
-            m.experts.push_back(draw(r, reference::expert_kind::mlp, acts[trial % 8], width, biases));
+            m.experts.push_back(draw(r, reference::expert_kind::mlp, acts[trial % 7], width, biases));
         m.where = r.one_of(reference::weight_at::input, reference::weight_at::activation, reference::weight_at::output);
         if (r.coin()) m.shared = {draw(r, reference::expert_kind::mlp, reference::activation::geglu, width, true)};
         if (r.coin(0.3) && m.where == reference::weight_at::output)

@@ -7,7 +7,7 @@
 #include <fastmoe/transfer/dispatch.hpp>
 
 #include "support/compare.hpp"
-#include "support/mlp_memory.hpp"
+#include "support/expert_weights.hpp"
 #include "support/poison.hpp"
 #include "support/routed.hpp"
 
@@ -24,9 +24,8 @@ struct step {
     step(host_executor& ex, const support::routed<host_executor, T>& in, const plan& p, const mlp<gelu>& expert,
          const std::vector<oracle::expert>& model, support::random r)
     {
-        const support::weight_layout layout{};
-        support::mlp_memory<T, host_executor> w(ex, model, layout, false);
-        support::mlp_memory<accumulate_t<T>, host_executor> gradients(ex, model, layout, true);
+        const support::expert_memory<T, mlp<gelu>, host_executor> w(ex, expert, model);
+        const support::expert_memory<accumulate_t<T>, mlp<gelu>, host_executor> gradients(ex, expert, support::poisoned(model));
         support::guarded<T> x(p.tokens, expert.width), dy(p.tokens, expert.width), to_y(p.tokens, expert.width),
             to_dx(p.tokens, expert.width), rows(p.slots, expert.width), drows(p.slots, expert.width);
         support::fill_normal(r, x.view());
@@ -49,8 +48,8 @@ struct step {
         y = support::widened(to_y.view());
         dx = support::widened(to_dx.view());
         dweights = support::widened(weight_gradients);
-        up = gradients.up();
-        down = gradients.down();
+        up = gradients.read(&oracle::expert::up);
+        down = gradients.read(&oracle::expert::down);
     }
 };
 
@@ -63,9 +62,8 @@ TEST_CASE_TEMPLATE("rows past an expert's choices hold NaN, and values and gradi
     host_executor ex({.threads = 2});
     for (int64_t spare : {0, 1, 37}) {
         support::routed<host_executor, T> in(ex, r, {.tokens = 40, .experts = 5, .k = 2});
-        const auto model =
-            support::random_experts<T>(r, 5, oracle::expert_kind::mlp, oracle::activation::gelu, 12, 20, true);
         const mlp<gelu> expert{.width = 12, .hidden = 20, .biases = true};
+        const auto model = support::expert_memory<T, mlp<gelu>, host_executor>::draw(r, expert, 5);
         int64_t most = 0;
         for (int64_t e = 0; e < 5; ++e) most = std::max<int64_t>(most, in.plan.counts(e));
         const support::random data(r.bits());

@@ -8,10 +8,9 @@
 
 #include "support/bad_views.hpp"
 #include "support/compare.hpp"
-#include "support/mlp_memory.hpp"
+#include "support/layer_memory.hpp"
 
 using namespace fastmoe;
-namespace oracle = support::reference;
 using support::bad_views;
 using support::memory_is;
 
@@ -32,8 +31,8 @@ struct step {
     host_executor ex{{.threads = 2}};
     support::random r{111};
     layer_type layer = make_layer();
-    support::layer_memory<float, expert_type, host_executor> weights{ex, r, layer.expert, experts, oracle::activation::swiglu, true};
-    support::gradient_memory<float, expert_type, host_executor> gradients{ex, weights.model};
+    support::reference::model model = support::random_model<float, host_executor>(r, layer.expert, width, experts, r.normals(experts, 0.3));
+    support::layer_memory<float, expert_type, host_executor> weights{ex, layer.expert, model}, gradients{ex, layer.expert, support::poisoned(model)};
     support::guarded<float> x_memory{tokens, width}, y_memory{tokens, width}, dy_memory{tokens, width}, dx_memory{tokens, width};
     support::guarded<float> good_y{tokens, width};
     support::workspace<host_executor> space{ex, 1 << 18};
@@ -174,16 +173,18 @@ TEST_CASE("a shared expert refuses every wrong view, and a gradient over what it
 {
     step s;
     const shared_expert shared{s.layer.expert};
-    const std::vector<oracle::expert> one{s.weights.model.experts[0]};
-    const support::mlp_memory<float, host_executor> weights(s.ex, one, {}, false), gradients(s.ex, one, {}, true);
+    const std::vector<support::reference::expert> one{s.model.experts[0]};
+    const support::expert_memory<float, expert_type, host_executor> weights(s.ex, shared.expert, one),
+        gradients(s.ex, shared.expert, support::poisoned(one));
     mlp_weights<const float> w = weights.views();
     mlp_weights<float> g = gradients.views();
     auto& a = s.space.arena();
     const auto kept = shared.forward(s.ex, s.x, weights.views(), s.good_y.view(), a);
     const auto untouched = [&] {
         int64_t whole = s.untouched();
-        for (const auto& v : {gradients.up(), gradients.down(), gradients.up_bias(), gradients.down_bias()})
-            for (const double d : v) whole += std::isnan(d);
+        using support::reference::expert;
+        for (auto member : {&expert::up, &expert::down, &expert::up_bias, &expert::down_bias})
+            for (const double d : gradients.read(member)) whole += std::isnan(d);
         return whole;
     };
     const int64_t before = untouched(), used = a.used();

@@ -8,7 +8,7 @@
 #include <fastmoe/layer/shared_expert.hpp>
 #include <fastmoe/routing/assigned_gate.hpp>
 
-#include "support/mlp_memory.hpp"
+#include "support/layer_memory.hpp"
 
 using namespace fastmoe;
 
@@ -132,11 +132,12 @@ TEST_CASE_TEMPLATE("whichever policy throws, and wherever, the workspace serves 
     const mlp<gelu> plain{.width = width, .hidden = 5};
     const moe_layer layer{trapped_gate{.experts = experts, .sprung = {&now}}, trapped_expert{plain, {&now}}, self{}};
     const shared_expert shared{trapped_expert{plain, {&now}}};
-    support::layer_memory<float, mlp<gelu>, Executor> memory(ex, r, plain, experts, support::reference::activation::gelu, false);
-    support::gradient_memory<float, mlp<gelu>, Executor> gradients(ex, memory.model);
+    const auto model = support::random_model<float, Executor>(r, plain, width, experts);
+    support::layer_memory<float, mlp<gelu>, Executor> memory(ex, plain, model), gradients(ex, plain, support::poisoned(model));
     const moe_weights<float, trapped_expert> w{memory.views.gate, {}, memory.views.expert},
         g{gradients.views.gate, {}, gradients.views.expert};
-    const support::mlp_memory<float, Executor> one(ex, {memory.model.experts[0]}, {}, false), done(ex, {memory.model.experts[0]}, {}, true);
+    const support::expert_memory<float, mlp<gelu>, Executor> one(ex, plain, {model.experts[0]}),
+        done(ex, plain, support::poisoned({model.experts[0]}));
     support::guarded<float> x(tokens, width), y(tokens, width), dy(tokens, width), dx(tokens, width);
     support::fill_normal(r, x.view());
     support::fill_normal(r, dy.view());

@@ -76,15 +76,6 @@ TEST_CASE_TEMPLATE("the corners of the shape give the oracle's values and gradie
     });
 }
 
-TEST_CASE_TEMPLATE("weights and gradients in any layout give the oracle's values and gradients", T, FASTMOE_DTYPES)
-{
-    FASTMOE_SEEDED(r, 45);
-    for (const auto order : {gated_layout::concatenated, gated_layout::interleaved})
-        compare_layer::layouts<support::cell<host_executor, T>>(r, renormalizing{.experts = 4, .k = 2}, [&](int64_t width, int64_t hidden) {
-            return mlp<swiglu>{.width = width, .hidden = hidden, .biases = true, .layout = order};
-        });
-}
-
 // What the comparison would say of mistakes. Each is made in the library's own results, to which the exact difference that
 // the mistake makes is added before they are rounded again.
 

@@ -23,6 +23,7 @@ struct setting {
     bool crowded = false; ///< the router's bias sends all tokens to the first experts
     bool masked = false;  ///< about a third of the tokens are padding
     support::weight_layout layout{};
+    bool other_layout = false; ///< gradients that come in a later call lie otherwise
     write_mode gradients = write_mode::overwrite; ///< accumulate: onto random numbers
     double loss_scale = 0.5;
 };
@@ -134,7 +135,7 @@ struct run_of_layer {
     setting s;
     oracle::model model, before; // parameters; what their gradients held
     support::layer_memory<T, Expert, Executor> w;
-    support::layer_memory<G, Expert, Executor> g;
+    support::layer_memory<G, Expert, Executor> g, later; // gradients in one call, and in two
     support::guarded<T> x, y, inferred, dy, dx;
     std::vector<std::uint8_t> mask;
     oracle::numbers x_values, dy_values;
@@ -143,7 +144,8 @@ struct run_of_layer {
         : layer{gate, expert, self{}}, s(set),
           model(support::random_model<T, Executor>(r, expert, width, gate.experts, bias_of(r, gate.experts, set))),
           before(set.gradients == write_mode::accumulate ? support::redrawn<G>(r, model) : support::poisoned(model)),
-          w(ex, expert, model, set.layout), g(ex, expert, before, set.layout), x(s.tokens, width, 1), y(s.tokens, width, 1),
+          w(ex, expert, model, set.layout), g(ex, expert, before, set.layout), later(ex, expert, before, other_layout(set)),
+          x(s.tokens, width, 1), y(s.tokens, width, 1),
           inferred(s.tokens, width), dy(s.tokens, width, 1), dx(s.tokens, width, 1)
     {
         x_values = support::fill_normal(r, x.view());
@@ -159,16 +161,17 @@ struct run_of_layer {
         const int64_t width = model.width;
         const auto in_mask = support::upload(ex, mask);
         const gate_options options{.mask = in_mask.view()};
-        support::workspace kept(ex, layer.template forward_bytes<T>(ex, s.tokens, width));
+        support::workspace kept(ex, layer.template forward_bytes<T>(ex, s.tokens, width, w.views));
         const auto saved = layer.forward(ex, x.view(), w.views, y.view(), kept.arena(), options);
         CHECK_EQ(kept.arena().used(), layer.template saved_bytes<T>(s.tokens, width));
         beside.forward(ex, x.view(), y.view());
-        support::workspace lent(ex, layer.template backward_bytes<T, G>(ex, s.tokens, width));
-        layer.backward(ex, saved, dy.view(), w.views, dx.view(), g.views, lent.arena(),
-                       {.gradients = s.gradients, .loss_scale = s.loss_scale});
+        const backward_options how{.gradients = s.gradients, .loss_scale = s.loss_scale};
+        support::workspace lent(ex, layer.template backward_bytes<T>(ex, s.tokens, width, w.views, g.views));
+        layer.backward(ex, saved, dy.view(), w.views, dx.view(), g.views, lent.arena(), how);
         CHECK_EQ(lent.arena().used(), 0);
+        in_two_calls(saved, how);
         beside.backward(ex, dy.view(), dx.view());
-        support::workspace inference(ex, layer.template infer_bytes<T>(ex, s.tokens, width));
+        support::workspace inference(ex, layer.template infer_bytes<T>(ex, s.tokens, width, w.views));
         layer.infer(ex, x.view(), w.views, inferred.view(), inference.arena(), options);
         CHECK_EQ(inference.arena().used(), 0);
         beside.infer(ex, x.view(), inferred.view());
@@ -198,7 +201,9 @@ struct run_of_layer {
         const auto expert_gradients = [&](const char* name, oracle::numbers oracle::expert::*member, typename outcome<T, G>::member of) {
             typename sums::sums all;
             for (const auto& e : expected.experts) all.insert(all.end(), (e.*of).begin(), (e.*of).end());
-            o.gradients.push_back({name, support::narrowed<G>(g.experts.read(member)), sum(all, oracle::stacked(before.experts, member))});
+            const auto should = sum(all, oracle::stacked(before.experts, member));
+            o.gradients.push_back({name, support::narrowed<G>(g.experts.read(member)), should});
+            o.gradients.push_back({name, support::narrowed<G>(later.experts.read(member)), should});
         };
         expert_gradients("up's gradient", &oracle::expert::up, &sums::up);
         expert_gradients("down's gradient", &oracle::expert::down, &sums::down);
@@ -212,6 +217,25 @@ struct run_of_layer {
     }
 
 private:
+    /// The weight gradients in a later call, in memory of their own, and perhaps in another layout.
+    template <class Saved>
+    void in_two_calls(const Saved& saved, const backward_options& how)
+    {
+        support::workspace first(ex, layer.template backward_input_bytes<T>(ex, s.tokens, model.width, w.views));
+        support::workspace second(ex, layer.template backward_weights_bytes<T>(ex, s.tokens, model.width, later.views));
+        support::guarded<T> dx_first(s.tokens, model.width);
+        const auto pending = layer.backward_input(ex, saved, dy.view(), w.views, dx_first.view(), first.arena(), how);
+        layer.backward_weights(ex, saved, pending, later.views, second.arena(), how);
+        CHECK_EQ(second.arena().used(), 0);
+        CHECK(support::same_bits(support::download(ex, dx_first.view()), support::download(ex, dx.view())));
+        CHECK(support::same_bits(support::download(ex, later.gate.view()), support::download(ex, g.gate.view())));
+        CHECK(later.experts.gaps_kept());
+    }
+    static support::weight_layout other_layout(const setting& set)
+    {
+        if (!set.other_layout) return set.layout;
+        return {!set.layout.transposed, !set.layout.pointers, 3 - set.layout.padding};
+    }
     static oracle::numbers bias_of(support::random& r, int64_t experts, const setting& s)
     {
         if (!s.gate_bias && !s.crowded) return {};
@@ -266,11 +290,12 @@ outcome<typename Cell::type, G> run(support::random& r, const top_k_gate<softmax
 template <class Cell, class Gate, class Make>
 void layouts(support::random& r, const Gate& gate, const Make& make)
 {
+    const bool small = !std::is_same_v<typename Cell::executor, host_executor>;
     for (const bool transposed : {false, true})
         for (const bool pointers : {false, true})
             for (const int64_t padding : {0, 3}) {
                 INFO("transposed ", transposed, ", pointers ", pointers, ", padding ", padding);
-                setting s{.tokens = 40, .layout = {transposed, pointers, padding}};
+                setting s{.tokens = small ? 9 : 40, .layout = {transposed, pointers, padding}, .other_layout = true};
                 check(run<Cell>(r, gate, make(19, 37), s));
                 s.gradients = write_mode::accumulate;
                 check(run<Cell, accumulate_t<typename Cell::type>>(r, gate, make(37, 19), s));

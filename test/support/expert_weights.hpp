@@ -83,7 +83,7 @@ public:
             for (std::int64_t o = 0; o < out; ++o)
                 for (std::int64_t i = 0; i < in; ++i) {
                     const std::int64_t at = e * view_.expert_stride + o * view_.row_stride + i * view_.col_stride;
-                    all[at] = narrow<T>(matrices[e][o * in + i]);
+                    all[at] = narrow_or_poison<T>(matrices[e][o * in + i]);
                     elements_[at] = true;
                 }
         memory_ = upload(ex, all);
@@ -135,7 +135,7 @@ public:
         if ((experts.at(0).*bias).empty()) return;
         reference::numbers all;
         for (const auto& e : ordered(experts, bias, out, 1, row)) all.insert(all.end(), e.begin(), e.end());
-        bias_ = upload(ex, narrowed<T>(all));
+        bias_ = upload(ex, narrowed_or_poison<T>(all));
     }
 
     const fastmoe::weight_view<T>& view() const { return matrix_.view(); }
@@ -290,7 +290,7 @@ private:
     typename expert::template weights<T> views_;
 };
 
-/// The same experts with NaN for every number: memory for gradients that must be overwritten.
+/// The same experts with NaN for every number, which stands for poison in memory: gradients that must be overwritten.
 inline std::vector<reference::expert> poisoned(std::vector<reference::expert> experts)
 {
     for (auto& e : experts)

@@ -35,14 +35,14 @@ struct layer_memory {
     fastmoe::moe_weights<T, Expert> views;
 
     layer_memory(Executor& ex, const Expert& expert, const reference::model& m, const weight_layout& layout = {})
-        : gate(upload(ex, narrowed<T>(m.gate))), gate_bias(upload(ex, narrowed<T>(m.gate_bias))),
+        : gate(upload(ex, narrowed_or_poison<T>(m.gate))), gate_bias(upload(ex, narrowed_or_poison<T>(m.gate_bias))),
           experts(ex, expert, m.experts, layout), views{gate.matrix(m.count(), m.width), {}, experts.views()}
     {
         if (!m.gate_bias.empty()) views.gate_bias = gate_bias.view();
     }
 };
 
-/// A model of NaN: memory for gradients that must be overwritten.
+/// A model of NaN, which stands for poison in memory: gradients that must be overwritten.
 inline reference::model poisoned(reference::model m)
 {
     for (auto* part : {&m.gate, &m.gate_bias})

@@ -35,6 +35,22 @@ bool is_poison(const T& value)
     return true;
 }
 
+/// The number in T; poison for NaN, which then counts as such.
+template <class T>
+T narrow_or_poison(double v)
+{
+    T out = narrow<T>(v);
+    if (v != v) std::memset(static_cast<void*>(&out), poison_byte, sizeof(T));
+    return out;
+}
+template <class T>
+std::vector<T> narrowed_or_poison(const std::vector<double>& values)
+{
+    std::vector<T> out;
+    for (const double v : values) out.push_back(narrow_or_poison<T>(v));
+    return out;
+}
+
 /// How many elements still are poison.
 template <class T, class Shape>
 int64_t poisoned(::cuda::std::mdspan<T, Shape> v)
