@@ -252,6 +252,6 @@ TEST_CASE("what makes no sense is refused by name")
     };
     says({.experts = 4, .k = 2}, "k is 2; expected 1 for a balanced assignment");
     says({.experts = 4, .k = 0}, "k is 0; expected 1 or more");
-    CHECK_THROWS_WITH_AS(fm::balanced_assignment{}.check(300000, 1), doctest::Contains("experts is 300000; expected at most 2^18"),
+    CHECK_THROWS_WITH_AS(fm::balanced_assignment{}.validate(300000, 1), doctest::Contains("experts is 300000; expected at most 2^18"),
                          fm::invalid_argument);
 }

@@ -242,11 +242,11 @@ private:
 
     /// Checks what is this rank's alone, meets the others, moves, and waits until all have.
     template <class T, class Executor, class Check, class Move>
-    void meet(Executor& ex, const detail::post& mine, const Check& check, const Move& move) const
+    void meet(Executor& ex, const detail::post& mine, const Check& verify, const Move& move) const
     {
         static_assert(dtype_name<T> != nullptr || std::is_same_v<T, std::byte>, "an element type of communicator.hpp");
         detail::presence here(*own_->group, rank(), mine.verb);
-        check();
+        verify();
         ex.synchronize(); // what is sent has been written
         here.arrive(mine);
         move();

@@ -7,7 +7,7 @@
 ///         static constexpr bool reads_logits = true;       // false: the layer does not compute them
 ///         static constexpr bool ragged = false;            // true: it says itself how many choices a token has
 ///         int64_t choices(int64_t tokens, int64_t experts, int64_t k) const;   // C; only if ragged
-///         void check(int64_t experts, int64_t k) const;    // optional: throws
+///         void validate(int64_t experts, int64_t k) const;    // optional: throws
 ///
 ///         template <class Executor, class T, class Communicator, class Real>
 ///         void assign(Executor& ex, const gate_input<T>& in, const Communicator& c, const assignment<Real>& to,

@@ -201,7 +201,7 @@ struct balanced_assignment {
     static constexpr bool ragged = false;
 
     /// @throws invalid_argument if K is not 1, or there are more than 2^18 experts
-    void check(int64_t experts, int64_t k) const
+    void validate(int64_t experts, int64_t k) const
     {
         expects(k == 1, "k", k, "1 for a balanced assignment");
         expects(experts <= int64_t{1} << 18, "experts", experts, "at most 2^18 for a balanced assignment");

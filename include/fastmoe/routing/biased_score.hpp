@@ -92,7 +92,7 @@ struct single_score {
     vector_view<const float> bias{}; // (E)  memory of the executor; empty: none
 
     /// @throws invalid_argument if the bias has another length
-    void check(int64_t experts, int64_t) const { expects_bias(bias, experts); }
+    void validate(int64_t experts, int64_t) const { expects_bias(bias, experts); }
 
     template <class Team, class Real>
     FASTMOE_HOST_DEVICE single_scores<Real, F> row(Team& team, const Real* logits, int64_t experts) const
@@ -129,7 +129,7 @@ struct biased_softmax_score {
     };
 
     /// @throws invalid_argument if the bias has another length
-    void check(int64_t experts, int64_t) const { detail::expects_bias(bias, experts); }
+    void validate(int64_t experts, int64_t) const { detail::expects_bias(bias, experts); }
 
     template <class Team, class Real>
     FASTMOE_HOST_DEVICE row_scores<Real> row(Team& team, const Real* logits, int64_t experts) const

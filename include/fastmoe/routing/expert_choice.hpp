@@ -48,7 +48,7 @@ struct expert_choice {
     }
 
     /// @throws invalid_argument if the factor is not a finite number above 0
-    void check(int64_t, int64_t) const
+    void validate(int64_t, int64_t) const
     {
         expects(factor > 0 && factor - factor == 0, "assignment.factor", factor, "a finite number above 0");
     }

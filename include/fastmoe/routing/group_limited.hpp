@@ -28,7 +28,7 @@ struct group_limited {
     static constexpr bool takes_greatest = false;
 
     /// @throws invalid_argument if groups do not divide the experts, or the kept groups hold fewer than K of them
-    void check(int64_t experts, int64_t k) const
+    void validate(int64_t experts, int64_t k) const
     {
         expects(groups >= 1 && experts % groups == 0, "select.groups", groups, "a divisor of the ", experts, " experts");
         expects(keep >= 1 && keep <= groups, "select.keep", keep, "1 to groups = ", groups);

@@ -68,7 +68,7 @@ struct hash_table {
     matrix_view<const int32_t> table; // (V,K)  memory of the executor; -1: none
 
     /// @throws invalid_argument if the table has another width; an id outside of it, token or expert, is a fault
-    void check(int64_t, int64_t k) const { expects_shape(table, "assignment.table (V,K)", table.extent(0), k); }
+    void validate(int64_t, int64_t k) const { expects_shape(table, "assignment.table (V,K)", table.extent(0), k); }
 
     template <class Executor, class T, class Communicator, class Real>
     void assign(Executor& ex, const gate_input<T>& in, const Communicator&, const assignment<Real>& to, arena& scratch) const

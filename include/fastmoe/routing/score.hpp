@@ -13,7 +13,7 @@
 ///     Row::sums_to_one     whether a score is value / (sum of all values); else the factor is 1
 ///
 /// A score that is greatest where the logit is may also offer score.row_of_best(logits, e), which is handed that e; one
-/// that cannot serve every shape, score.check(experts, k), which throws.
+/// that cannot serve every shape, score.validate(experts, k), which throws.
 ///
 /// Of that everything is made: weights over the chosen need no factor at all, probabilities for the losses are always
 /// value / (sum of all values), and a gradient of the values becomes one of the logits times slope.
@@ -126,13 +126,13 @@ struct softmax_score {
 
 /// Weights are the chosen scores divided by their sum: after softmax_score, softmax over the chosen alone, with the
 /// same gradient. With one choice the weight is constant and the router gets no gradient, so training refuses K = 1.
-/// A weighing policy states over_chosen, and epsilon where that is true; check(experts, k) may throw.
+/// A weighing policy states over_chosen, and epsilon where that is true; validate(experts, k) may throw.
 struct renormalize {
     static constexpr bool over_chosen = true;
     double epsilon = 0; ///< added to the sum, as sigmoid routers do (1e-20); not where all scores sum to one
 
     /// @throws invalid_argument if epsilon is negative or not finite
-    void check(int64_t, int64_t) const
+    void validate(int64_t, int64_t) const
     {
         expects(epsilon >= 0 && epsilon - epsilon == 0, "weigh.epsilon", epsilon, "a finite number from 0 on");
     }
@@ -148,7 +148,7 @@ struct divide_by_norm : renormalize {
     double power = 2; ///< more than 0
 
     /// @throws invalid_argument
-    void check(int64_t, int64_t) const { expects(power > 0 && power - power == 0, "weigh.power", power, "more than 0, finite"); }
+    void validate(int64_t, int64_t) const { expects(power > 0 && power - power == 0, "weigh.power", power, "more than 0, finite"); }
 };
 
 /// Weights are the scores as they are (Switch, GShard, DeepSeek-V2): after softmax_score, probabilities over all.

@@ -221,7 +221,7 @@ struct sinkhorn {
     int rounds = 8;
 
     /// @throws invalid_argument if there is no round
-    void check(int64_t, int64_t) const { expects(rounds >= 1, "assignment.rounds", rounds, "1 or more"); }
+    void validate(int64_t, int64_t) const { expects(rounds >= 1, "assignment.rounds", rounds, "1 or more"); }
 
     template <class Executor, class T, class Communicator, class Real>
     void assign(Executor& ex, const gate_input<T>& in, const Communicator&, const assignment<Real>& to, arena& scratch) const

@@ -99,7 +99,7 @@ struct token_rounding {
     }
 
     /// @throws invalid_argument if K is over E, or the tile is not a number of tokens
-    void check(int64_t experts, int64_t k) const
+    void validate(int64_t experts, int64_t k) const
     {
         expects(k <= experts, "k", k, "at most the number of experts, ", experts);
         expects(tile >= 1 && tile <= INT32_MAX, "assignment.tile", tile, "1 to 2^31 - 1");

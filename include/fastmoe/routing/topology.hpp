@@ -153,7 +153,7 @@ struct topology_aware {
     }
 
     /// @throws invalid_argument that names the member
-    void check(int64_t, int64_t) const
+    void validate(int64_t, int64_t) const
     {
         expects(workers_per_node >= 1 && workers_per_node <= INT32_MAX, "assignment.workers_per_node", workers_per_node,
                 "1 to 2^31 - 1");

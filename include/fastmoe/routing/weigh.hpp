@@ -31,11 +31,11 @@ struct weigh_backward;
 
 namespace detail {
 
-/// Lets a policy refuse a shape that it cannot serve, by a member check(experts, k).
+/// Lets a policy refuse a shape that it cannot serve, by a member validate(experts, k).
 template <class Policy>
 void check_policy(const Policy& policy, int64_t experts, int64_t k)
 {
-    if constexpr (requires { policy.check(experts, k); }) policy.check(experts, k);
+    if constexpr (requires { policy.validate(experts, k); }) policy.validate(experts, k);
 }
 
 /// What a score policy makes of a row of logits.
