@@ -63,6 +63,13 @@ void instantiate_gates()
     gate(fm::top_k_gate<fm::sigmoid_score, fm::group_limited>{.experts = 8, .k = 2});
     gate(fm::top_k_gate<fm::sqrt_softplus_score>{.experts = 8, .k = 2});
     gate(fm::top_k_gate<fm::biased_softmax_score>{.experts = 8, .k = 2});
+    gate(fm::noisy_gate{.experts = 8, .k = 2, .importance = {0.1}, .load = {0.1}});
+    gate(fm::cosine_gate<>{.experts = 8, .k = 2, .projection_width = 16});
+    gate(fm::cosine_gate<fm::group_limited, fm::raw_scores>{.experts = 8, .k = 2, .projection_width = 16,
+                                                            .bias = fm::projection_bias::learned});
+    gate(fm::sparse_mixer_gate{.experts = 8, .k = 2, .pick = fm::mixer_pick::sampled});
+    gate(fm::gshard_gate<>{.experts = 8});
+    gate(fm::gshard_gate<fm::raw_scores>{.experts = 8});
     gate(fm::hash_gate{.experts = 8});
     gate(fm::random_gate{.experts = 8, .k = 2});
     gate(fm::expert_choice_gate{.experts = 8, .k = 2});

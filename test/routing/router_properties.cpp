@@ -14,120 +14,22 @@
 
 #include "support/compare.hpp"
 #include "support/layer_memory.hpp"
-#include "support/run_owning_gate.hpp"
+#include "support/run_router.hpp"
 
 namespace fm = fastmoe;
 using fm::int64_t;
 
 namespace {
 
-constexpr int64_t width = 5, inner = 6;
-
-/// Everything that a router is given, for some of the tokens.
-template <class Real>
-struct batch {
-    int64_t tokens, experts, k;
-    std::vector<Real> logits, x, dweights, matrix, embeddings, temperature;
-    support::gate_extras extras;
-
-    batch(support::random& rng, int64_t t, int64_t e, int64_t choices) : tokens(t), experts(e), k(choices)
-    {
-        logits = support::normal_vector<Real>(rng, t * e);
-        x = support::normal_vector<Real>(rng, t * width);
-        dweights = support::normal_vector<Real>(rng, t * k);
-        matrix = support::normal_vector<Real>(rng, std::max(e, inner) * width, 0.5);
-        embeddings = support::normal_vector<Real>(rng, e * inner);
-        temperature = {Real(1)};
-        extras = {.seed_and_step = {rng.bits(), 5}, .first_token = rng.integer(0, 1000)};
-    }
-    batch part(int64_t from, int64_t n) const
-    {
-        batch p = *this;
-        const auto cut = [&](std::vector<Real>& v, int64_t size) {
-            v.assign(v.begin() + from * size, v.begin() + (from + n) * size);
-        };
-        p.tokens = n;
-        cut(p.logits, experts);
-        cut(p.x, width);
-        cut(p.dweights, k);
-        p.extras.first_token += from;
-        return p;
-    }
-};
-
-/// What comes out: ids, and all numbers one after the other.
-template <class Real>
-struct outcome {
-    std::vector<int32_t> experts;
-    std::vector<Real> weights, numbers;
-
-    template <class... Vectors>
-    void add(const Vectors&... more)
-    {
-        (numbers.insert(numbers.end(), more.begin(), more.end()), ...);
-    }
-};
-
-/// A gate without parameters.
-template <class Real, class Executor, class Gate>
-outcome<Real> run(Executor& ex, const Gate& gate, const batch<Real>& b)
-{
-    const std::vector<std::uint8_t> open;
-    const support::gate_run r(ex, gate, b.tokens, b.logits, b.dweights, fm::gate_mode::training, open, 1.0, b.extras);
-    outcome<Real> out{r.experts, r.weights, {}};
-    out.add(r.weights, r.losses, r.dlogits);
-    return out;
-}
-
-template <class Real>
-support::owning_input<Real> input_of(const batch<Real>& b, bool logits)
-{
-    return {.tokens = b.tokens, .width = width, .x = b.x, .logits = logits ? b.logits : std::vector<Real>(),
-            .dweights = b.dweights, .extras = b.extras};
-}
-
-template <class Real, class Executor>
-outcome<Real> run(Executor& ex, const fm::noisy_gate& gate, const batch<Real>& b)
-{
-    auto own = support::upload(ex, b.matrix), gradient = support::upload(ex, b.matrix);
-    const support::owning_gate_run r(ex, gate, input_of(b, true), fm::noisy_parameters<Real>{own.matrix(b.experts, width)},
-                                     fm::noisy_parameters<Real>{gradient.matrix(b.experts, width)});
-    outcome<Real> out{r.experts, r.weights, {}};
-    out.add(r.weights, r.losses, r.dlogits, r.dx, support::download(ex, gradient.matrix(b.experts, width)));
-    return out;
-}
-
-template <class Real, class Executor, class Select, class Weigh>
-outcome<Real> run(Executor& ex, const fm::cosine_gate<Select, Weigh>& gate, const batch<Real>& b)
-{
-    struct room {
-        fm::buffer<Real, Executor> projection, embeddings, temperature;
-        fm::cosine_parameters<Real> views(int64_t experts)
-        {
-            return {projection.matrix(inner, width), {}, embeddings.matrix(experts, inner), temperature.view()};
-        }
-    };
-    const auto make = [&] {
-        return room{support::upload(ex, b.matrix), support::upload(ex, b.embeddings), support::upload(ex, b.temperature)};
-    };
-    auto own = make(), gradient = make();
-    const auto g = gradient.views(b.experts);
-    const support::owning_gate_run r(ex, gate, input_of(b, false), own.views(b.experts), g);
-    outcome<Real> out{r.experts, r.weights, {}};
-    out.add(r.weights, r.losses, r.dx, support::download(ex, g.projection), support::download(ex, g.embeddings),
-            support::download(ex, g.temperature));
-    return out;
-}
-
 enum class weights_of_token { sum_to_one, at_most_one_each };
 
 template <class Real, class Gate>
-void has_properties(const Gate& gate, const batch<Real>& b, weights_of_token sums, bool drops)
+void has_properties(const Gate& gate, const support::router_batch<Real>& b, weights_of_token sums, bool drops)
 {
     CAPTURE(b.experts);
     CAPTURE(b.k);
     fm::host_executor one({.threads = 1});
-    const auto expected = run<Real>(one, gate, b);
+    const auto expected = support::run_router<Real>(one, gate, b);
     const int64_t k = b.k;
     for (int64_t t = 0; t < b.tokens; ++t) {
         std::set<int32_t> ids;
@@ -137,27 +39,27 @@ void has_properties(const Gate& gate, const batch<Real>& b, weights_of_token sum
             REQUIRE(e >= (drops ? -1 : 0));
             REQUIRE(e < b.experts);
             if (e >= 0) REQUIRE(ids.insert(e).second);
-            if (e < 0) REQUIRE_EQ(expected.weights[c], Real(0));
-            REQUIRE(expected.weights[c] >= 0);
-            REQUIRE(expected.weights[c] <= 1 + 4 * support::roundoff<Real>);
-            sum += double(expected.weights[c]);
+            if (e < 0) REQUIRE_EQ(expected.weights()[c], Real(0));
+            REQUIRE(expected.weights()[c] >= 0);
+            REQUIRE(expected.weights()[c] <= 1 + 4 * support::roundoff<Real>);
+            sum += double(expected.weights()[c]);
         }
         if (sums == weights_of_token::sum_to_one)
             REQUIRE(std::fabs(sum - 1) <= double(2 * b.experts + 8) * support::roundoff<Real>);
     }
-    for (Real v : expected.numbers) REQUIRE(std::isfinite(v));
+    for (Real v : expected.numbers()) REQUIRE(std::isfinite(v));
     for (int threads : {2, 4}) {
         fm::host_executor ex({.threads = threads});
-        const auto again = run<Real>(ex, gate, b);
+        const auto again = support::run_router<Real>(ex, gate, b);
         REQUIRE_EQ(again.experts, expected.experts);
-        REQUIRE(support::same_bits(again.numbers, expected.numbers));
+        REQUIRE(support::same_bits(again.numbers(), expected.numbers()));
     }
     const int64_t half = b.tokens / 2;
-    const auto tail = run<Real>(one, gate, b.part(half, b.tokens - half));
+    const auto tail = support::run_router<Real>(one, gate, b.part(half, b.tokens - half));
     REQUIRE(std::equal(tail.experts.begin(), tail.experts.end(), expected.experts.begin() + half * k));
     if (k > 16 || b.experts > 512) return; // four threads a token take their time
     support::lanes lanes;
-    const auto first = run<Real>(lanes, gate, b.part(0, std::min<int64_t>(b.tokens, 2)));
+    const auto first = support::run_router<Real>(lanes, gate, b.part(0, std::min<int64_t>(b.tokens, 2)));
     REQUIRE(std::equal(first.experts.begin(), first.experts.end(), expected.experts.begin()));
 }
 
@@ -171,7 +73,7 @@ TEST_CASE_TEMPLATE("routers that draw or own parameters keep their bounds and th
     for (int64_t experts : sizes)
         for (int64_t k : {int64_t{1}, int64_t{2}, rng.integer(1, experts), experts}) {
             if (k > experts || (is_double && experts > 200 && k != 2)) continue;
-            const batch<Real> b(rng, k > 200 ? 2 : rng.integer(3, 6), experts, k);
+            const support::router_batch<Real> b(rng, k > 200 ? 2 : rng.integer(3, 6), experts, k);
             const double epsilon = rng.one_of(0.01, 0.3, 2.0);
             constexpr auto one = weights_of_token::sum_to_one, each = weights_of_token::at_most_one_each;
             fm::sparse_mixer_gate mixer{.experts = experts, .k = k, .epsilon = epsilon, .balance = {0.1}};
@@ -179,7 +81,7 @@ TEST_CASE_TEMPLATE("routers that draw or own parameters keep their bounds and th
             mixer.pick = fm::mixer_pick::sampled;
             if (k <= 64) has_properties(mixer, b, each, false);
             const fm::cosine_gate<fm::top_k, fm::raw_scores> cosine{
-                .experts = experts, .k = k, .projection_width = inner, .balance = {0.1}};
+                .experts = experts, .k = k, .projection_width = b.inner, .balance = {0.1}};
             has_properties(cosine, b, k == experts ? one : each, false);
             if (k == 1) continue; // softmax over one: refused in training
             has_properties(fm::noisy_gate{.experts = experts, .k = k, .importance = {0.1}, .load = {0.1}}, b, one, false);
@@ -191,14 +93,14 @@ TEST_CASE("routers take a batch without tokens")
 {
     FASTMOE_SEEDED(rng, 112);
     fm::host_executor ex({.threads = 2});
-    const batch<float> b(rng, 0, 4, 2);
+    const support::router_batch<float> b(rng, 0, 4, 2);
     const fm::sparse_mixer_gate mixer{.experts = 4, .k = 2, .pick = fm::mixer_pick::sampled, .balance = {1}};
-    CHECK(run<float>(ex, mixer, b).experts.empty());
-    CHECK(run<float>(ex, fm::gshard_gate<>{.experts = 4, .capacity = {.factor = 1}, .balance = {1}}, b).experts.empty());
-    for (const auto& r : {run<float>(ex, fm::noisy_gate{.experts = 4, .k = 2, .importance = {1}, .load = {1}}, b),
-                          run<float>(ex, fm::cosine_gate<>{.experts = 4, .k = 2, .projection_width = inner}, b)}) {
+    CHECK(support::run_router<float>(ex, mixer, b).experts.empty());
+    CHECK(support::run_router<float>(ex, fm::gshard_gate<>{.experts = 4, .capacity = {.factor = 1}, .balance = {1}}, b).experts.empty());
+    for (const auto& r : {support::run_router<float>(ex, fm::noisy_gate{.experts = 4, .k = 2, .importance = {1}, .load = {1}}, b),
+                          support::run_router<float>(ex, fm::cosine_gate<>{.experts = 4, .k = 2, .projection_width = b.inner}, b)}) {
         CHECK(r.experts.empty());
-        for (float v : r.numbers) CHECK_EQ(v, 0.f); // losses and the gradients of parameters
+        for (float v : r.numbers()) CHECK_EQ(v, 0.f); // losses and the gradients of parameters
     }
 }
 

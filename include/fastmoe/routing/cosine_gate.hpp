@@ -95,7 +95,7 @@ struct cosine_gate {
         const auto width = static_cast<double>(own.projection.extent(1));
         draw(own.projection, 1, detail::first_values::uniform, width > 0 ? 1 / std::sqrt(width) : 0);
         draw(own.embeddings, 2, detail::first_values::normal, 0.01);
-        if (own.bias.data_handle()) for_each(ex, own.bias.extent(0), detail::fill<T>{own.bias.data_handle(), T(0)});
+        if (pointer_or_null(own.bias)) for_each(ex, own.bias.extent(0), detail::fill<T>{own.bias.data_handle(), T(0)});
         for_each(ex, 1, detail::fill<T>{own.temperature.data_handle(), T(accumulate_t<T>(0.6931471805599453))});
     }
 
@@ -126,6 +126,7 @@ struct cosine_gate {
         expects_sane();
         const auto& s = state;
         if (!scratch.measuring()) {
+            expects_state(s);
             expects_shape(in.x, "x (T,D)", s.routing.tokens, in.x.extent(1));
             expects_parameters(own, in.x.extent(1));
             if (in.mask.extent(0) != 0) expects_shape(in.mask, "mask (T)", s.routing.tokens);
@@ -160,6 +161,7 @@ struct cosine_gate {
         expects_sane();
         const auto& s = state;
         if (!scratch.measuring()) {
+            expects_state(s);
             expects_parameters(own, in.x.extent(1));
             expects_shape(dx, "dx (T,D)", s.routing.tokens, in.x.extent(1));
         }
@@ -183,7 +185,10 @@ struct cosine_gate {
                              const parameters<G>& gradients, write_mode mode, arena& scratch) const
     {
         const auto& s = state;
-        if (!scratch.measuring()) expects_parameters(gradients, in.x.extent(1));
+        if (!scratch.measuring()) {
+            expects_state(s);
+            expects_parameters(gradients, in.x.extent(1));
+        }
         detail::with_scratch(scratch, [&](arena& memory) {
             const auto rows = memory.matrix<Real>(experts, projection_width);
             const auto slopes = memory.vector<Real>(s.routing.tokens);
@@ -212,6 +217,22 @@ struct cosine_gate {
     }
 
 private:
+    template <class Real>
+    void expects_state(const cosine_state<Real>& s) const
+    {
+        choice().expects_state(s.choice);
+        const int64_t tokens = s.choice.routing.tokens, inner = projection_width;
+        expects(s.routing.tokens == tokens, "state.routing.tokens", s.routing.tokens, "those of the choice, ", tokens);
+        expects_shape(s.tokens.rows, "state.tokens.rows (T,N)", tokens, inner);
+        expects_shape(s.tokens.inverse, "state.tokens.inverse (T)", tokens);
+        expects_shape(s.embeddings.rows, "state.embeddings.rows (E,N)", experts, inner);
+        expects_shape(s.embeddings.inverse, "state.embeddings.inverse (E)", experts);
+        expects_shape(s.logits, "state.logits (T,E)", tokens, experts);
+        expects_shape(s.sharpness, "state.sharpness (2)", 2);
+        expects_shape(s.dlogits, "state.dlogits (T,E)", tokens, experts);
+        expects_shape(s.dprojected, "state.dprojected (T,N)", tokens, inner);
+    }
+
     top_k_gate<softmax_score, Select, Weigh> choice() const
     {
         return {.experts = experts, .k = k, .scale = scale, .capacity = capacity, .balance = balance, .z = z,
@@ -231,7 +252,7 @@ private:
     {
         expects_shape(p.projection, "projection (N,D)", projection_width, width);
         if (bias == projection_bias::learned) expects_shape(p.bias, "projection bias (N)", projection_width);
-        else expects(!p.bias.data_handle(), "projection bias", "not empty", "none without projection_bias::learned");
+        else expects(!pointer_or_null(p.bias), "projection bias", "not empty", "none without projection_bias::learned");
         expects_shape(p.embeddings, "embeddings (E,N)", experts, projection_width);
         expects_shape(p.temperature, "temperature (1)", 1);
     }

@@ -109,6 +109,7 @@ struct gshard_gate {
             expects(in.first_token >= 0, "first_token", in.first_token, "zero or more");
         }
         if (!scratch.measuring()) {
+            expects_state(state);
             arena needed;
             run(ex, in, c, state, chance, needed);
             scratch.require(needed.bytes());
@@ -125,6 +126,7 @@ struct gshard_gate {
                   matrix_view<Real> dlogits, arena& scratch) const
     {
         expects_sane();
+        if (!scratch.measuring()) expects_state(state);
         choice().backward(ex, in, c, state, dweights, loss_scale, dlogits, scratch);
     }
 
@@ -138,6 +140,14 @@ struct gshard_gate {
     }
 
 private:
+    template <class Real>
+    void expects_state(const top_k_state<Real>& s) const
+    {
+        choice().expects_state(s);
+        expects(s.routing.tokens == 0 || s.chosen.data_handle() != s.routing.experts.data_handle(), "state.chosen",
+                "state.routing.experts", "memory of its own");
+    }
+
     top_k_gate<softmax_score, top_k, Weigh> choice() const
     {
         top_k_gate<softmax_score, top_k, Weigh> gate{
@@ -164,7 +174,7 @@ private:
                                                           {in.random, random_stream::choice},
                                                           in.first_token},
                          {.width = Weigh::over_chosen ? 16 : 8 * experts});
-        if (later) apply_capacity(ex, bounded.capacity, state.routing, scratch);
+        if (later) apply_capacity(ex, bounded.capacity, state.routing, c, scratch);
     }
 };
 

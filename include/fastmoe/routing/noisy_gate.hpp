@@ -110,6 +110,7 @@ struct noisy_gate {
         expects_sane();
         const bool training = in.mode == gate_mode::training;
         if (!scratch.measuring()) {
+            expects_state(state);
             detail::expects_gate_input(in, state.routing.tokens, experts);
             if (training) {
                 expects_shape(in.x, "x (T,D)", state.routing.tokens, in.x.extent(1));
@@ -135,7 +136,7 @@ struct noisy_gate {
             if (training && importance.coefficient != 0)
                 importance_loss_forward(ex, state.routing, importance, c, state.importance, memory);
             if (training && load.coefficient != 0) take_load(ex, in, c, state, memory);
-            apply_capacity(ex, capacity, state.routing, memory);
+            apply_capacity(ex, capacity, state.routing, c, memory);
         });
     }
 
@@ -151,6 +152,7 @@ struct noisy_gate {
     {
         expects_sane();
         if (!scratch.measuring()) {
+            expects_state(state);
             expects_shape(own.noise, "noise matrix (E,D)", experts, in.x.extent(1));
             expects_shape(dx, "dx (T,D)", state.routing.tokens, in.x.extent(1));
         }
@@ -174,8 +176,10 @@ struct noisy_gate {
     void parameter_gradients(Executor& ex, const gate_input<T>& in, const noisy_state<Real>& state,
                              const parameters<G>& gradients, write_mode mode, arena& scratch) const
     {
-        if (!scratch.measuring())
+        if (!scratch.measuring()) {
+            expects_state(state);
             expects_shape(gradients.noise, "gradient of the noise matrix (E,D)", experts, in.x.extent(1));
+        }
         project_weights_backward(ex, state.dnoise, in.x, gradients.noise, {}, mode, scratch);
     }
 
@@ -188,6 +192,21 @@ struct noisy_gate {
     }
 
 private:
+    template <class Real>
+    void expects_state(const noisy_state<Real>& s) const
+    {
+        choice().expects_state(s.choice);
+        const int64_t tokens = s.choice.routing.tokens;
+        expects(s.routing.tokens == tokens, "state.routing.tokens", s.routing.tokens, "those of the choice, ", tokens);
+        expects_shape(s.losses, "state.losses (4)", 4);
+        expects_shape(s.importance.slopes, "state.importance.slopes (E)", experts);
+        expects_shape(s.load.slopes, "state.load.slopes (E)", experts);
+        expects_shape(s.raw, "state.raw (T,E)", tokens, experts);
+        expects_shape(s.draws, "state.draws (T,E)", tokens, experts);
+        expects_shape(s.noisy, "state.noisy (T,E)", tokens, experts);
+        expects_shape(s.dnoise, "state.dnoise (T,E)", tokens, experts);
+    }
+
     top_k_gate<> choice() const
     {
         return {.experts = experts, .k = k, .scale = scale, .capacity = capacity, .balance = balance, .z = z};

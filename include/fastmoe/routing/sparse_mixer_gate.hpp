@@ -46,7 +46,7 @@ struct sparse_mixer_gate {
     template <class Real>
     top_k_state<Real> reserve(arena& memory, int64_t tokens) const
     {
-        expects_sane();
+        expects_room<Real>();
         return rest().template reserve<Real>(memory, tokens);
     }
 
@@ -57,10 +57,10 @@ struct sparse_mixer_gate {
     void route(Executor& ex, const gate_input<T>& in, const Communicator& c, const top_k_state<Real>& state,
                arena& scratch) const
     {
-        expects_sane();
+        expects_room<Real>();
         if (!scratch.measuring()) {
+            rest().expects_state(state);
             detail::expects_gate_input(in, state.routing.tokens, experts);
-            detail::expects_routing(state.routing);
             arena needed;
             rest().finish(ex, in, c, state, needed);
             scratch.require(needed.bytes());
@@ -79,6 +79,7 @@ struct sparse_mixer_gate {
     {
         expects_sane();
         if (scratch.measuring()) return;
+        rest().expects_state(state);
         detail::expects_gate_input(in, state.routing.tokens, experts);
         expects_shape(dweights, "dweights (T*K)", state.routing.choices());
         expects_shape(dlogits, "dlogits (T,E)", state.routing.tokens, experts);
@@ -99,6 +100,17 @@ struct sparse_mixer_gate {
     }
 
 private:
+    /// expects_sane(), and that a team has room for every row of both forms.
+    template <class Real>
+    void expects_room() const
+    {
+        expects_sane();
+        detail::expects_team_room(top_k::scratch_bytes<Real>(experts, k), "experts", experts);
+        detail::expects_team_room(detail::mixer_row_backward<Real>::scratch_bytes(experts, k), "experts", experts);
+        if (pick == mixer_pick::sampled)
+            detail::expects_team_room(detail::mixer_sample<Real>::scratch_bytes(experts), "experts", experts);
+    }
+
     top_k_gate<softmax_score, top_k, raw_scores> rest() const
     {
         return {.experts = experts, .k = k, .capacity = capacity, .balance = balance, .z = z};
@@ -125,11 +137,11 @@ private:
             expects(in.first_token >= 0, "first_token", in.first_token, "zero or more");
             using row = detail::mixer_sample<Real>;
             for_each_row(ex, tokens,
-                         row{in.logits, in.mask.data_handle(), ids, {in.random, random_stream::choice}, k, in.first_token,
+                         row{in.logits, pointer_or_null(in.mask), ids, {in.random, random_stream::choice}, k, in.first_token,
                              reach<Real>()},
                          {.width = 16 * k * experts, .scratch_bytes = row::scratch_bytes(experts)});
         } else {
-            for_each_row(ex, tokens, detail::mixer_choose<Real>{in.logits, in.mask.data_handle(), ids, k},
+            for_each_row(ex, tokens, detail::mixer_choose<Real>{in.logits, pointer_or_null(in.mask), ids, k},
                          {.width = 2 * experts, .scratch_bytes = top_k::scratch_bytes<Real>(experts, k)});
         }
         for_each_row(ex, tokens,

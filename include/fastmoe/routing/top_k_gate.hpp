@@ -211,8 +211,8 @@ struct top_k_gate {
         detail::check_policy(weigh, experts, k);
     }
 
-private:
-    /// The state of another gate would be written, or read, out of bounds.
+    /// Refuses the state of another gate, which would be written, or read, out of bounds.
+    /// @throws invalid_argument that names what does not fit
     template <class Real>
     void expects_state(const top_k_state<Real>& s) const
     {
@@ -230,6 +230,7 @@ private:
                 "state.chosen", "state.routing.experts", "memory of its own for a gate with capacity");
     }
 
+private:
     /// expects_sane(), and that a team has room to choose and to weigh.
     template <class Real>
     void expects_room() const
