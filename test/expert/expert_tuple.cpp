@@ -1,125 +1,84 @@
 // SPDX-FileCopyrightText: The FastMoE authors
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-/// Experts that apply the routing weights beside experts that do not, in one layer.
+/// Several types of experts in one layer: those that apply the routing weights, and those that do not, beside each other.
 #include <doctest/doctest.h>
 
-#include "support/compare.hpp"
-#include "support/mlp_memory.hpp"
+#include "support/compare_layer.hpp"
+#include "support/layer_step.hpp"
 
 using namespace fastmoe;
-namespace oracle = support::reference;
+using compare_layer::check;
+using compare_layer::run;
 
 namespace {
 
-template <class T, class Executor>
-struct linear_memory {
-    std::int64_t experts, width;
-    buffer<T, Executor> weight, bias;
+constexpr int64_t width = 9;
 
-    linear_memory(Executor& ex, const std::vector<oracle::expert>& from, bool poison)
-        : experts(static_cast<std::int64_t>(from.size())), width(from[0].width),
-          weight(support::upload(ex, support::narrowed<T>(oracle::stacked(from, &oracle::expert::down)))),
-          bias(support::upload(ex, support::narrowed<T>(oracle::stacked(from, &oracle::expert::down_bias))))
-    {
-        if (poison) support::poison(weight.view()), support::poison(bias.view());
-    }
-    linear_weights<T> views()
-    {
-        return {stacked(tensor_view<T, 3>(weight.data(), experts, width, width)), bias.matrix(experts, width)};
-    }
-};
+mlp<gelu> plain(weigh_at weigh, int64_t hidden)
+{
+    return {.width = width, .hidden = hidden, .biases = true, .weigh = weigh};
+}
+mlp<swiglu> gated(weigh_at weigh, int64_t hidden)
+{
+    return {.width = width, .hidden = hidden, .biases = true, .weigh = weigh, .layout = gated_layout::interleaved};
+}
+/// Three kinds of mlp, two of them of one type.
+auto three_mlps(weigh_at weigh = weigh_at::output)
+{
+    return expert_tuple(several{gated(weigh, 5), 2}, several{plain(weigh, 11), 3}, several{gated(weigh, 3), 1});
+}
+/// Linear experts on either side of an mlp.
+auto linear_and_mlp(weigh_at weigh = weigh_at::output)
+{
+    const linear<> one{.width = width, .biases = true};
+    return expert_tuple(several{one, 2}, several{plain(weigh, 5), 3}, several{one, 1});
+}
+static_assert(decltype(linear_and_mlp())::applies_weights);
 
-/// What expert_tuple would give for three types, and their weights and gradients.
-template <class Cell>
-struct three_types {
-    using T = typename Cell::type;
-    using Executor = typename Cell::executor;
-    static constexpr int64_t tokens = 40, width = 9, hidden = 5;
-
-    std::vector<oracle::expert> a, b, c; // linear, mlp, linear
-    linear_memory<T, Executor> wa, wc, ga, gc;
-    support::mlp_memory<T, Executor> wb, gb;
-
-    three_types(Executor& ex, support::random& r)
-        : a(support::random_experts<T>(r, 2, oracle::expert_kind::linear, oracle::activation::relu, width, width, true)),
-          b(support::random_experts<T>(r, 3, oracle::expert_kind::mlp, oracle::activation::gelu, width, hidden, true)),
-          c(support::random_experts<T>(r, 1, oracle::expert_kind::linear, oracle::activation::relu, width, width, true)),
-          wa(ex, a, false), wc(ex, c, false), ga(ex, a, true), gc(ex, c, true), wb(ex, b, {}, false), gb(ex, b, {}, true)
-    {
-    }
-    static auto tuple(weigh_at weigh = weigh_at::output)
-    {
-        const linear<> one{.width = width, .biases = true};
-        return expert_tuple(several{one, 2}, several{mlp<gelu>{.width = width, .hidden = hidden, .biases = true, .weigh = weigh}, 3},
-                            several{one, 1});
-    }
-};
+const top_k_gate<> gate{.experts = 6, .k = 3};
 
 } // namespace
 
-TEST_CASE_TEMPLATE("linear experts on either side of an mlp give the oracle's values and gradients", Cell, FASTMOE_CELLS)
+TEST_CASE_TEMPLATE("mlps of different types behind one gate give the oracle's values and gradients", Cell, FASTMOE_COLUMN(host_executor),
+                   support::cell<support::lanes, float>)
 {
-    using T = typename Cell::type;
-    FASTMOE_SEEDED(r, 91);
-    FASTMOE_EXECUTOR(ex, Cell);
-    three_types<Cell> t(ex, r);
-    const int64_t tokens = t.tokens, width = t.width;
-    using expert_type = decltype(t.tuple());
-    static_assert(expert_type::applies_weights);
-    const moe_layer layer{top_k_gate<>{.experts = 6, .k = 3}, t.tuple(), self{}};
-    oracle::model m{width, {}, {}, t.a, {}, oracle::weight_at::output};
-    m.experts.insert(m.experts.end(), t.b.begin(), t.b.end());
-    m.experts.insert(m.experts.end(), t.c.begin(), t.c.end());
-    auto gate = support::upload(ex, support::narrowed<T>(r.normals(6 * width)));
-    m.gate = support::widened(gate.view());
-    support::guarded<T> dgate(6, width), x(tokens, width), y(tokens, width), again(tokens, width), dy(tokens, width), dx(tokens, width);
-    const auto xs = support::fill_normal(r, x.view()), dys = support::fill_normal(r, dy.view());
-    const moe_weights<T, expert_type> w{gate.matrix(6, width), {}, {t.wa.views(), {t.wb.views(), t.wc.views()}}};
-    const moe_weights<T, expert_type> g{dgate.view(), {}, {t.ga.views(), {t.gb.views(), t.gc.views()}}};
+    FASTMOE_SEEDED(r, 53);
+    for (const auto weigh : {weigh_at::output, weigh_at::activation, weigh_at::input}) {
+        check(run<Cell>(r, gate, three_mlps(weigh), {.tokens = 40}));
+        check(run<Cell, accumulate_t<typename Cell::type>>(r, gate, three_mlps(weigh),
+                                                           {.tokens = 9, .masked = true, .gradients = write_mode::accumulate}));
+    }
+    check(run<Cell>(r, gate, three_mlps(), {.tokens = 0}));
+    check(run<Cell>(r, gate, three_mlps(), {.tokens = 20, .crowded = true})); // a whole type without a token
+}
 
-    support::workspace kept(ex, layer.template forward_bytes<T>(ex, tokens, width));
-    support::workspace lent(ex, layer.template backward_bytes<T>(ex, tokens, width));
-    const auto saved = layer.forward(ex, x.view(), w, y.view(), kept.arena());
-    layer.infer(ex, x.view(), w, again.view());
-    layer.backward(ex, saved, dy.view(), w, dx.view(), g, lent.arena());
-    ex.synchronize();
-    const auto ids = support::download(ex, saved.routing().experts);
-    const std::vector<int> fixed(ids.begin(), ids.end());
-    const oracle::options o{.k = 3};
-    const auto out = oracle::forward(m, o, xs, tokens, &fixed);
-    const auto back = oracle::backward(m, o, xs, tokens, out, dys);
-    const support::tolerance bound{.length = 300, .roundings = 8, .magnitude = 60};
-    CHECK(support::close(y.view(), out.y, bound));
-    CHECK(support::same_bits(support::download(ex, again.view()), support::download(ex, y.view())));
-    CHECK(support::close(dx.view(), back.x, bound));
-    CHECK(support::close(dgate.view(), back.gate, {.length = 400, .roundings = 8, .magnitude = 300}));
-    const auto part = [&](int64_t first, int64_t count, auto member) {
-        const std::vector<oracle::expert> of(back.experts.begin() + first, back.experts.begin() + first + count);
-        return oracle::stacked(of, member);
-    };
-    CHECK(support::close(t.ga.weight.view(), part(0, 2, &oracle::expert::down), bound));
-    CHECK(support::close(t.ga.bias.view(), part(0, 2, &oracle::expert::down_bias), bound));
-    CHECK(support::close(support::narrowed<T>(t.gb.up()), part(2, 3, &oracle::expert::up), bound));
-    CHECK(support::close(support::narrowed<T>(t.gb.down()), part(2, 3, &oracle::expert::down), bound));
-    CHECK(support::close(support::narrowed<T>(t.gb.down_bias()), part(2, 3, &oracle::expert::down_bias), bound));
-    CHECK(support::close(t.gc.weight.view(), part(5, 1, &oracle::expert::down), bound));
-    CHECK(support::close(t.gc.bias.view(), part(5, 1, &oracle::expert::down_bias), bound));
-    CHECK(y.damage() + dx.damage() == "");
+TEST_CASE_TEMPLATE("linear experts on either side of an mlp give the oracle's values and gradients", Cell, FASTMOE_COLUMN(host_executor),
+                   support::cell<support::lanes, float>)
+{
+    FASTMOE_SEEDED(r, 91);
+    check(run<Cell>(r, gate, linear_and_mlp(), {.tokens = 40}));
+    check(run<Cell>(r, gate, linear_and_mlp(), {.tokens = 20, .crowded = true}));
+    check(run<Cell, accumulate_t<typename Cell::type>>(r, gate, linear_and_mlp(),
+                                                       {.tokens = 9, .masked = true, .gradients = write_mode::accumulate}));
 }
 
 TEST_CASE("a linear expert beside an mlp that applies the weights elsewhere than on the output is refused")
 {
-    using types = three_types<support::cell<host_executor, float>>;
     host_executor ex({.threads = 1});
     support::random r(92);
-    types t(ex, r);
-    const moe_layer layer{top_k_gate<>{.experts = 6, .k = 2}, types::tuple(weigh_at::activation), self{}};
+    const moe_layer layer{gate, linear_and_mlp(weigh_at::activation), self{}};
     const auto w = random_weights<float>(ex, layer, 1);
-    support::guarded<float> x(3, types::width), y(3, types::width);
+    support::guarded<float> x(3, width), y(3, width);
     support::fill_normal(r, x.view());
     const auto text = support::message_of<invalid_argument>([&] { layer.infer(ex, x.view(), w.view(), y.view()); });
     CHECK_MESSAGE(support::has(text, "weighs_output() of the first expert is "), text);
-    CHECK_EQ(support::poisoned(y.view()), 3 * types::width);
+    CHECK_EQ(support::poisoned(y.view()), 3 * width);
+}
+
+TEST_CASE_TEMPLATE("a layer of several types takes the memory that it says, and with the caller's workspace none", T, float, bfloat16)
+{
+    support::check_memory<T>(three_mlps(), 6);
+    support::check_memory<T>(linear_and_mlp(), 6);
 }
 
 TEST_CASE("a pair keeps what its types keep, each for all slots, and the outputs of those that apply no weights")
@@ -128,4 +87,6 @@ TEST_CASE("a pair keeps what its types keep, each for all slots, and the outputs
     arena all;
     pair.reserve_saved<float>(all, 512);
     CHECK_EQ(all.bytes(), 512 * (64 + 128) * 4);
+    const moe_layer layer{top_k_gate<>{.experts = 4, .k = 2}, pair, self{}};
+    CHECK_EQ(layer.saved_bytes<float>(256, 64), support::routing_bytes<float>(layer.gate, 256) + all.bytes());
 }

@@ -7,7 +7,7 @@
 
 #include <fastmoe/layer/gated_shared_expert.hpp>
 
-#include "support/compare.hpp"
+#include "support/expected_expert.hpp"
 #include "support/expert_weights.hpp"
 #include "support/finite_difference.hpp"
 #include "support/poison.hpp"
@@ -31,6 +31,37 @@ oracle::numbers gated(const oracle::expert& e, oracle::weight_at where, const or
     }
     return y;
 }
+
+/// The same with every rounding that the class documents, forward and backward, added to what y and dx held.
+template <class T>
+struct expected_gated {
+    using real = accumulate_t<T>;
+    using number = support::bounded<real>;
+    std::vector<number> y, dx;
+    std::vector<support::bounded_sum<real>> gate;
+    support::expected_gradients<T> gradients;
+
+    expected_gated(const oracle::expert& e, oracle::weight_at where, const oracle::numbers& g, const oracle::numbers& x,
+                   const oracle::numbers& dy, const oracle::numbers& before, const oracle::numbers& dx_before)
+        : gate(g.size()), gradients(e)
+    {
+        for (int64_t t = 0; t * e.width < int64_t(x.size()); ++t) {
+            const auto row = oracle::row_of(x, t, e.width);
+            support::bounded_sum<real> dot;
+            for (int64_t d = 0; d < e.width; ++d) dot.add(row[d], g[d]);
+            const number weight = number(1) / (number(1) + exponential(number(0) - dot.total()));
+            support::expected_row<T> one(e, where, row, weight);
+            one.backward(oracle::row_of(dy, t, e.width), gradients);
+            const number dlogit = one.dweight * (weight * (number(1) - weight));
+            for (int64_t d = 0; d < e.width; ++d) {
+                const int64_t at = t * e.width + d;
+                y.push_back(number(before[at]) + (where == oracle::weight_at::output ? weight * one.result[d] : one.result[d]));
+                dx.push_back(support::stored<T>(number(dx_before[at]) + one.dx[d]) + dlogit * number(g[d]));
+                gate[d].add(dlogit, row[d]);
+            }
+        }
+    }
+};
 
 } // namespace
 
@@ -77,15 +108,31 @@ TEST_CASE_TEMPLATE("a gated shared expert adds sigmoid(x g) times the expert, an
             for (std::size_t i = 0; i < out.size(); ++i) sum += out[i] * dys[i];
             return sum;
         };
-        // The differences themselves are good to 1e-10 or so.
-        const support::tolerance bound{.length = std::is_same_v<T, double> ? 5e4 : 200, .roundings = 8, .magnitude = 20};
-        CHECK(support::close(y.view(), plus(gated(model[0], where, gate_values, xs), before), bound));
+        const expected_gated<T> expected(model[0], where, gate_values, xs, dys, before, dx_before);
+        using sums = support::expected_gradients<T>;
+        using members = std::pair<oracle::numbers oracle::expert::*, typename sums::sums sums::*>;
+        const members all[] = {{&oracle::expert::up, &sums::up}, {&oracle::expert::down, &sums::down},
+                               {&oracle::expert::up_bias, &sums::up_bias}, {&oracle::expert::down_bias, &sums::down_bias}};
+        CHECK(support::within(y.view(), expected.y));
         CHECK(support::same_bits(support::download(ex, again.view()), support::download(ex, y.view())));
+        CHECK(support::within(dx.view(), expected.dx));
+        CHECK(support::within(dgate.view(), totals(expected.gate)));
+        for (const auto& [member, of] : all)
+            CHECK(support::within(support::narrowed<T>(g.read(member)), totals(expected.gradients.*of)));
+
+        if (!std::is_same_v<T, double>) continue; // the expectation itself, by differences that are good to 1e-10 or so
+        const support::tolerance bound{.length = 5e4, .magnitude = 20};
         const auto slope = [&](oracle::numbers& at) { return support::finite_difference(value, at); };
-        CHECK(support::close(dx.view(), plus(slope(xs), dx_before), bound));
-        CHECK(support::close(dgate.view(), slope(gate_values), bound));
-        for (auto member : {&oracle::expert::up, &oracle::expert::down, &oracle::expert::up_bias, &oracle::expert::down_bias})
-            CHECK(support::close(support::narrowed<T>(g.read(member)), slope(model[0].*member), bound));
+        const auto values = [](const auto& numbers) {
+            std::vector<double> out;
+            for (const auto& n : numbers) out.push_back(n.value);
+            return out;
+        };
+        CHECK(support::close(values(expected.y), plus(gated(model[0], where, gate_values, xs), before), bound));
+        CHECK(support::close(values(expected.dx), plus(slope(xs), dx_before), bound));
+        CHECK(support::close(values(totals(expected.gate)), slope(gate_values), bound));
+        for (const auto& [member, of] : all)
+            CHECK(support::close(values(totals(expected.gradients.*of)), slope(model[0].*member), bound));
     }
 }
 

@@ -1,11 +1,9 @@
 // SPDX-FileCopyrightText: The FastMoE authors
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-/// Experts other than an mlp: a user's own, linear ones, several types behind one gate, one that all tokens share.
+/// Experts other than an mlp: a user's own, linear ones, one that all tokens share.
 #include <doctest/doctest.h>
 
-#include "support/allocations.hpp"
 #include "support/compare_layer.hpp"
-#include "support/counting_memory.hpp"
 #include "support/layer_step.hpp"
 
 using namespace fastmoe;
@@ -163,7 +161,7 @@ private:
     scale_weights<T> views_;
 };
 
-TEST_CASE_TEMPLATE("a user's expert makes a layer that trains", Cell, FASTMOE_CELLS)
+TEST_CASE_TEMPLATE("a user's expert makes a layer that trains", Cell, FASTMOE_COLUMN(host_executor), support::cell<support::lanes, float>)
 {
     using T = typename Cell::type;
     FASTMOE_SEEDED(r, 51);
@@ -193,34 +191,8 @@ TEST_CASE_TEMPLATE("linear experts give the oracle's values and gradients in eve
 TEST_CASE("linear experts give the oracle's values and gradients on lanes")
 {
     FASTMOE_SEEDED(r, 56);
-    using cell = support::cell<support::lanes, bfloat16>;
+    using cell = support::cell<support::lanes, float>;
     check(run<cell>(r, gate_type{.experts = 5, .k = 2}, linear<>{.width = 12, .biases = true}, {.tokens = 11}));
-}
-
-namespace {
-
-/// Three types of experts, two of which differ in width alone.
-auto three_types(int64_t width, weigh_at weigh = weigh_at::output)
-{
-    return expert_tuple(several{mlp<swiglu>{.width = width, .hidden = 5, .biases = true, .weigh = weigh}, 2},
-                        several{mlp<gelu>{.width = width, .hidden = 11, .biases = true, .weigh = weigh}, 3},
-                        several{mlp<swiglu>{.width = width, .hidden = 3, .biases = true, .weigh = weigh, .layout = gated_layout::interleaved}, 1});
-}
-
-} // namespace
-
-TEST_CASE_TEMPLATE("experts of different types behind one gate give the oracle's values and gradients", Cell,
-                   FASTMOE_COLUMN(host_executor), support::cell<support::lanes, float>)
-{
-    using T = typename Cell::type;
-    FASTMOE_SEEDED(r, 53);
-    const gate_type gate{.experts = 6, .k = 3};
-    for (const auto weigh : {weigh_at::output, weigh_at::activation, weigh_at::input}) {
-        check(run<Cell>(r, gate, three_types(7, weigh), {.tokens = 40}));
-        check(run<Cell, accumulate_t<T>>(r, gate, three_types(7, weigh), {.tokens = 9, .masked = true, .gradients = write_mode::accumulate}));
-    }
-    check(run<Cell>(r, gate, three_types(7), {.tokens = 0}));
-    check(run<Cell>(r, gate, three_types(7), {.tokens = 20, .crowded = true})); // whole types without a token
 }
 
 namespace {
@@ -288,7 +260,7 @@ void check_shared_expert(support::random& r, const Expert& shared, write_mode mo
     using T = typename Cell::type;
     auto ex = Cell::make();
     shared_beside<T, G, Expert, typename Cell::executor> beside(ex, r, shared, mode);
-    const auto out = run<Cell>(r, gate_type{.experts = 4, .k = 2}, mlp<swiglu>{.width = 10, .hidden = 7, .biases = true}, {.tokens = 19}, beside);
+    const auto out = run<Cell>(r, gate_type{.experts = 4, .k = 2}, linear<>{.width = 10, .biases = true}, {.tokens = 19}, beside);
     check(out);
     beside.check_gradients(out.shared);
 }
@@ -308,30 +280,12 @@ TEST_CASE_TEMPLATE("a shared expert adds its output to y and its gradient to dx"
     check_shared_expert<Cell, real>(r, plain, write_mode::accumulate);
 }
 
-namespace {
-
-/// What a layer keeps besides what its expert declares.
-template <class T>
-int64_t routing_bytes(const gate_type& gate, int64_t tokens)
-{
-    arena rest;
-    rest.matrix<accumulate_t<T>>(tokens, gate.experts);
-    gate.reserve<accumulate_t<T>>(rest, tokens);
-    reserve_plan(rest, tokens, tokens * gate.k, gate.experts);
-    return rest.bytes();
-}
-
-} // namespace
-
 TEST_CASE("what is saved for each kind of expert is what it declares, and Y where it does not apply the weights, to the byte")
 {
     const gate_type gate{.experts = 6, .k = 2};
-    const int64_t tokens = 512, slots = 1024, width = 64, rest = routing_bytes<float>(gate, tokens), y = slots * width * 4;
+    const int64_t tokens = 512, slots = 1024, width = 64, rest = support::routing_bytes<float>(gate, tokens), y = slots * width * 4;
     CHECK(moe_layer{gate, linear<>{.width = width}, self{}}.saved_bytes<float>(tokens, width) == rest + y);
     CHECK(moe_layer{gate, scale_expert{width}, self{}}.saved_bytes<float>(tokens, width) == rest + y);
-    const auto types = three_types(width); // each keeps the pre-activation for as many rows as all of them could get
-    const int64_t pre = slots * (2 * 5 + 11 + 2 * 3) * 4;
-    CHECK(moe_layer{gate, types, self{}}.saved_bytes<float>(tokens, width) == rest + pre);
 
     host_executor ex({.threads = 1});
     const mlp<swiglu> expert{.width = width, .hidden = 32};
@@ -345,43 +299,10 @@ TEST_CASE("what is saved for each kind of expert is what it declares, and Y wher
     CHECK(kept.bytes() > kept.used()); // the rows and the activation were lent
 }
 
-namespace {
-
-/// Without a workspace, what forward holds afterwards is what saved_bytes says, and what it took on the way forward_bytes.
-template <class T, class Expert>
-void check_memory(const Expert& expert, int64_t experts)
+TEST_CASE_TEMPLATE("layers of linear and of a user's experts take the memory that they say, and with the caller's none", T, float, bfloat16)
 {
-    const moe_layer layer{gate_type{.experts = experts, .k = 2}, expert, self{}};
-    using layer_type = std::remove_const_t<decltype(layer)>;
-    support::counting_memory memory;
-    host_executor ex({.threads = 2, .memory = &memory});
-    support::layer_step<T, layer_type> m(ex, layer, 70, 57);
-    const int64_t others = memory.live(), width = expert.model_width();
-    memory.reset();
-    {
-        const auto saved = m.forward(ex);
-        CHECK(memory.live() - others == layer.template saved_bytes<T>(70, width));
-        CHECK(memory.peak() - others == layer.template forward_bytes<T>(ex, 70, width));
-    }
-    CHECK(memory.live() == others);
-    support::layer_calls<T, layer_type> calls(ex, m);
-    calls();
-    memory.reset();
-    const support::allocations before;
-    calls();
-    CHECK(before.since() == 0);
-    CHECK(before.mallocs() == 0);
-    CHECK(memory.calls() == 0);
-}
-
-} // namespace
-
-TEST_CASE_TEMPLATE("layers of linear, of a user's and of several types of experts take the memory that they say, and with the caller's none",
-                   T, float, bfloat16)
-{
-    check_memory<T>(linear<>{.width = 24, .biases = true}, 4);
-    check_memory<T>(scale_expert{24}, 4);
-    check_memory<T>(three_types(24), 6);
+    support::check_memory<T>(linear<>{.width = 24, .biases = true}, 4);
+    support::check_memory<T>(scale_expert{24}, 4);
 }
 
 TEST_CASE_TEMPLATE("a shared expert allocates nothing", T, float, bfloat16)

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The FastMoE authors
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// A training step of a layer on the host with memory for all that it reads and writes: for what must hold whatever the
-/// values are (bits, threads, memory). Gradients are kept in accumulate_t.
+/// values are (bits, threads, memory). Gradients are kept in accumulate_t. It counts allocations: see allocations.hpp.
 #pragma once
 
 #include <atomic>
@@ -10,7 +10,9 @@
 
 #include <doctest/doctest.h>
 
+#include "allocations.hpp"
 #include "compare.hpp"
+#include "counting_memory.hpp"
 #include "layer_memory.hpp"
 
 namespace support {
@@ -151,5 +153,44 @@ private:
     layer_step<T, Layer>& m_;
     workspace<fastmoe::host_executor> forward_, backward_, input_, weights_, infer_;
 };
+
+/// What a layer keeps besides what its expert declares: logits, routing and plan.
+template <class T, class Gate>
+std::int64_t routing_bytes(const Gate& gate, std::int64_t tokens)
+{
+    fastmoe::arena rest;
+    rest.matrix<fastmoe::accumulate_t<T>>(tokens, gate.experts);
+    gate.template reserve<fastmoe::accumulate_t<T>>(rest, tokens);
+    reserve_plan(rest, tokens, tokens * gate.k, gate.experts);
+    return rest.bytes();
+}
+
+/// Without a workspace, what forward holds afterwards is what saved_bytes says, and what it took on the way forward_bytes;
+/// with the caller's workspaces no pass takes anything.
+template <class T, class Expert>
+void check_memory(const Expert& expert, std::int64_t experts)
+{
+    const fastmoe::moe_layer layer{fastmoe::top_k_gate<>{.experts = experts, .k = 2}, expert, fastmoe::self{}};
+    using layer_type = std::remove_const_t<decltype(layer)>;
+    counting_memory memory;
+    fastmoe::host_executor ex({.threads = 2, .memory = &memory});
+    layer_step<T, layer_type> m(ex, layer, 70, 57);
+    const std::int64_t others = memory.live(), width = expert.model_width();
+    memory.reset();
+    {
+        const auto saved = m.forward(ex);
+        CHECK(memory.live() - others == layer.template saved_bytes<T>(70, width));
+        CHECK(memory.peak() - others == layer.template forward_bytes<T>(ex, 70, width));
+    }
+    CHECK(memory.live() == others);
+    layer_calls<T, layer_type> calls(ex, m);
+    calls();
+    memory.reset();
+    const allocations before;
+    calls();
+    CHECK(before.since() == 0);
+    CHECK(before.mallocs() == 0);
+    CHECK(memory.calls() == 0);
+}
 
 } // namespace support
