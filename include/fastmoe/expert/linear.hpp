@@ -70,7 +70,8 @@ struct linear {
     {
         const bool given = role == weight_role::weights;
         expects(columns == width, "x (T,D)", columns, "linear.width = ", width, " columns");
-        detail::expects_weights(w.weight, given ? "weights.weight (E,D,D)" : "gradients.weight (E,D,D)", experts, width, width);
+        detail::expects_weights(w.weight, given ? "weights.weight (E,D,D)" : "gradients.weight (E,D,D)", experts, width,
+                                width);
         if (w.bias.data_handle())
             expects_shape(w.bias, given ? "weights.bias (E,D)" : "gradients.bias (E,D)", experts, width);
     }
@@ -118,7 +119,8 @@ struct linear {
     void weight_gradients(Executor& ex, const expert_input<T>& in, const nothing_saved&, const indexed_rows<T>& dy,
                           const nothing_saved&, const linear_weights<G>& gradients, write_mode mode, arena& scratch) const
     {
-        static_assert(multiplies_weight_gradients<Gemm, Executor, T>, "the GEMM lacks what an expert asks; see grouped_gemm.hpp");
+        static_assert(multiplies_weight_gradients<Gemm, Executor, T>,
+                      "the GEMM lacks what an expert asks; see grouped_gemm.hpp");
         if (!scratch.measuring()) {
             detail::expects_expert_input(in, width);
             detail::expects_expert_gradient(dy, in.groups.slots, width);

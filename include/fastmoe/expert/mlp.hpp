@@ -288,7 +288,8 @@ struct mlp {
                           arena& scratch) const
     {
         using real = accumulate_t<T>;
-        static_assert(multiplies_weight_gradients<Gemm, Executor, T>, "the GEMM lacks what an expert asks; see grouped_gemm.hpp");
+        static_assert(multiplies_weight_gradients<Gemm, Executor, T>,
+                      "the GEMM lacks what an expert asks; see grouped_gemm.hpp");
         if (!scratch.measuring()) {
             detail::expects_expert_input(in, width);
             expects_gradient(in, dy, pending);

@@ -127,8 +127,8 @@ struct weighed_rows {
     }
     template <class Executor, class T, class Saved, class Pending>
     void backward(Executor& ex, const expert_input<T>& in, const weights<const T>& w, const Saved& saved,
-                  const indexed_rows<T>& dy, const Pending& pending, matrix_view<T> dx, vector_view<accumulate_t<T>> dweights,
-                  arena& scratch) const
+                  const indexed_rows<T>& dy, const Pending& pending, matrix_view<T> dx,
+                  vector_view<accumulate_t<T>> dweights, arena& scratch) const
     {
         if (!scratch.measuring())
             for_each_row(ex, pending.rows.extent(0),

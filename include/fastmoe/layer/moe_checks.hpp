@@ -60,7 +60,8 @@ void expects_learning(const Gate&, const Expert& expert)
 {
     if constexpr (!Expert::applies_weights && (gate_reads_logits<Gate> || owns_parameters<Gate>))
         expects(expert.weighs_output(), "expert.weighs_output()", "false",
-                "true: an expert that does not apply the routing weights leaves them to combine(), or the gate learns nothing");
+                "true: an expert that does not apply the routing weights leaves them to combine(), or the gate learns ",
+                "nothing");
 }
 
 /// What forward kept is of this layer, and the gradients that go in and out fit it. dx may be dy, not x.
@@ -68,8 +69,8 @@ template <class T, class Layer, class Parts, class Weights>
 void expects_backward(const Layer& layer, const Parts& kept, matrix_view<const T> dy, const Weights& w, matrix_view<T> dx)
 {
     const int64_t tokens = kept.x.extent(0), width = kept.x.extent(1), experts = layer.gate.experts;
-    expects(kept.slots.counts.extent(0) == experts, "saved.plan().counts (E)", kept.slots.counts.extent(0), "the gate's E = ",
-            experts);
+    const int64_t counts = kept.slots.counts.extent(0);
+    expects(counts == experts, "saved.plan().counts (E)", counts, "the gate's E = ", experts);
     expects_shape(dy, "dy (T,D)", tokens, width);
     expects_shape(dx, "dx (T,D)", tokens, width);
     expects_apart(dx, "dx (T,D)", kept.x, "x (T,D), which the weight gradients read");

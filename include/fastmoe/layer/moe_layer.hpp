@@ -14,7 +14,8 @@
 namespace fastmoe::inline FASTMOE_ABI {
 
 /// Every view is checked before anything is written, so that what does not fit leaves all outputs as they were; only a gate
-/// or an expert of the caller's own that throws later may leave them half written. Whatever throws, workspaces are given back.
+/// or an expert of the caller's own that throws later may leave them half written. Whatever throws, the workspace is as it
+/// was.
 /// @tparam Gate          decides; see gate.hpp
 /// @tparam Expert        computes; see expert.hpp
 /// @tparam Communicator  ranks that share the experts; see communicator.hpp
@@ -129,7 +130,8 @@ struct moe_layer {
                   const backward_options& options = {}) const
     {
         expects_both(saved, dy, w, dx, gradients);
-        buffer<std::byte, Executor> memory(ex, detail::backward_size(*this, ex, saved.parts(), dy, w, dx, gradients, options));
+        const int64_t bytes = detail::backward_size(*this, ex, saved.parts(), dy, w, dx, gradients, options);
+        buffer<std::byte, Executor> memory(ex, bytes);
         arena scratch(memory.view());
         run_backward(ex, saved, dy, w, dx, gradients, scratch, options);
     }
@@ -155,8 +157,8 @@ struct moe_layer {
     /// @throws as backward
     template <executor Executor, class T, class G, class Own>
     void backward_weights(Executor& ex, const moe_saved<T, Gate, Expert, Executor>& saved,
-                          const moe_pending<T, Expert>& pending, const moe_weights<G, Expert, Own>& gradients, arena& scratch,
-                          const backward_options& options = {}) const
+                          const moe_pending<T, Expert>& pending, const moe_weights<G, Expert, Own>& gradients,
+                          arena& scratch, const backward_options& options = {}) const
     {
         check_training<Executor, T>();
         expects_gradients<T>(saved, gradients);
@@ -217,7 +219,8 @@ struct moe_layer {
         return backward_input_bytes<T>(ex, tokens, width, measured_weights<const T>(width));
     }
     template <class T, executor Executor>
-    int64_t backward_input_bytes(Executor& ex, int64_t tokens, int64_t width, const type_identity_t<weights<const T>>& w) const
+    int64_t backward_input_bytes(Executor& ex, int64_t tokens, int64_t width,
+                                 const type_identity_t<weights<const T>>& w) const
     {
         return detail::backward_input_size(*this, ex, measured_parts<T>(tokens, width), shaped<const T>(tokens, width), w,
                                            shaped<T>(tokens, width), {});
@@ -228,7 +231,8 @@ struct moe_layer {
         return backward_weights_bytes<T>(ex, tokens, width, measured_weights<G>(width));
     }
     template <class T, executor Executor, class G, class Own>
-    int64_t backward_weights_bytes(Executor& ex, int64_t tokens, int64_t width, const moe_weights<G, Expert, Own>& gradients) const
+    int64_t backward_weights_bytes(Executor& ex, int64_t tokens, int64_t width,
+                                   const moe_weights<G, Expert, Own>& gradients) const
     {
         arena kept;
         const auto parts = measured_parts<T>(tokens, width);
@@ -262,7 +266,8 @@ private:
     static void check_inference()
     {
         static_assert(scalar<T>, "the element type is none of double, float, bfloat16 and half");
-        static_assert(sums_over_ranks<Communicator, Executor, double>, "the communicator lacks what gates ask; see communicator.hpp");
+        static_assert(sums_over_ranks<Communicator, Executor, double>,
+                      "the communicator lacks what gates ask; see communicator.hpp");
         static_assert(inference_gate<Gate, Executor, T, Communicator>, "the gate lacks what inference asks; see gate.hpp");
         static_assert(expert_policy<Expert, Executor, T>, "the expert lacks what inference asks; see expert.hpp");
     }
@@ -283,7 +288,8 @@ private:
         detail::expects_learning(gate, expert);
     }
     template <class T, class Executor, class G, class Own>
-    void expects_gradients(const moe_saved<T, Gate, Expert, Executor>& saved, const moe_weights<G, Expert, Own>& gradients) const
+    void expects_gradients(const moe_saved<T, Gate, Expert, Executor>& saved,
+                           const moe_weights<G, Expert, Own>& gradients) const
     {
         static_assert(scalar<G>, "the gradients' element type is none of double, float, bfloat16 and half");
         detail::expects_parameters(*this, gradients, saved.x().extent(1), weight_role::gradients);

@@ -21,7 +21,7 @@ struct plain_gate {};
 /// @tparam Gate  the layer's, if it has parameters of its own
 template <class T, class Expert, class Gate = plain_gate>
 struct moe_weights {
-    matrix_view<T> gate;                           // (E,D)  router; not read by gates without logits
+    matrix_view<T> gate;                           // (E,D)  router; a gate without logits leaves it and its gradient alone
     vector_view<T> gate_bias;                      // (E)    without memory: none
     typename Expert::template weights<T> expert{}; //        see the expert
     gate_parameters_t<Gate, T> own{};              //        the gate's own, see the gate

@@ -226,7 +226,8 @@ private:
         const auto& route = s.routing;
         arena measure;
         const auto room = reserve<Real>(measure, route.tokens);
-        expects(route.total_experts == experts, "state.routing.total_experts", route.total_experts, "the gate's E = ", experts);
+        expects(route.total_experts == experts, "state.routing.total_experts", route.total_experts, "the gate's E = ",
+                experts);
         expects(route.ragged() == Assign::ragged, "state.routing.first", route.ragged() ? "ragged" : "empty",
                 Assign::ragged ? "ragged choices" : "K choices of every token");
         if constexpr (Assign::ragged) {
@@ -265,7 +266,8 @@ private:
         const bool live = !scratch.measuring();
         {
             const arena::scope lent(scratch);
-            assignment.assign(ex, in, c, fastmoe::assignment<Real>{route.tokens, experts, k, route.experts, state.first}, scratch);
+            assignment.assign(ex, in, c, fastmoe::assignment<Real>{route.tokens, experts, k, route.experts, state.first},
+                              scratch);
         }
         if (live) {
             for_each(ex, route.choices(), detail::check_assigned{route.experts, experts, ex.faults()});

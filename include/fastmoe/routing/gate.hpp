@@ -31,6 +31,9 @@
 ///     route(ex, in, own, c, state, scratch);
 ///     backward(ex, in, own, c, state, dweights, loss_scale, dlogits, dx, scratch);    // adds to dx (T,D)
 ///     parameter_gradients(ex, in, state, gradients, mode, scratch);   // later; reads what backward left in state
+///     check_parameters(own, width, weight_role) const;                // optional: throws if the views do not fit
+///
+/// The layer asks the last of the parameters and of their gradients before it writes anything.
 #pragma once
 
 #include <concepts>

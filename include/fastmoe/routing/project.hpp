@@ -170,8 +170,8 @@ void project_input_backward(Executor& ex, type_identity_t<matrix_view<const accu
     });
 }
 
-/// dgate (+)= dlogits^T x,  dbias (+)= the sum of dlogits over tokens. Zeros, or nothing to add, for no tokens. Where a row of
-/// dlogits is all zero, as it is for a padding token, its x is not read: it may hold NaN.
+/// dgate (+)= dlogits^T x,  dbias (+)= the sum of dlogits over tokens. Zeros, or nothing to add, for no tokens. Where a row
+/// of dlogits is all zero, as it is for a padding token, its x is not read: it may hold NaN.
 /// @param dlogits  the gradient of the logits                                                  // (T,E)
 /// @param x        the tokens                                                                  // (T,D)
 /// @param dgate    overwritten, or added to and rounded once                                   // (E,D)

@@ -219,7 +219,8 @@ struct top_k_gate {
         const auto& route = s.routing;
         arena measure;
         const auto room = reserve<Real>(measure, route.tokens);
-        expects(route.total_experts == experts, "state.routing.total_experts", route.total_experts, "the gate's E = ", experts);
+        expects(route.total_experts == experts, "state.routing.total_experts", route.total_experts, "the gate's E = ",
+                experts);
         expects(!route.ragged(), "state.routing.first", "ragged", "K choices of every token");
         expects(route.k == k, "state.routing.k", route.k, "the gate's K = ", k);
         detail::expects_routing(route);

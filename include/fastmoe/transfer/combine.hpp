@@ -93,14 +93,15 @@ struct implementation<verbs::combine_weights_backward, Executor> {
 /// @throws invalid_argument if shapes disagree with the plan
 template <executor Executor, class T, class Real>
 void combine_weights_backward(Executor& ex, matrix_view<T> dy,
-                              type_identity_t<matrix_view<const std::remove_const_t<T>>> rows, const routing<Real>& route, const plan& p, type_identity_t<vector_view<Real>> dweights)
+                              type_identity_t<matrix_view<const std::remove_const_t<T>>> rows,
+                              const routing<Real>& route, const plan& p, type_identity_t<vector_view<Real>> dweights)
 {
     detail::expects_same_plan(route, p);
     expects_shape(dy, "dy (T,D)", p.tokens, rows.extent(1));
     expects_shape(rows, "rows (S,D)", p.slots, dy.extent(1));
     expects_shape(dweights, "dweights (C)", route.choices());
-    using element = std::remove_const_t<T>;
-    implementation<verbs::combine_weights_backward, Executor>::run(ex, matrix_view<const element>(dy), rows, route, p, dweights);
+    const matrix_view<const std::remove_const_t<T>> read = dy;
+    implementation<verbs::combine_weights_backward, Executor>::run(ex, read, rows, route, p, dweights);
 }
 
 } // namespace fastmoe::inline FASTMOE_ABI
