@@ -72,6 +72,10 @@ void instantiate_gates()
     gate(fm::gshard_gate<fm::raw_scores>{.experts = 8});
     gate(fm::hash_gate{.experts = 8});
     gate(fm::random_gate{.experts = 8, .k = 2});
+    gate(fm::noisy_gate{.experts = 8, .k = 2, .importance = {0.1}, .load = {0.1}});
+    gate(fm::cosine_gate<>{.experts = 8, .k = 2});
+    gate(fm::gshard_gate{.experts = 8});
+    gate(fm::sparse_mixer_gate{.experts = 8, .k = 2});
     gate(fm::expert_choice_gate{.experts = 8, .k = 2});
     gate(fm::sinkhorn_gate{.experts = 8});
     gate(fm::base_gate{.experts = 8});
@@ -106,16 +110,25 @@ void instantiate_activations()
     activation<fm::gelu_tanh>();
     activation<fm::silu>();
     activation<fm::geglu>();
+    activation<fm::clamped_swiglu>();
 }
 
-void instantiate_shared_expert()
+/// Experts beside the layer.
+template <class Shared, class Weights>
+void shared_expert(const Shared& shared, const Weights& w, fm::arena& memory)
 {
-    const fm::shared_expert shared{fm::mlp<fm::swiglu>{.width = 64, .hidden = 128}};
-    fm::arena memory;
     const fm::matrix_view<float> x(nullptr, 0, 64);
-    const auto w = shared.expert.reserve_weights<float>(memory, 1);
     support::compile_only ex;
     const auto kept = shared.forward(ex, x, w, x, memory);
     shared.backward(ex, kept, x, w, x, w, fm::write_mode::overwrite, memory);
     shared.infer(ex, x, w, x, memory);
+}
+
+void instantiate_shared_experts()
+{
+    const fm::mlp<fm::swiglu> expert{.width = 64, .hidden = 128};
+    fm::arena memory;
+    const auto w = expert.reserve_weights<float>(memory, 1);
+    shared_expert(fm::shared_expert{expert}, w, memory);
+    shared_expert(fm::gated_shared_expert{expert}, fm::gated_shared_weights<float, fm::mlp<fm::swiglu>>{{}, w}, memory);
 }
