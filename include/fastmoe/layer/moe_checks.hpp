@@ -38,7 +38,7 @@ void expects_parameters(const Layer& layer, const Weights& w, int64_t width, wei
     expects(layer.communicator.size() == 1, "communicator.size()", layer.communicator.size(), "1");
     if constexpr (gate_reads_logits<gate_type>) {
         expects_shape(w.gate, given ? "weights.gate (E,D)" : "gradients.gate (E,D)", experts, width);
-        if (w.gate_bias.data_handle())
+        if (pointer_or_null(w.gate_bias)) // an empty one is none, whatever its pointer
             expects_shape(w.gate_bias, given ? "weights.gate_bias (E)" : "gradients.gate_bias (E)", experts);
     }
     if constexpr (checks_parameters<gate_type, decltype(w.own)>) layer.gate.check_parameters(w.own, width, role);
