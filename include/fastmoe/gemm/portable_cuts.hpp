@@ -22,6 +22,7 @@ struct host_blocks {
     int64_t gradient_rows = 384; ///< rows of dW in a task
     int64_t gradient_columns = 512; ///< columns of dW in a task
     int64_t gradient_tasks = 24; ///< fewer than this are cut finer
+    int64_t streamed_bytes = 16 << 20; ///< weight gradients from this size on leave the caches to others
     int64_t tasks = 64;          ///< fewer blocks of rows than this are cut along the columns as well
     int64_t least_columns = 192; ///< but no narrower than this
 };

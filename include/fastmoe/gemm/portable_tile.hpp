@@ -55,6 +55,7 @@ struct tile {
     int64_t total_step = 0;                ///< elements from a row of totals to the next
     prefetch_lines ahead;                  ///< asked for meanwhile
     bool fresh = false;                    ///< totals are not read
+    bool stream = false;                   ///< totals are fresh, aligned to 64 bytes, and better not kept in caches
 };
 
 template <class Unit>
@@ -120,6 +121,13 @@ void run_tile_avx2(const tile<Real>& t)
     for (int64_t at = 0; at < t.vectors * vector_lanes<Real>; at += part) tile_avx2<Real>(t, at, indices<2 * tile_rows>{});
 }
 
+/// A whole line to memory, which is not read first. Other threads see it after an sfence.
+template <class Vector>
+[[gnu::target("avx512f"), gnu::always_inline]] inline void stream_line(void* to, const Vector& line)
+{
+    __asm__("vmovntps %1, %0" : "=m"(*static_cast<Vector*>(to)) : "v"(line));
+}
+
 template <class Real, int... Index>
 [[gnu::target("avx512f")]] inline void tile_avx512(const tile<Real>& t, std::integer_sequence<int, Index...>)
 {
@@ -139,7 +147,8 @@ template <class Real, int... Index>
         const Real scalar[] = {r0[k], r1[k], r2[k], r3[k], r4[k], r5[k]};
         ((sum[Index] += *reinterpret_cast<const vector*>(panel + Index % wide * lanes) * scalar[Index / wide]), ...);
     }
-    ((*reinterpret_cast<loose*>(total + Index / wide * step + Index % wide * lanes) = sum[Index]), ...);
+    if (t.stream) (stream_line(total + Index / wide * step + Index % wide * lanes, sum[Index]), ...);
+    else ((*reinterpret_cast<loose*>(total + Index / wide * step + Index % wide * lanes) = sum[Index]), ...);
 }
 
 template <class Real, int Vectors>
@@ -193,7 +202,8 @@ template <int... Index>
             (((Index % wide == 0 ? broadcast(all, *scalar[Index / wide]) : void()), add_dots(sum[Index], *pairs(Index % wide), all)), ...);
         }
     }
-    ((*reinterpret_cast<loose*>(total + Index / wide * step + Index % wide * lanes) = sum[Index]), ...);
+    if (t.stream) (stream_line(total + Index / wide * step + Index % wide * lanes, sum[Index]), ...);
+    else ((*reinterpret_cast<loose*>(total + Index / wide * step + Index % wide * lanes) = sum[Index]), ...);
 }
 #undef FASTMOE_AVX512_BF16
 
@@ -203,6 +213,14 @@ void run_tile_dots(const tile<bfloat16_pair>& t)
     tile_dots(t, indices<Vectors * tile_rows>{});
 }
 #endif
+
+/// Makes what streamed tiles wrote visible to threads that this one tells of it.
+inline void fence_streams() noexcept
+{
+#if FASTMOE_X86_DISPATCH
+    __asm__ volatile("sfence" ::: "memory");
+#endif
+}
 
 /// The function for a level and a number of vectors. Pairs need avx512_bf16, and so a build that dispatches.
 template <class Unit>

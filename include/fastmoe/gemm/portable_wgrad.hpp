@@ -84,6 +84,14 @@ private:
     static int64_t direct_columns(int64_t columns) { return direct ? columns / full * full : 0; }
     static int64_t direct_rows(int64_t rows) { return direct ? rows / tile_rows * tile_rows : 0; }
 
+    /// Whether the tiles of a block write past the caches: whole lines of a large dW that nothing is added to.
+    bool streams(const G* to, bool once) const
+    {
+        const auto bytes = [](int64_t n) { return n * static_cast<int64_t>(sizeof(G)); };
+        return once && mode == write_mode::overwrite && bytes(dw.out * dw.in) >= blocks_of_host.streamed_bytes / groups.experts() &&
+               bytes(dw.row_stride) % 64 == 0 && reinterpret_cast<std::uintptr_t>(to) % 64 == 0;
+    }
+
     /// A row of dW that is written soon, asked for in two halves over the steps of a tile.
     prefetch_lines next_row(const G* to, int64_t columns, int64_t rows, int64_t row, int64_t depth) const
     {
@@ -120,6 +128,7 @@ private:
         const down_units scalar_side{{down, first, count}, dw.out};
         ex.run_rows(worker, 0, ceil_div(depth, lanes),
                     pack_transposed<Unit, down_units>{scalar_side, o, rows, s.scalars.data_handle(), s.scalars.extent(1)});
+        const bool stream = direct && streams(to, is_first && is_last);
         const prefetch_plan target{reinterpret_cast<const char*>(is_last || (direct && is_first) ? to : nullptr),
                                    dw.row_stride * static_cast<int64_t>(sizeof(G)),
                                    64,
@@ -139,10 +148,12 @@ private:
                     t.total = to + r * dw.row_stride + at;
                     t.total_step = dw.row_stride;
                     t.fresh = is_first && mode == write_mode::overwrite;
-                    t.ahead = next_row(to, columns, rows, r + tile_rows + at / full, depth);
+                    t.stream = stream;
+                    t.ahead = stream ? prefetch_lines{} : next_row(to, columns, rows, r + tile_rows + at / full, depth);
                 }
             run_tile(ex.best(), t, &s.scalars(r, 0), s.scalars.extent(1), rows - r);
         }
+        if (stream) fence_streams();
     }
 };
 
