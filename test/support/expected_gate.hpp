@@ -40,7 +40,7 @@ struct expected_routing {
             const numbers among = softmax(t, choices_of(t));
             for (int64_t j = 0; j < o.k; ++j) {
                 const int id = chosen[t * o.k + j];
-                before.push_back(id < 0 ? number(0) : (o.renormalize ? among[j] : p[id]) * number(o.scale));
+                before.push_back(!is_expert(id) ? number(0) : (o.renormalize ? among[j] : p[id]) * number(o.scale));
                 choices.push_back({t, kept[t * o.k + j] ? id : -1, kept[t * o.k + j] ? before.back() : number(0)});
             }
             if (o.rescale) rescale(t);
@@ -94,6 +94,7 @@ struct expected_routing {
     }
 
 private:
+    bool is_expert(int id) const { return id >= 0 && id < experts; } // others are complaints, and weigh nothing
     std::vector<int> choices_of(int64_t t) const
     {
         return {chosen.begin() + t * options.k, chosen.begin() + (t + 1) * options.k};
@@ -103,11 +104,11 @@ private:
         const number* l = logits.data() + t * experts;
         double top = -INFINITY;
         for (const int e : ids)
-            if (e >= 0) top = std::fmax(top, l[e].value);
+            if (is_expert(e)) top = std::fmax(top, l[e].value);
         bounded_sum<real> sum;
         numbers p;
         for (const int e : ids) {
-            p.push_back(e < 0 ? number(0) : exponential(l[e] - number(top)));
+            p.push_back(!is_expert(e) ? number(0) : exponential(l[e] - number(top)));
             sum.add(p.back());
         }
         for (number& v : p)

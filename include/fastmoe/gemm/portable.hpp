@@ -71,11 +71,11 @@ struct multiply_weight_row {
     FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t task) const
     {
         const int64_t e = task / dw.out, o = task % dw.out;
-        const int64_t begin = groups.offsets(e), end = begin + groups.counts(e);
         if (!is_group_inside(groups.counts, groups.offsets, e, groups.slots)) {
             if (team.lane() == 0) faults.record(fault_kind::group_out_of_range, e, groups.counts(e));
             return;
         }
+        const int64_t begin = groups.offsets(e), end = begin + groups.counts(e);
         if (begin == end && mode == write_mode::accumulate) return;
         const auto& self = *this;
         team.for_each(dw.in, [&self, e, o, begin, end](int64_t i) {

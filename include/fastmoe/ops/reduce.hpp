@@ -56,11 +56,11 @@ struct sum_group_columns {
         const int64_t n = out.extent(1), tiles = (n + sum_columns - 1) / sum_columns;
         const int64_t e = task / tiles, first = task % tiles * sum_columns;
         const int64_t width = n - first < sum_columns ? n - first : sum_columns;
-        const int64_t begin = offsets(e), end = begin + counts(e);
         if (!is_group_inside(counts, offsets, e, rows.extent(0))) {
             if (team.lane() == 0) faults.record(fault_kind::group_out_of_range, e, counts(e));
             return;
         }
+        const int64_t begin = offsets(e), end = begin + counts(e);
         const auto& self = *this;
         G* to = out.data_handle() + e * n + first;
         constexpr int64_t lane_columns = 16;

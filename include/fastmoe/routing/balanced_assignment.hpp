@@ -33,6 +33,7 @@ struct logit_costs {
         if (l == peak) return 0;
         if (l != l) return beyond + 2;
         if (l == -infinity<Real>) return beyond + 1;
+        if (distance < 0) return 0; // the token takes no part
         return distance <= reach ? static_cast<int64_t>(distance * *scale + 0.5) : beyond;
     }
 };
