@@ -72,10 +72,6 @@ void instantiate_gates()
     gate(fm::gshard_gate<fm::raw_scores>{.experts = 8});
     gate(fm::hash_gate{.experts = 8});
     gate(fm::random_gate{.experts = 8, .k = 2});
-    gate(fm::noisy_gate{.experts = 8, .k = 2, .importance = {0.1}, .load = {0.1}});
-    gate(fm::cosine_gate<>{.experts = 8, .k = 2});
-    gate(fm::gshard_gate{.experts = 8});
-    gate(fm::sparse_mixer_gate{.experts = 8, .k = 2});
     gate(fm::expert_choice_gate{.experts = 8, .k = 2});
     gate(fm::sinkhorn_gate{.experts = 8});
     gate(fm::base_gate{.experts = 8});
