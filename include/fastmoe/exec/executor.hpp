@@ -55,6 +55,11 @@ concept reports_faults = requires(Executor& ex) {
 template <class Executor>
 inline constexpr bool has_readable_memory = requires { requires Executor::readable_memory; };
 
+/// Brings bytes of its memory to the host, after the work before it is done: for an executor without readable memory.
+/// Only verbs that say so wait for it.
+template <class Executor>
+concept copies_to_host = requires(Executor& ex, void* to, const void* from, int64_t bytes) { ex.copy_to_host(to, from, bytes); };
+
 template <class Executor>
 concept executor = allocates<Executor> && runs_elements<Executor> && runs_rows<Executor> && reports_faults<Executor>;
 

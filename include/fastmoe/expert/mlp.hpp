@@ -181,12 +181,12 @@ struct mlp {
         if (biases) w.down_bias = memory.matrix<T>(experts, width);
         return w;
     }
-    /// Uniform in +-1/sqrt(fan in); biases zero.
+    /// Uniform in +-1/sqrt(fan in); biases zero. For numbers see fill_uniform().
     template <class Executor, class T>
-    void initialize(Executor& ex, const mlp_weights<T>& w, std::uint64_t seed) const
+    void initialize(Executor& ex, const mlp_weights<T>& w, std::uint64_t seed, vector_view<const int32_t> numbers = {}) const
     {
-        fill_uniform(ex, w.up, seed, 0);
-        fill_uniform(ex, w.down, seed, 1);
+        fill_uniform(ex, w.up, seed, 0, numbers);
+        fill_uniform(ex, w.down, seed, 1, numbers);
         fill_zero(ex, w.up_bias);
         fill_zero(ex, w.down_bias);
     }
@@ -199,6 +199,20 @@ struct mlp {
     mlp_pending<T> reserve_pending(arena& memory, int64_t slots) const
     {
         return {memory.matrix<T>(slots, up_width()), memory.matrix<T>(slots, hidden)};
+    }
+
+    /// Where ranks hold slices of the hidden width, each is an mlp with that hidden width, and the output's bias is the first
+    /// slice's alone: others do not add theirs, and its gradient there is zero.
+    template <class T>
+    mlp_weights<T> later_slice(mlp_weights<T> w) const noexcept
+    {
+        w.down_bias = {};
+        return w;
+    }
+    template <class Executor, class T>
+    void clear_left_to_first_slice(Executor& ex, const mlp_weights<T>& gradients) const
+    {
+        fill_zero(ex, gradients.down_bias);
     }
 
     /// @throws invalid_argument unless the views are of this expert's shape

@@ -8,7 +8,9 @@
 #include <utility>
 
 #include <fastmoe/expert/expert.hpp>
+#include <fastmoe/comm/self.hpp>
 #include <fastmoe/expert/weighed_rows.hpp>
+#include <fastmoe/parallel/expert_parallel.hpp>
 #include <fastmoe/routing/gate.hpp>
 #include <fastmoe/routing/plan.hpp>
 
@@ -54,6 +56,28 @@ template <class Gate, class T>
 using gate_state_of = gate_state_t<Gate, accumulate_t<T>>;
 
 namespace detail {
+
+/// What an exchange leaves for backward, besides its lists.
+template <class T, class Communicator>
+struct exchanged {
+    using exchange = std::remove_cvref_t<decltype(std::declval<const parallel_t<Communicator>&>().exchange)>;
+    typename exchange::template state<accumulate_t<T>> state;
+    routing<accumulate_t<T>> received; // (Cr)  of M tokens over L experts
+    matrix_view<T> rows;               // (M,D) received tokens
+};
+struct nothing_exchanged {};
+
+template <class T, class Communicator>
+struct exchanged_of {
+    using type = nothing_exchanged;
+};
+template <class T, shares_experts Communicator>
+struct exchanged_of<T, Communicator> {
+    using type = exchanged<T, Communicator>;
+};
+template <class T, class Communicator>
+using exchanged_t = typename exchanged_of<T, Communicator>::type;
+
 /// What a layer's expert keeps; where it does not apply the weights, its outputs too.
 template <class Expert, class T>
 using kept_of = saved_of<std::remove_cvref_t<applying_t<Expert>>, T>;
@@ -61,8 +85,9 @@ template <class Expert, class T>
 using left_of = pending_of<std::remove_cvref_t<applying_t<Expert>>, T>;
 } // namespace detail
 
-/// What forward keeps, as views: x by reference, the routing, the plan, and what the expert declares.
-template <class T, class Gate, class Expert>
+/// What forward keeps, as views: x by reference, the routing, the plan, and what the expert declares. Where ranks share the
+/// experts, the plan and all after it are of the M received tokens and the L experts of this rank.
+template <class T, class Gate, class Expert, class Communicator = self>
 struct moe_parts {
     matrix_view<const T> x;              // (T,D)
     gate_options options;
@@ -70,23 +95,30 @@ struct moe_parts {
     gate_state_of<Gate, T> gate;
     plan slots;
     detail::kept_of<Expert, T> expert;
+    detail::exchanged_t<T, Communicator> link; // empty for one rank
 
     gate_input<T> gate_view(gate_mode mode) const
     {
         return {x, logits, options.token_ids, options.mask, mode, options.random, options.first_token};
     }
-    expert_input<T> expert_view() const
+    /// @param rows  the tokens as the experts read them: x, or those received        // (M,D)
+    expert_input<T> expert_view(matrix_view<const T> rows) const
     {
-        return {{x, slots.token_of}, slots.groups(), gate.routing.weights, slots.choice_of};
+        if constexpr (detail::shares_experts<Communicator>)
+            return {{rows, slots.token_of}, slots.groups(), link.received.weights, slots.choice_of};
+        else return {{rows, slots.token_of}, slots.groups(), gate.routing.weights, slots.choice_of};
     }
 };
 
 /// What forward() returns and backward() takes. Owns its memory if the caller gave none. The layer's x must outlive it.
-template <class T, class Gate, class Expert, class Executor>
+template <class T, class Gate, class Expert, class Executor, class Communicator = self>
 class moe_saved {
 public:
-    moe_saved(const moe_parts<T, Gate, Expert>& parts, buffer<std::byte, Executor> storage)
-        : parts_(parts), storage_(std::move(storage))
+    using parts_type = moe_parts<T, Gate, Expert, Communicator>;
+
+    /// @param received  memory for what other ranks sent, whose size is known later
+    moe_saved(parts_type parts, buffer<std::byte, Executor> storage, buffer<std::byte, Executor> received = {})
+        : parts_(std::move(parts)), storage_(std::move(storage)), received_(std::move(received))
     {
     }
 
@@ -100,16 +132,23 @@ public:
     {
         return parts_.gate.losses;
     }
-    const moe_parts<T, Gate, Expert>& parts() const noexcept { return parts_; }
+    const parts_type& parts() const noexcept { return parts_; }
+    /// What the exchange says of itself, e.g. how many rows did not fit.
+    const auto& exchange() const noexcept
+        requires detail::shares_experts<Communicator>
+    {
+        return parts_.link.state;
+    }
 
 private:
-    moe_parts<T, Gate, Expert> parts_;
-    buffer<std::byte, Executor> storage_;
+    parts_type parts_;
+    buffer<std::byte, Executor> storage_, received_;
 };
 
 /// What the weight gradients still need after the input's gradient is done.
 template <class T, class Expert>
 struct moe_pending {
+    matrix_view<const T> x;               // (M,D)  tokens as the experts read them
     indexed_rows<T> dy;                   // (S,D)  gradient of the output, by token
     matrix_view<accumulate_t<T>> dlogits; // (T,E)
     detail::left_of<Expert, T> expert;
