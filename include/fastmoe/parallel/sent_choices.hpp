@@ -5,6 +5,7 @@
 #pragma once
 
 #include <fastmoe/ops/bucket.hpp>
+#include <fastmoe/ops/rows.hpp>
 #include <fastmoe/parallel/exchange.hpp>
 #include <fastmoe/routing/plan.hpp>
 
