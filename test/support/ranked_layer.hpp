@@ -224,7 +224,7 @@ struct joined {
         const auto xl = compare_layer::rows_of(x, live, width), dyl = compare_layer::rows_of(dy, live, width);
         std::vector<bool> kept;
         for (const int e : compare_layer::rows_of(experts, live, gate.k)) kept.push_back(e >= 0);
-        const support::expected_routing<T> route(compare_layer::options_of(gate, n), support::expected_logits<T>(model, xl, n), n,
+        const support::expected_routing<T> route(compare_layer::options_of(gate, tokens), support::expected_logits<T>(model, xl, n), n,
                                                  gate.experts, compare_layer::rows_of(chosen, live, gate.k), kept);
         CHECK_EQ(route.complaint(), "");
         if (gate.capacity.over == capacity_scope::all_ranks) CHECK_EQ(capacity_complaint(route), "");
