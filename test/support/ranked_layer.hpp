@@ -302,7 +302,11 @@ private:
         out.experts = support::download(ex, saved.routing().experts);
         out.weights = support::download(ex, saved.routing().weights);
         out.losses = support::download(ex, saved.losses());
-        out.counts = support::download(ex, saved.plan().counts);
+        for (std::size_t i = 0; i < p.pieces.size(); ++i) {
+            const auto some = support::download(ex, saved.plan(static_cast<int>(i)).counts);
+            out.counts.resize(some.size());
+            for (std::size_t e = 0; e < some.size(); ++e) out.counts[e] += some[e];
+        }
     }
 };
 

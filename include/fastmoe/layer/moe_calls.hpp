@@ -61,7 +61,7 @@ int64_t infer_size(const Layer& layer, Executor& ex, matrix_view<const T> x, con
     p.x = x;
     p.options = options;
     run_announce<T>(layer, ex, p, w, gate_mode::inference, measure, measure);
-    run_infer_received<T>(layer, ex, p, w, y, measure);
+    run_received<gate_mode::inference, T>(layer, ex, p, w, y, measure, measure);
     return measure.bytes();
 }
 template <exchanging Layer, class Executor, class T, class Weights>
@@ -73,7 +73,7 @@ int64_t forward_size(const Layer& layer, Executor& ex, matrix_view<const T> x, c
     p.x = x;
     p.options = options;
     run_announce<T>(layer, ex, p, w, gate_mode::training, measure, measure);
-    run_forward_received<T>(layer, ex, p, w, y, measure, measure);
+    run_received<gate_mode::training, T>(layer, ex, p, w, y, measure, measure);
     return measure.bytes();
 }
 
@@ -135,9 +135,9 @@ void call_infer(const Layer& layer, Executor& ex, matrix_view<const T> x, const 
     run_announce<T>(layer, ex, p, w, gate_mode::inference, scratch, scratch);
     auto measured = p;
     arena second;
-    run_infer_received<T>(layer, ex, measured, w, y, second);
+    run_received<gate_mode::inference, T>(layer, ex, measured, w, y, second, second);
     scratch.require(second.bytes());
-    run_infer_received<T>(layer, ex, p, w, y, scratch);
+    run_received<gate_mode::inference, T>(layer, ex, p, w, y, scratch, scratch);
 }
 template <exchanging Layer, class Executor, class T, class Weights>
 void call_infer(const Layer& layer, Executor& ex, matrix_view<const T> x, const Weights& w, matrix_view<T> y,
@@ -152,10 +152,10 @@ void call_infer(const Layer& layer, Executor& ex, matrix_view<const T> x, const 
     arena scratch(own.view());
     run_announce<T>(layer, ex, p, w, gate_mode::inference, scratch, scratch);
     auto measured = p;
-    run_infer_received<T>(layer, ex, measured, w, y, second);
+    run_received<gate_mode::inference, T>(layer, ex, measured, w, y, second, second);
     buffer<std::byte, Executor> rows(ex, second.bytes());
     arena more(rows.view());
-    run_infer_received<T>(layer, ex, p, w, y, more);
+    run_received<gate_mode::inference, T>(layer, ex, p, w, y, more, more);
 }
 
 /// Returns what forward keeps, in `memory`.
@@ -173,9 +173,9 @@ typename Layer::template parts<T> call_forward(const Layer& layer, Executor& ex,
     run_announce<T>(layer, ex, p, w, gate_mode::training, memory, memory);
     auto measured = p;
     arena second;
-    run_forward_received<T>(layer, ex, measured, w, y, second, second);
+    run_received<gate_mode::training, T>(layer, ex, measured, w, y, second, second);
     memory.require(second.bytes());
-    run_forward_received<T>(layer, ex, p, w, y, memory, memory);
+    run_received<gate_mode::training, T>(layer, ex, p, w, y, memory, memory);
     kept.keep();
     return p;
 }
@@ -199,10 +199,10 @@ auto call_forward(const Layer& layer, Executor& ex, matrix_view<const T> x, cons
     }
     auto measured = p;
     arena kept_rows, lent_rows;
-    run_forward_received<T>(layer, ex, measured, w, y, kept_rows, lent_rows);
+    run_received<gate_mode::training, T>(layer, ex, measured, w, y, kept_rows, lent_rows);
     bytes received(ex, kept_rows.bytes()), scratch(ex, lent_rows.bytes());
     arena keep(received.view()), lend(scratch.view());
-    run_forward_received<T>(layer, ex, p, w, y, keep, lend);
+    run_received<gate_mode::training, T>(layer, ex, p, w, y, keep, lend);
     return make(std::move(p), std::move(storage), std::move(received));
 }
 

@@ -71,7 +71,15 @@ template <class T, class Layer, class Parts, class Weights>
 void expects_backward(const Layer& layer, const Parts& kept, matrix_view<const T> dy, const Weights& w, matrix_view<T> dx)
 {
     const int64_t tokens = kept.x.extent(0), width = kept.x.extent(1), experts = experts_here(layer);
-    const int64_t counts = kept.slots.counts.extent(0);
+    int64_t counts = experts;
+    if constexpr (exchanging<Layer>) {
+        const auto chunks = static_cast<int64_t>(kept.pieces.size());
+        expects(chunks == parallel_of(layer.communicator).chunks, "saved", chunks, parallel_of(layer.communicator).chunks,
+                " chunks");
+        counts = kept.pieces[0].slots.counts.extent(0);
+    } else {
+        counts = kept.slots.counts.extent(0);
+    }
     expects(counts == experts, "saved.plan().counts (E)", counts, exchanging<Layer> ? "this rank's L = " : "the gate's E = ",
             experts);
     expects_shape(dy, "dy (T,D)", tokens, width);

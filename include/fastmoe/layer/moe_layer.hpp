@@ -135,7 +135,7 @@ struct moe_layer {
     /// so must dy: dx may be dy only if that is not called.
     /// @throws as backward
     template <executor Executor, class T>
-    moe_pending<T, Expert> backward_input(Executor& ex, const moe_saved<T, Gate, Expert, Executor, Communicator>& saved,
+    moe_pending<T, Expert, Communicator> backward_input(Executor& ex, const moe_saved<T, Gate, Expert, Executor, Communicator>& saved,
                                           type_identity_t<matrix_view<const T>> dy,
                                           const type_identity_t<weights<const T>>& w, type_identity_t<matrix_view<T>> dx,
                                           arena& memory, const backward_options& options = {}) const
@@ -152,7 +152,7 @@ struct moe_layer {
     /// @throws as backward
     template <executor Executor, class T, class G, class Own>
     void backward_weights(Executor& ex, const moe_saved<T, Gate, Expert, Executor, Communicator>& saved,
-                          const moe_pending<T, Expert>& pending, const moe_weights<G, Expert, Own>& gradients,
+                          const moe_pending<T, Expert, Communicator>& pending, const moe_weights<G, Expert, Own>& gradients,
                           arena& scratch, const backward_options& options = {}) const
     {
         check_training<Executor, T>();

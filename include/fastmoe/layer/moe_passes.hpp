@@ -23,38 +23,6 @@ int64_t experts_here(const Layer& layer)
     else return layer.gate.experts;
 }
 
-/// An expert whose hidden width can be cut: leaves what is not cut, such as the output's bias, to the first slice.
-template <class Expert, class Views>
-concept slices_hidden = requires(const Expert& e, const Views& w) {
-    { e.later_slice(w) } -> std::same_as<Views>;
-};
-
-/// The views that this rank's slice of the experts uses.
-template <class Layer, class Views>
-Views views_of_slice(const Layer& layer, const Views& w)
-{
-    if constexpr (exchanging<Layer>) {
-        const auto place = placed(layer.communicator, layer.gate.experts);
-        using expert_type = std::remove_cvref_t<decltype(layer.expert)>;
-        if constexpr (slices_hidden<expert_type, Views>) {
-            if (place.slice() > 0) return layer.expert.later_slice(w);
-        } else {
-            expects(place.slices == 1, "slices", place.slices, "1: the expert has no later_slice()");
-        }
-    }
-    return w;
-}
-
-/// What a later slice leaves to the first has a gradient of zero there.
-template <class Layer, class Executor, class Views>
-void clear_left_to_first_slice(const Layer& layer, Executor& ex, const Views& gradients, write_mode mode)
-{
-    if constexpr (exchanging<Layer>)
-        if constexpr (slices_hidden<std::remove_cvref_t<decltype(layer.expert)>, Views>)
-            if (mode == write_mode::overwrite && placed(layer.communicator, layer.gate.experts).slice() > 0)
-                layer.expert.clear_left_to_first_slice(ex, gradients);
-}
-
 template <class T, one_rank Layer>
 typename Layer::template parts<T> reserve_parts(const Layer& layer, arena& memory, int64_t tokens, int64_t width)
 {
@@ -74,7 +42,6 @@ auto reserve_pending(const Layer& layer, arena& memory, const typename Layer::te
     using gate_type = std::remove_cvref_t<decltype(layer.gate)>;
     using expert_type = std::remove_cvref_t<decltype(layer.expert)>;
     moe_pending<T, expert_type> out{};
-    out.x = p.x;
     if constexpr (gate_reads_logits<gate_type>)
         out.dlogits = memory.matrix<accumulate_t<T>>(p.x.extent(0), layer.gate.experts);
     out.expert = applying(layer.expert, p.x.extent(1)).template reserve_pending<T>(memory, p.slots.slots);
@@ -228,7 +195,7 @@ void run_infer(const Layer& layer, Executor& ex, matrix_view<const T> x, const W
     const auto rows = scratch.matrix<T>(p.slots.slots, x.extent(1));
     run_gate<T>(layer, ex, p, w, gate_mode::inference, scratch);
     make_plan(ex, p.gate.routing, p.slots, scratch);
-    layer.expert.infer(ex, p.expert_view(x), w.expert, rows, scratch);
+    layer.expert.infer(ex, p.expert_view(), w.expert, rows, scratch);
     if (!scratch.measuring()) run_combine(layer, ex, p, rows, y);
 }
 
@@ -252,7 +219,7 @@ typename Layer::template parts<T> run_forward(const Layer& layer, Executor& ex, 
     run_gate<T>(layer, ex, p, w, gate_mode::training, lend);
     make_plan(ex, p.gate.routing, p.slots, lend);
     const auto rows = room_for_rows<T>(p.expert, lend, p.slots.slots, x.extent(1));
-    applying(layer.expert, x.extent(1)).forward(ex, p.expert_view(x), w.expert, p.expert, rows, lend);
+    applying(layer.expert, x.extent(1)).forward(ex, p.expert_view(), w.expert, p.expert, rows, lend);
     if (!lend.measuring()) run_combine(layer, ex, p, rows, y);
     return p;
 }
@@ -271,22 +238,17 @@ auto run_backward_input(const Layer& layer, Executor& ex, const typename Layer::
     const auto drows = lend.matrix<T>(p.slots.slots, width);
     if (!lend.measuring()) for_each(ex, dweights.extent(0), fill<real>{dweights.data_handle(), real(0)});
     applying(layer.expert, width)
-        .backward(ex, p.expert_view(p.x), w.expert, p.expert, pending.dy, pending.expert, drows, dweights, lend);
+        .backward(ex, p.expert_view(), w.expert, p.expert, pending.dy, pending.expert, drows, dweights, lend);
     run_gate_backward<T>(layer, ex, p, w, pending, vector_view<const real>(dweights), real(options.loss_scale),
                          matrix_view<const T>(drows), p.slots.slot_of, p.gate.routing, dx, lend);
     return pending;
 }
 
+/// The gradients of what decides: the gate's own parameters and the router.
 template <class T, class Layer, class Executor, class Parts, class Pending, class Weights>
-void run_backward_weights(const Layer& layer, Executor& ex, const Parts& p, const Pending& pending,
-                          const Weights& gradients, const backward_options& options, arena& scratch)
+void run_gate_weights(const Layer& layer, Executor& ex, const Parts& p, const Pending& pending, const Weights& gradients,
+                      const backward_options& options, arena& scratch)
 {
-    const auto expert_gradients = views_of_slice(layer, gradients.expert);
-    if (!scratch.measuring()) clear_left_to_first_slice(layer, ex, gradients.expert, options.gradients);
-    const arena::scope lent(scratch);
-    applying(layer.expert, p.x.extent(1))
-        .weight_gradients(ex, p.expert_view(pending.x), p.expert, pending.dy, pending.expert, expert_gradients,
-                          options.gradients, scratch);
     using gate_type = std::remove_cvref_t<decltype(layer.gate)>;
     if constexpr (owns_parameters<gate_type>)
         layer.gate.parameter_gradients(ex, p.gate_view(gate_mode::training), p.gate, gradients.own, options.gradients,
@@ -295,6 +257,17 @@ void run_backward_weights(const Layer& layer, Executor& ex, const Parts& p, cons
         with_router_input(layer, ex, p.x, p.options, gate_mode::training, scratch, [&](matrix_view<const T> x) {
             project_weights_backward(ex, pending.dlogits, x, gradients.gate, gradients.gate_bias, options.gradients, scratch);
         });
+}
+
+template <class T, one_rank Layer, class Executor, class Parts, class Pending, class Weights>
+void run_backward_weights(const Layer& layer, Executor& ex, const Parts& p, const Pending& pending,
+                          const Weights& gradients, const backward_options& options, arena& scratch)
+{
+    const arena::scope lent(scratch);
+    applying(layer.expert, p.x.extent(1))
+        .weight_gradients(ex, p.expert_view(), p.expert, pending.dy, pending.expert, gradients.expert, options.gradients,
+                          scratch);
+    run_gate_weights<T>(layer, ex, p, pending, gradients, options, scratch);
 }
 
 } // namespace fastmoe::inline FASTMOE_ABI::detail

@@ -6,6 +6,7 @@
 #include <concepts>
 #include <cstddef>
 #include <utility>
+#include <vector>
 
 #include <fastmoe/expert/expert.hpp>
 #include <fastmoe/comm/self.hpp>
@@ -56,58 +57,63 @@ template <class Gate, class T>
 using gate_state_of = gate_state_t<Gate, accumulate_t<T>>;
 
 namespace detail {
-
-/// What an exchange leaves for backward, besides its lists.
-template <class T, class Communicator>
-struct exchanged {
-    using exchange = std::remove_cvref_t<decltype(std::declval<const parallel_t<Communicator>&>().exchange)>;
-    typename exchange::template state<accumulate_t<T>> state;
-    routing<accumulate_t<T>> received; // (Cr)  of M tokens over L experts
-    matrix_view<T> rows;               // (M,D) received tokens
-};
-struct nothing_exchanged {};
-
-template <class T, class Communicator>
-struct exchanged_of {
-    using type = nothing_exchanged;
-};
-template <class T, shares_experts Communicator>
-struct exchanged_of<T, Communicator> {
-    using type = exchanged<T, Communicator>;
-};
-template <class T, class Communicator>
-using exchanged_t = typename exchanged_of<T, Communicator>::type;
-
 /// What a layer's expert keeps; where it does not apply the weights, its outputs too.
 template <class Expert, class T>
 using kept_of = saved_of<std::remove_cvref_t<applying_t<Expert>>, T>;
 template <class Expert, class T>
 using left_of = pending_of<std::remove_cvref_t<applying_t<Expert>>, T>;
-} // namespace detail
 
-/// What forward keeps, as views: x by reference, the routing, the plan, and what the expert declares. Where ranks share the
-/// experts, the plan and all after it are of the M received tokens and the L experts of this rank.
-template <class T, class Gate, class Expert, class Communicator = self>
-struct moe_parts {
+/// What a layer keeps of its own tokens.
+template <class T, class Gate>
+struct decided {
     matrix_view<const T> x;              // (T,D)
     gate_options options;
     matrix_view<accumulate_t<T>> logits; // (T,E)
     gate_state_of<Gate, T> gate;
-    plan slots;
-    detail::kept_of<Expert, T> expert;
-    detail::exchanged_t<T, Communicator> link; // empty for one rank
 
     gate_input<T> gate_view(gate_mode mode) const
     {
         return {x, logits, options.token_ids, options.mask, mode, options.random, options.first_token};
     }
-    /// @param rows  the tokens as the experts read them: x, or those received        // (M,D)
-    expert_input<T> expert_view(matrix_view<const T> rows) const
+};
+
+/// What one piece of an exchange keeps: the lists of some of this rank's tokens, and the local path of what was received.
+template <class T, class Expert, class Communicator>
+struct exchanged_piece {
+    using exchange = std::remove_cvref_t<decltype(std::declval<const parallel_t<Communicator>&>().exchange)>;
+    using real = accumulate_t<T>;
+    int64_t first = 0, tokens = 0; ///< own ones: [first, first + tokens)
+    typename exchange::template state<real> state;
+    routing<real> received; // (Cr)   of M tokens over L experts
+    matrix_view<T> rows;    // (M,D)  empty if they are fetched again
+    plan slots;
+    kept_of<Expert, T> expert;
+
+    expert_input<T> expert_view(matrix_view<const T> x) const
     {
-        if constexpr (detail::shares_experts<Communicator>)
-            return {{rows, slots.token_of}, slots.groups(), link.received.weights, slots.choice_of};
-        else return {{rows, slots.token_of}, slots.groups(), gate.routing.weights, slots.choice_of};
+        return {{x, slots.token_of}, slots.groups(), received.weights, slots.choice_of};
     }
+};
+} // namespace detail
+
+/// What forward keeps, as views: x by reference, the routing, the plan, and what the expert declares.
+template <class T, class Gate, class Expert, class Communicator = self>
+struct moe_parts : detail::decided<T, Gate> {
+    plan slots;
+    detail::kept_of<Expert, T> expert;
+
+    expert_input<T> expert_view() const
+    {
+        return {{this->x, slots.token_of}, slots.groups(), this->gate.routing.weights, slots.choice_of};
+    }
+};
+
+/// Where ranks share the experts, plans and all after them are of the M received tokens and the L experts of this rank, one
+/// for each chunk of the exchange.
+template <class T, class Gate, class Expert, class Communicator>
+    requires detail::shares_experts<Communicator>
+struct moe_parts<T, Gate, Expert, Communicator> : detail::decided<T, Gate> {
+    std::vector<detail::exchanged_piece<T, Expert, Communicator>> pieces;
 };
 
 /// What forward() returns and backward() takes. Owns its memory if the caller gave none. The layer's x must outlive it.
@@ -124,7 +130,22 @@ public:
 
     matrix_view<const T> x() const noexcept { return parts_.x; }
     const fastmoe::routing<accumulate_t<T>>& routing() const noexcept { return parts_.gate.routing; }
-    const fastmoe::plan& plan() const noexcept { return parts_.slots; }
+    const fastmoe::plan& plan() const noexcept
+        requires(!detail::shares_experts<Communicator>)
+    {
+        return parts_.slots;
+    }
+    /// What this rank received: the plan of its experts, and what the exchange says of itself, e.g. how many rows did not fit.
+    const fastmoe::plan& plan(int chunk = 0) const noexcept
+        requires detail::shares_experts<Communicator>
+    {
+        return parts_.pieces[static_cast<std::size_t>(chunk)].slots;
+    }
+    const auto& exchange(int chunk = 0) const noexcept
+        requires detail::shares_experts<Communicator>
+    {
+        return parts_.pieces[static_cast<std::size_t>(chunk)].state;
+    }
     matrix_view<const accumulate_t<T>> logits() const noexcept { return parts_.logits; }
     /// The gate's own losses, scaled by their coefficients, in the order that the gate documents.
     auto losses() const noexcept
@@ -133,12 +154,6 @@ public:
         return parts_.gate.losses;
     }
     const parts_type& parts() const noexcept { return parts_; }
-    /// What the exchange says of itself, e.g. how many rows did not fit.
-    const auto& exchange() const noexcept
-        requires detail::shares_experts<Communicator>
-    {
-        return parts_.link.state;
-    }
 
 private:
     parts_type parts_;
@@ -146,12 +161,27 @@ private:
 };
 
 /// What the weight gradients still need after the input's gradient is done.
-template <class T, class Expert>
+template <class T, class Expert, class Communicator = self>
 struct moe_pending {
-    matrix_view<const T> x;               // (M,D)  tokens as the experts read them
     indexed_rows<T> dy;                   // (S,D)  gradient of the output, by token
     matrix_view<accumulate_t<T>> dlogits; // (T,E)
     detail::left_of<Expert, T> expert;
+};
+
+namespace detail {
+template <class T, class Expert>
+struct pending_piece {
+    matrix_view<const T> x; // (M,D)  received tokens
+    indexed_rows<T> dy;     // (S,D)  gradient of their outputs
+    left_of<Expert, T> expert;
+};
+} // namespace detail
+
+template <class T, class Expert, class Communicator>
+    requires detail::shares_experts<Communicator>
+struct moe_pending<T, Expert, Communicator> {
+    matrix_view<accumulate_t<T>> dlogits; // (T,E)
+    std::vector<detail::pending_piece<T, Expert>> pieces;
 };
 
 } // namespace fastmoe::inline FASTMOE_ABI

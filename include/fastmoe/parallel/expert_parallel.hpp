@@ -29,6 +29,7 @@ struct expert_parallel {
     Exchange exchange = {};
     int slices = 1; ///< ranks over which an expert's hidden width is cut; a divisor of the group's size
     received_rows rows = received_rows::keep;
+    int chunks = 1; ///< pieces of each rank's tokens: one travels while another is worked on. The same on all ranks
 
     int rank() const { return group.rank(); }
     int size() const { return group.size(); }
@@ -44,6 +45,8 @@ template <class Group, class World, class Rule, class Exchange>
 expert_parallel(Group, World, Rule, Exchange, int) -> expert_parallel<Group, World, Rule, Exchange>;
 template <class Group, class World, class Rule, class Exchange>
 expert_parallel(Group, World, Rule, Exchange, int, received_rows) -> expert_parallel<Group, World, Rule, Exchange>;
+template <class Group, class World, class Rule, class Exchange>
+expert_parallel(Group, World, Rule, Exchange, int, received_rows, int) -> expert_parallel<Group, World, Rule, Exchange>;
 
 namespace detail {
 
