@@ -34,7 +34,9 @@ TEST_CASE_TEMPLATE("chunks give the joined batch's outputs and gradients, more o
             batch.check(d, in_chunks(chunks, exact_exchange<>{}));
             if (ranks != 2) continue;
             batch.check(d, in_chunks(chunks, padded_exchange<>{.rows_per_rank = 40}, 1, received_rows::fetch_again));
-            batch.check(d, in_chunks(chunks, gathered_exchange<>{}, 2));
+            auto sliced = d;
+            sliced.slices = 2;
+            if constexpr (std::is_same_v<typename Cell::type, double>) batch.check(sliced, in_chunks(chunks, gathered_exchange<>{}, 2));
         }
 }
 

@@ -131,6 +131,7 @@ struct joined {
         slice.hidden = expert.hidden / d.slices;
         const moe_layer<Gate, Expert, Parallel> layer{gate, slice, parallel};
         const auto place = detail::placed(parallel, gate.experts);
+        if (place.slices != d.slices) throw std::logic_error("the division and the layer differ in slices");
         part<T> out;
         out.slice = place.slice();
         oracle::model here = model;
