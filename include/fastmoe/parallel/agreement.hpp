@@ -34,7 +34,7 @@ void read_back(Executor& ex, const T* from, T* to, int64_t n)
 
 /// Row `rank` of a table of zeros.
 template <int Columns>
-struct write_row {
+struct write_rank_row {
     int64_t own[Columns];
     int64_t* table; // (R,Columns)
     int64_t rank;
@@ -77,7 +77,7 @@ difference compare_ranks(Executor& ex, const Communicator& c, const int64_t (&ow
     const vector_view<int64_t> table = scratch.vector<int64_t>(ranks * Columns);
     const vector_view<difference> found = scratch.vector<difference>(1);
     if (scratch.measuring()) return {-1, 0, 0, 0};
-    write_row<Columns> row{{}, table.data_handle(), c.rank()};
+    write_rank_row<Columns> row{{}, table.data_handle(), c.rank()};
     for (int i = 0; i < Columns; ++i) row.own[i] = own[i];
     for_each(ex, ranks * Columns, row);
     if (ranks > 1) c.all_reduce(ex, table);
