@@ -87,6 +87,29 @@ difference compare_ranks(Executor& ex, const Communicator& c, const int64_t (&ow
     return out;
 }
 
+template <int Words>
+struct write_words {
+    int64_t words[Words];
+    int64_t* to; // (Words)
+
+    FASTMOE_HOST_DEVICE void operator()(int64_t i) const { to[i] = words[i]; }
+};
+
+/// Each number becomes its sum over the ranks. Collective, unless there is one rank.
+template <int Words, class Executor, class Communicator>
+void sum_over_ranks(Executor& ex, const Communicator& c, int64_t (&numbers)[Words], arena& scratch)
+{
+    static_assert(sums_over_ranks<Communicator, Executor, int64_t>, "the communicator lacks sums; see communicator.hpp");
+    const arena::scope lent(scratch);
+    const vector_view<int64_t> shared = scratch.vector<int64_t>(Words);
+    if (scratch.measuring() || c.size() == 1) return;
+    write_words<Words> words{{}, shared.data_handle()};
+    for (int i = 0; i < Words; ++i) words.words[i] = numbers[i];
+    for_each(ex, Words, words);
+    c.all_reduce(ex, shared);
+    read_back(ex, shared.data_handle(), numbers, Words);
+}
+
 /// What a rank brings of the parameters of one tag.
 struct parameter_facts {
     int64_t entries = 0, elements = 0;

@@ -75,22 +75,25 @@ parameter_view as_parameter(::cuda::std::mdspan<T, Shape> values, ::cuda::std::m
     return {tag, scalar_type_of<T>, scalar_type_of<G>, count, values.data_handle(), gradient.data_handle()};
 }
 
-/// The weights of a rank's experts, whose matrices lie one behind the other, transposed or not, in values and gradient alike.
-/// @throws invalid_argument if shapes or layouts differ or leave gaps; list matrices that are held apart one by one then
+/// Matrices of experts as they lie in memory: (E,out,in), or (E,in,out) if they are transposed.
+/// @throws invalid_argument if they are held apart or leave gaps; take them one by one then
+template <class T>
+tensor_view<T, 3> packed(const weight_view<T>& w, const char* name = "weights")
+{
+    const bool plain = w.row_stride == w.in && w.col_stride == 1, transposed = w.row_stride == 1 && w.col_stride == w.out;
+    expects(!w.pointers && (plain || transposed) && (w.experts <= 1 || w.expert_stride == w.out * w.in), name,
+            "matrices held apart or with gaps", "one behind the other");
+    return plain ? tensor_view<T, 3>(w.data, w.experts, w.out, w.in) : tensor_view<T, 3>(w.data, w.experts, w.in, w.out);
+}
+
+/// The weights of a rank's experts.
+/// @throws invalid_argument if shapes or layouts differ, and as packed()
 template <class T, class G>
 parameter_view as_parameter(const weight_view<T>& values, const weight_view<G>& gradient, parameter_tag tag)
 {
-    const auto expects_packed = [&](const auto& w, const char* name) {
-        const bool plain = w.row_stride == w.in && w.col_stride == 1, transposed = w.row_stride == 1 && w.col_stride == w.out;
-        expects(!w.pointers && (plain || transposed) && (w.experts <= 1 || w.expert_stride == w.out * w.in), name,
-                "matrices held apart or with gaps", "one behind the other");
-        expects(w.row_stride == values.row_stride && w.col_stride == values.col_stride, name, "in another layout",
-                "that of the values");
-    };
-    expects_packed(values, "values");
-    expects_packed(gradient, "gradient");
-    return as_parameter(tensor_view<T, 3>(values.data, values.experts, values.out, values.in),
-                        tensor_view<G, 3>(gradient.data, gradient.experts, gradient.out, gradient.in), tag);
+    expects(gradient.row_stride == values.row_stride && gradient.col_stride == values.col_stride, "gradient",
+            "in another layout", "that of the values");
+    return as_parameter(packed(values, "values"), packed(gradient, "gradient"), tag);
 }
 
 namespace detail {
