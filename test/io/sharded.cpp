@@ -59,7 +59,7 @@ TEST_CASE("what R ranks saved, any R' load to the bit, whatever the placements, 
             const support::temporary_folder folder;
             const std::string path = folder / "checkpoint";
             scene::save(path, scene::placement(rng, ranks, cuts), 7);
-            CHECK_EQ(folder.entries(), ranks > 1 ? std::min<std::ptrdiff_t>(folder.entries(), ranks + 1) : 2);
+            CHECK(folder.entries() <= ranks + 1); // a rank without experts writes nothing
             for (int others : {1, 2, 3, 4, 8})
                 for (int other_cuts : {1, 2, 4}) {
                     if (others % other_cuts != 0) continue;
@@ -264,12 +264,12 @@ TEST_CASE("a byte that changed, a file that is short, long, missing or of anothe
     FASTMOE_SEEDED(rng, 533);
     const support::temporary_folder folder;
     const std::string path = folder / "c";
-    const auto ranks = scene::placement(rng, 2, 2);
+    const std::vector<scene::holding> ranks{{{3, 0, 1, 5, 4, 2}, 0, 5}, {{3, 0, 1, 5, 4, 2}, 5, scene::hidden}};
     scene::save(path, ranks, 3);
     std::vector<std::string> files = files_in(folder);
     std::vector<std::string> old;
     for (const std::string& file : files) old.push_back(support::read_file(file));
-    CHECK_EQ(files.size(), 3);
+    REQUIRE(files.size() == 3);
     const auto read = [&] {
         return refusal<fm::format_error>([&] {
             io::sharded_checkpoint from(path);

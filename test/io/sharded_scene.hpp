@@ -32,6 +32,7 @@ inline float element(int generation, int tensor, int64_t expert, int64_t i)
 struct holding {
     std::vector<int32_t> ids;
     int64_t begin = 0, end = hidden;
+    bool cut = false; ///< whether it is called a slice even if it is all
 
     int64_t extent() const { return end - begin; }
 };
@@ -44,9 +45,10 @@ inline std::vector<holding> placement(support::random& rng, int ranks, int cuts)
     const int groups = ranks / cuts;
     for (int g = 0; g < groups; ++g) {
         std::vector<int64_t> at{0, hidden};
-        for (int i = 1; i < cuts; ++i) at.push_back(rng.integer(0, hidden));
+        // At an end now and then: a rank whose slice is empty, and one that has all.
+        for (int i = 1; i < cuts; ++i) at.push_back(rng.coin(0.2) ? 0 : rng.coin(0.2) ? hidden : rng.integer(1, hidden - 1));
         std::sort(at.begin(), at.end());
-        for (int i = 0; i < cuts; ++i) out[g * cuts + i].begin = at[i], out[g * cuts + i].end = at[i + 1];
+        for (int i = 0; i < cuts; ++i) out[g * cuts + i] = {{}, at[i], at[i + 1], rng.coin()};
     }
     for (int32_t e : rng.permutation(experts)) {
         const auto g = static_cast<int>(rng.integer(0, groups - 1));
@@ -73,7 +75,7 @@ public:
     {
         const auto local = static_cast<int64_t>(h_.ids.size());
         const auto ids = fm::as_vector(h_.ids);
-        const bool cut = h_.extent() < hidden;
+        const bool cut = h_.cut || h_.extent() < hidden;
         const io::expert_slice up{0, h_.begin, cut ? hidden : -1}, down{1, h_.begin, cut ? hidden : -1};
         const auto cube = [&](auto& v, int64_t rows, int64_t cols) {
             return fm::tensor_view<std::remove_reference_t<decltype(v[0])>, 3>(v.data(), local, rows, cols);

@@ -84,10 +84,13 @@ namespace detail {
 
 /// One tensor of an entry: all of it, or that of one expert.
 struct entry_part {
+
     std::string key;      ///< the name under which it is stored, without the range of a slice
     safetensor tensor;    ///< this rank's; the data of a part that is to be loaded is in the entry
     int64_t offset = 0;   ///< bytes from the beginning of the entry
     expert_slice slice{}; ///< total is -1 unless it is a slice
+
+    bool empty_slice() const { return slice.total >= 0 && tensor.shape[static_cast<std::size_t>(slice.axis)] == 0; }
 };
 
 /// "<name>.<id>[<axis>:<begin>:<end>:<total>]" for a slice, the plain key otherwise.
@@ -125,17 +128,19 @@ inline void expects_entry(const checkpoint_entry& e)
             "a range inside of ", total);
 }
 
-/// f(entry_part) for every tensor of a checked entry.
+/// f(entry_part) for every tensor of a checked entry. A slice that is all of its tensor is no slice.
 template <class F>
 void for_each_part(const checkpoint_entry& e, const F& f)
 {
     if (e.kind == entry_kind::replicated) return f(entry_part{e.name, {e.type, e.shape, e.data}, 0, {}});
     const std::vector<int64_t> shape(e.shape.begin() + 1, e.shape.end());
+    const bool cut = e.slice.total >= 0 && shape[static_cast<std::size_t>(e.slice.axis)] != e.slice.total;
+    const expert_slice slice = cut ? e.slice : expert_slice{};
     const int64_t bytes = safetensor{e.type, shape, nullptr}.bytes();
     for (std::size_t i = 0; i < e.experts.size(); ++i) {
         const int64_t offset = static_cast<int64_t>(i) * bytes;
         const std::byte* data = e.data ? e.data + offset : nullptr;
-        f(entry_part{e.name + "." + std::to_string(e.experts[i]), {e.type, shape, data}, offset, e.slice});
+        f(entry_part{e.name + "." + std::to_string(e.experts[i]), {e.type, shape, data}, offset, slice});
     }
 }
 

@@ -159,6 +159,7 @@ private:
             expects_entry(e);
             if (e.kind == entry_kind::replicated ? c_.rank() != 0 : role == checkpoint_role::replica) continue;
             for_each_part(e, [&](entry_part part) {
+                if (part.empty_slice()) return; // others have all there is
                 const std::string key = stored_key(part);
                 const bool fresh = out.tensors.emplace(key, part.tensor).second;
                 expects(fresh, "entry", name_text(key) + ", for the second time", "each tensor once");
