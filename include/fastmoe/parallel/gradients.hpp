@@ -5,6 +5,7 @@
 /// parameter. See also gradient_norm.hpp.
 #pragma once
 
+#include <fastmoe/comm/self.hpp>
 #include <fastmoe/exec/scratch.hpp>
 #include <fastmoe/parallel/agreement.hpp>
 
