@@ -51,6 +51,21 @@ std::vector<std::string> try_to_save(const std::string& path, const std::vector<
     return said;
 }
 
+/// `threads` whose rank 1 loses touch after a number of sums: the others had its contribution and go on.
+struct losing_touch {
+    const fm::threads& inner;
+    mutable int sums_left;
+
+    int rank() const { return inner.rank(); }
+    int size() const { return inner.size(); }
+    template <fm::executor Executor, class T>
+    void all_reduce(Executor& ex, fm::vector_view<T> values) const
+    {
+        inner.all_reduce(ex, values);
+        if (inner.rank() == 1 && --sums_left == 0) fm::raise<fm::comm_error>("rank 1 has lost touch");
+    }
+};
+
 constexpr const char* silent = "nothing was thrown";
 
 } // namespace
@@ -100,7 +115,7 @@ TEST_CASE("a call that fails on any rank makes all of them throw or none, and wh
     const auto ranks = scene::placement(rng, 3, 3);
     scene::save(path, ranks, 1);
     const auto files = folder.entries();
-    int64_t failures = 0;
+    int64_t failures = 0, taken_away = 0;
     for (int64_t n = 1;; ++n) {
         INFO("call ", n);
         bool struck = false;
@@ -119,12 +134,18 @@ TEST_CASE("a call that fails on any rank makes all of them throw or none, and wh
             ++failures;
             // All of them say why.
             for (const std::string& text : said) CHECK_MESSAGE((has(text, "Input/output") || has(text, "No space")), text);
+            // A part that could not be written: all ranks know, and take theirs away.
+            if (has(said[0], ".part': ") && !has(said[0], "path is")) {
+                CHECK_EQ(folder.entries(), files);
+                ++taken_away;
+            }
         }
         if (!struck) break;
         scene::save(path, ranks, 1);
         CHECK_EQ(folder.entries(), files);
     }
     CHECK(failures > 25);
+    CHECK(taken_away > 10);
 }
 
 TEST_CASE("a full disk is an error on all ranks that says so, and once there is room the next save succeeds")
@@ -171,6 +192,33 @@ TEST_CASE("a rank that is gone is a comm_error on the others, and the checkpoint
     });
     for (int r : {0, 2}) CHECK_MESSAGE(has(said[r], "rank 1 of 3 has left"), said[r]);
     CHECK_EQ(whole(path, ranks), 1);
+}
+
+TEST_CASE("a rank that loses touch leaves its part: the others may have agreed to name it")
+{
+    FASTMOE_SEEDED(rng, 546);
+    const support::temporary_folder folder;
+    const std::string path = folder / "c";
+    auto ranks = scene::placement(rng, 3, 1);
+    ranks[1].ids = {0}, ranks[0].ids = {1, 2, 3}, ranks[2].ids = {4, 5};
+    scene::save(path, ranks, 1);
+    const auto files = folder.entries();
+    for (int sums = 1; sums <= 5; ++sums) {
+        INFO("after ", sums, " sums");
+        std::vector<std::string> said(3);
+        fm::run_ranks(3, [&](const fm::threads& c) {
+            fm::host_executor ex({.threads = 1});
+            scene::rank_memory own(ranks[c.rank()]);
+            own.fill(2);
+            said[c.rank()] = support::message_of<fm::comm_error>([&] {
+                io::save_sharded_checkpoint(ex, path, own.entries(), losing_touch{c, sums}, {.step = 2, .text = "generation 2"});
+            });
+        });
+        CHECK_EQ(whole(path, ranks), sums < 3 ? 1 : 2); // the third sum says that all have written their parts
+        CHECK(has(said[1], "lost touch") == (sums <= 4)); // there are four
+        scene::save(path, ranks, 1);
+        CHECK_EQ(folder.entries(), files);
+    }
 }
 
 TEST_CASE("over a manifest that is corrupt, a save writes a new one and then removes all older parts")
