@@ -51,13 +51,14 @@ inline std::string hex_text(std::uint64_t n)
     return out;
 }
 
-/// A whole number without signs, leading zeros or anything behind it; false if the text is none.
+/// A whole number as std::to_string or hex_text write it; false if the text is none.
 template <class Integer>
 bool read_number(std::string_view text, Integer& out, int base = 10)
 {
-    const bool digits = !text.empty() && text[0] != '-' && (base == 16 ? text.size() == 16 : text[0] != '0' || text.size() == 1);
+    const bool length = base == 16 ? text.size() == 16 : !text.empty() && (text[0] != '0' || text.size() == 1);
+    const bool digits = text.find_first_not_of(base == 16 ? "0123456789abcdef" : "0123456789") == std::string_view::npos;
     const auto [stop, problem] = std::from_chars(text.data(), text.data() + text.size(), out, base);
-    return digits && problem == std::errc{} && stop == text.data() + text.size();
+    return length && digits && problem == std::errc{} && stop == text.data() + text.size();
 }
 
 /// Of all pairs but the checksum itself.

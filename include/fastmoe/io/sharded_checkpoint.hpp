@@ -122,7 +122,7 @@ public:
         for (const auto& [rank, bytes] : manifest_.parts) part(rank);
         for (const auto& [key, where] : manifest_.tensors) {
             verified(key, where);
-            const bool slice = key.back() == ']' && key.rfind('[') != std::string::npos;
+            const bool slice = key.ends_with(']') && key.rfind('[') != std::string::npos;
             if (slice) detail::pieces_of(manifest_, std::string_view(key).substr(0, key.rfind('[')), path_);
         }
     }

@@ -217,7 +217,7 @@ private:
         expects<error>(seen == tensors, "the number of tensors in the parts that rank 0 finds", seen, tensors,
                        ", as written: a folder that all ranks share");
         for (const auto& [key, where] : out.tensors)
-            if (const std::size_t range = key.find('['); key.back() == ']' && range != std::string::npos)
+            if (const std::size_t range = key.find('['); key.ends_with(']') && range != std::string::npos)
                 pieces_of(out, std::string_view(key).substr(0, key.rfind('[')), path_);
         return out;
     }
