@@ -193,12 +193,6 @@ public:
     fastmoe::fault_recorder faults() { return faults_.recorder(); }
     void deliver_faults() { faults_.deliver(); }
     void synchronize() { deliver_faults(); }
-    /// As an executor does whose memory its caller cannot read.
-    void copy_to_host(void* to, const void* from, int64_t bytes)
-    {
-        synchronize();
-        std::memcpy(to, from, static_cast<std::size_t>(bytes));
-    }
 
 private:
     static constexpr int poison_bits = 0xff;

@@ -12,25 +12,7 @@
 
 namespace fastmoe::inline FASTMOE_ABI {
 
-/// Brings a few bytes to the caller: what an executor offers whose memory the caller cannot read.
-template <class Executor>
-concept copies_to_host =
-    requires(Executor& ex, void* to, const void* from, int64_t bytes) { ex.copy_to_host(to, from, bytes); };
-
 namespace detail {
-
-/// Waits for the executor and reads n elements of its memory.
-template <class T, class Executor>
-void read_back(Executor& ex, const T* from, T* to, int64_t n)
-{
-    if constexpr (has_readable_memory<Executor>) {
-        ex.synchronize();
-        for (int64_t i = 0; i < n; ++i) to[i] = from[i];
-    } else {
-        static_assert(copies_to_host<Executor>, "the executor's memory is not readable and it lacks copy_to_host");
-        ex.copy_to_host(to, from, n * static_cast<int64_t>(sizeof(T)));
-    }
-}
 
 /// Row `rank` of a table of zeros.
 template <int Columns>
@@ -83,7 +65,7 @@ difference compare_ranks(Executor& ex, const Communicator& c, const int64_t (&ow
     if (ranks > 1) c.all_reduce(ex, table);
     for_each(ex, 1, find_difference<Columns>{table.data_handle(), found.data_handle(), ranks});
     difference out;
-    read_back(ex, found.data_handle(), &out, 1);
+    read_back(ex, vector_view<const difference>(found), &out);
     return out;
 }
 
@@ -107,7 +89,7 @@ void sum_over_ranks(Executor& ex, const Communicator& c, int64_t (&numbers)[Word
     for (int i = 0; i < Words; ++i) words.words[i] = numbers[i];
     for_each(ex, Words, words);
     c.all_reduce(ex, shared);
-    read_back(ex, shared.data_handle(), numbers, Words);
+    read_back(ex, vector_view<const int64_t>(shared), numbers);
 }
 
 /// What a rank brings of the parameters of one tag.

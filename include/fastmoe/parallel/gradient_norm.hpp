@@ -127,7 +127,7 @@ Real sum_over_blocks(Executor& ex, vector_view<const parameter_view> parameters,
     }
     for_each_row(ex, 1, add_blocks<Real>{partial.data_handle(), total.data_handle(), blocks}, {.width = blocks});
     if (world.size() > 1) world.all_reduce(ex, total);
-    read_back(ex, total.data_handle(), &out, 1);
+    read_back(ex, vector_view<const Real>(total), &out);
     return out;
 }
 
