@@ -19,6 +19,12 @@ enum class entry_kind : std::uint8_t {
     per_expert, ///< the leading axis is that of this rank's experts; each is stored under its global id
 };
 
+/// Whether a rank writes what it has of experts, or another does that has the same.
+enum class checkpoint_role : std::uint8_t {
+    writer,
+    replica, ///< e.g. on rank 1 and higher of the data-parallel group
+};
+
 /// The part that a rank has of each of its experts' tensors: from `begin` on along an axis whose whole extent is `total`.
 /// The axes are those of one expert's tensor: 0 is the one behind the experts.
 struct expert_slice {
@@ -37,6 +43,7 @@ struct checkpoint_entry {
     std::byte* room = nullptr;       ///< the same memory, if it may be written: where a load goes
     std::vector<int32_t> experts;    ///< per_expert: global ids                      // (L)
     expert_slice slice{};
+    checkpoint_role role{};          ///< of this tensor, e.g. a bias that is whole on every rank with a slice
 };
 
 namespace detail {
@@ -45,7 +52,7 @@ template <class T, class Shape>
 checkpoint_entry entry_of(std::string name, ::cuda::std::mdspan<T, Shape> v)
 {
     const safetensor t = as_safetensor(v);
-    checkpoint_entry out{std::move(name), entry_kind::replicated, t.type, t.shape, t.data, nullptr, {}, {}};
+    checkpoint_entry out{std::move(name), entry_kind::replicated, t.type, t.shape, t.data, nullptr, {}, {}, {}};
     if constexpr (!std::is_const_v<T>) out.room = reinterpret_cast<std::byte*>(v.data_handle());
     return out;
 }

@@ -18,16 +18,10 @@
 namespace fastmoe::inline FASTMOE_ABI {
 namespace io {
 
-/// Whether a rank's experts are written by it or by another that has the same ones.
-enum class checkpoint_role : std::uint8_t {
-    writer,
-    replica, ///< e.g. of rank 1 and higher of the data-parallel group
-};
-
 struct sharded_save_options {
     int64_t step = 0; ///< the same on all ranks
     std::string text{}; ///< what else the caller wants to know of the run, in UTF-8; that of rank 0 is kept
-    checkpoint_role role = checkpoint_role::writer;
+    checkpoint_role role = checkpoint_role::writer; ///< of all experts' tensors of this rank
 };
 
 namespace detail {
@@ -157,7 +151,8 @@ private:
         out.metadata["format"] = part_format;
         for (const checkpoint_entry& e : entries) {
             expects_entry(e);
-            if (e.kind == entry_kind::replicated ? c_.rank() != 0 : role == checkpoint_role::replica) continue;
+            const bool others = role == checkpoint_role::replica || e.role == checkpoint_role::replica;
+            if (e.kind == entry_kind::replicated ? c_.rank() != 0 : others) continue;
             for_each_part(e, [&](entry_part part) {
                 if (part.empty_slice()) return; // others have all there is
                 const std::string key = stored_key(part);
