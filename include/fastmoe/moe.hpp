@@ -21,6 +21,9 @@
 #include <fastmoe/models/llama4.hpp>
 #include <fastmoe/models/phimoe.hpp>
 #include <fastmoe/models/softmax_models.hpp>
+#include <fastmoe/parallel/broadcast_parameters.hpp>
+#include <fastmoe/parallel/gradient_norm.hpp>
+#include <fastmoe/parallel/gradients.hpp>
 #include <fastmoe/routing/balanced_assignment.hpp>
 #include <fastmoe/routing/bias_update.hpp>
 #include <fastmoe/routing/biased_score.hpp>

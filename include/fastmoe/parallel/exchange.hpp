@@ -99,19 +99,6 @@ FASTMOE_HOST_DEVICE Real get_weight(const int32_t* from) noexcept
     return w;
 }
 
-/// Numbers that the host must know before it can go on. Waits for the executor where its memory cannot be read.
-template <class Executor, class T>
-void read_back(Executor& ex, vector_view<const T> from, T* to)
-{
-    const int64_t n = from.extent(0);
-    if constexpr (has_readable_memory<Executor>) {
-        for (int64_t i = 0; i < n; ++i) to[i] = from(i);
-    } else {
-        static_assert(copies_to_host<Executor>, "the executor has neither readable_memory nor copy_to_host");
-        ex.copy_to_host(to, from.data_handle(), n * static_cast<int64_t>(sizeof(T)));
-    }
-}
-
 /// A matrix as one row of elements, for collectives over equal blocks.
 template <class T>
 vector_view<T> flat(matrix_view<T> m)
