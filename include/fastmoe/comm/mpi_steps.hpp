@@ -18,9 +18,10 @@
 
 namespace fastmoe::inline FASTMOE_ABI {
 
-/// MPI can read and write the executor's memory where it lies. What is in the memory of a device is not staged.
+/// Whether MPI can read and write the executor's memory where it lies. Specialize it for an executor whose memory is host
+/// memory though it is not readable_memory. What is in the memory of a device is not staged.
 template <class Executor>
-concept reached_by_mpi = executor<Executor> && has_readable_memory<Executor>;
+inline constexpr bool reached_by_mpi = has_readable_memory<Executor>;
 
 namespace detail {
 
@@ -116,8 +117,7 @@ public:
     void run(Executor& ex, const post& mine, const Verify& verify, const Prepare& prepare, const Steps& steps) const
     {
         static_assert(reached_by_mpi<Executor>,
-                      "mpi sends from and receives in host memory: this executor's memory is not "
-                      "readable_memory, and staging it is left to the caller");
+                      "mpi moves host memory only: see reached_by_mpi<Executor> in comm/mpi_steps.hpp");
         mpi_call here(*channel_, mine.verb);
         verify();
         ex.synchronize(); // what is sent has been written

@@ -1,0 +1,143 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+#include <doctest/doctest.h>
+
+#include <chrono>
+#include <cstdlib>
+#include <sstream>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include <signal.h>
+
+#include "support/child_process.hpp"
+#include "support/scratch.hpp"
+
+using std::chrono::seconds;
+using std::chrono::steady_clock;
+
+namespace {
+
+constexpr int deadline = 2000; // ms
+
+/// Whether a process still runs; a zombie does not.
+bool lives(int id)
+{
+    std::string stat;
+    if (::kill(id, 0) != 0) return false;
+    if (FILE* file = std::fopen(("/proc/" + std::to_string(id) + "/stat").c_str(), "r")) {
+        char text[512] = {};
+        static_cast<void>(std::fread(text, 1, sizeof text - 1, file));
+        std::fclose(file);
+        stat = text;
+    }
+    return stat.find(") Z") == std::string::npos;
+}
+
+struct outcome {
+    int status = 0;
+    std::string all;
+    std::vector<std::string> of; ///< what each rank said
+    std::vector<int> processes;
+    double seconds = 0;
+};
+
+outcome run_doomed(const std::string& how, int ranks, const std::vector<std::string>& options = {})
+{
+    std::vector<std::string> words{FASTMOE_MPIRUN, "--oversubscribe", "--enable-recovery", "-np", std::to_string(ranks)};
+    words.insert(words.end(), options.begin(), options.end());
+    for (const std::string& word : {std::string(FASTMOE_DOOMED), how, std::to_string(deadline)}) words.push_back(word);
+    outcome o;
+    const auto start = steady_clock::now();
+    const auto finished = support::run_process(words);
+    o.seconds = std::chrono::duration<double>(steady_clock::now() - start).count();
+    o.status = finished.status;
+    o.all = finished.out;
+    o.of.resize(static_cast<std::size_t>(ranks));
+    std::istringstream lines(finished.out);
+    for (std::string line; std::getline(lines, line);) {
+        if (line.size() < 4 || line[0] != '[' || line[2] != ']') continue;
+        const int rank = line[1] - '0';
+        if (rank < 0 || rank >= ranks) continue;
+        o.of[static_cast<std::size_t>(rank)] += line.substr(4) + "\n";
+        if (line.rfind("is process ", 4) == 4) o.processes.push_back(std::atoi(line.c_str() + 15));
+    }
+    return o;
+}
+
+/// Rank 1 is lost: every other one is told so within the time, at once or after the deadline, and nobody stays behind.
+void is_told(const std::string& how, int ranks, const std::string& text, double least, double most,
+             const std::vector<std::string>& options = {})
+{
+    const outcome o = run_doomed(how, ranks, options);
+    INFO(how, " with ", ranks, " ranks, ", o.seconds, " s, status ", o.status, "\n", o.all);
+    CHECK_EQ(o.processes.size(), static_cast<std::size_t>(ranks));
+    for (int id : o.processes) CHECK_FALSE(lives(id));
+    for (int r = 0; r < ranks; ++r) {
+        if (r == 1) continue;
+        const std::string& said = o.of[static_cast<std::size_t>(r)];
+        CHECK(support::has(said, ("comm_error: fastmoe: " + text).c_str()));
+        CHECK(support::has(said, "again the same at once"));
+        CHECK(support::has(said, "comes to its end"));
+        const auto at = said.find("took ");
+        REQUIRE(at != std::string::npos);
+        const double took = std::atof(said.c_str() + at + 5) / 1000;
+        CHECK(took >= least);
+        CHECK(took <= most);
+    }
+    CHECK(o.status != 0);
+    CHECK(o.seconds < 20);
+}
+
+const double at_once = 1.5, late = 2 + 2.5; // s; the machine may be busy
+
+} // namespace
+
+TEST_CASE("a rank that throws is named to all others at once")
+{
+    for (int ranks : {2, 4}) is_told("throws", ranks, "barrier: rank 1 of " + std::to_string(ranks) + " has left", 0, at_once);
+}
+
+TEST_CASE("a rank that ends early in good order is named at once")
+{
+    is_told("leaves", 4, "barrier: rank 1 of 4 has left", 0, at_once);
+}
+
+TEST_CASE("a rank whose argument is refused is named at once")
+{
+    is_told("wrong_argument", 4, "broadcast: rank 1 of 4 failed", 0, at_once);
+}
+
+TEST_CASE("a rank that exits is named when the deadline has passed")
+{
+    is_told("exits", 4, "barrier: rank 1 of 4 did not come within 2000 ms", 1.9, late);
+    is_told("exits_with_status", 2, "barrier: rank 1 of 2 did not come within 2000 ms", 1.9, late);
+}
+
+TEST_CASE("a rank that is killed between collectives is named when the deadline has passed")
+{
+    for (int ranks : {2, 4})
+        is_told("dies", ranks, "barrier: rank 1 of " + std::to_string(ranks) + " did not come within 2000 ms", 1.9, late);
+}
+
+TEST_CASE("a rank that is killed in the middle of an exchange is named when the deadline has passed")
+{
+    for (const char* how : {"exchange_small", "exchange_large"})
+        for (int ranks : {2, 4})
+            is_told(how, ranks, "all_to_all_v: rank 1 of " + std::to_string(ranks) + " did not come within 2000 ms", 1.9, late);
+    // Where large messages are copied through shared memory in pieces.
+    is_told("exchange_large", 4, "all_to_all_v: rank 1 of 4 did not come within 2000 ms", 1.9, late,
+            {"--mca", "btl_vader_single_copy_mechanism", "none"});
+}
+
+TEST_CASE("a rank that never comes is named, comes to its own error, and goes")
+{
+    is_told("never_comes", 2, "barrier: rank 1 of 2 did not come within 2000 ms", 1.9, late);
+}
+
+TEST_CASE("a rank of a split is named by its number there")
+{
+    is_told("split_dies", 4, "barrier: rank 2 of 4 did not come within 2000 ms", 1.9, late);
+    is_told("split_exchange_large", 4, "all_to_all_v: rank 2 of 4 did not come within 2000 ms", 1.9, late);
+}
