@@ -47,8 +47,10 @@ void be_lost(const std::string& how, const fm::mpi& c, fm::host_executor& ex)
     if (how == "exits") std::exit(0);
     if (how == "exits_with_status") std::_Exit(3);
     if (how == "dies") ::raise(SIGKILL);
-    if (how == "never_comes") std::this_thread::sleep_for(std::chrono::seconds(20));
-    if (how == "is_stopped") ::raise(SIGSTOP);
+    if (how == "comes_too_late") {
+        std::this_thread::sleep_for(std::chrono::seconds(4));
+        c.barrier(ex);
+    }
     if (how == "wrong_argument") c.broadcast(ex, fm::as_vector(v), 99);
     if (how == "leaves") return;
 }
@@ -75,7 +77,7 @@ int main(int argc, char** argv)
     if (in_exchange && me == lost)
         killer = std::thread([&] {
             std::this_thread::sleep_for(std::chrono::milliseconds(100));
-            ::kill(::getpid(), what == "exchange_stopped" ? SIGSTOP : SIGKILL);
+            ::kill(::getpid(), SIGKILL);
         });
     auto start = clock_type::now();
     int status = 0;

@@ -236,7 +236,8 @@ private:
     template <class Ready>
     void wait(const char* verb, phase now, const Ready& ready)
     {
-        if (link_.poll(ready, [&] { send_note(sign_of_life, mpi_head::alive, ""); })) return;
+        const auto how = now == phase::heads ? mpi_link::manner::resting : mpi_link::manner::busy;
+        if (link_.poll(how, ready, [&] { send_note(sign_of_life, mpi_head::alive, ""); })) return;
         listen(verb, now);
         auto& requests = now == phase::sends ? sends_ : bulk_;
         const auto missing = [&](int r) {

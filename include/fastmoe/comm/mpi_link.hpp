@@ -58,6 +58,7 @@ public:
         MPI_Request request = MPI_REQUEST_NULL;
         int code = MPI_Comm_idup(of, copy.get(), &request), done = 0;
         const bool came = poll(
+            manner::resting,
             [&] {
                 if (code == MPI_SUCCESS) code = MPI_Test(&request, &done, MPI_STATUS_IGNORE);
                 return done != 0 || code != MPI_SUCCESS;
@@ -92,15 +93,19 @@ public:
     int size() const noexcept { return size_; }
     std::chrono::milliseconds deadline() const noexcept { return deadline_; }
 
+    /// How to wait: for a rank that may compute for long, its processor's time is left to others after a while; MPI moves
+    /// bulk only while it is polled.
+    enum class manner : unsigned char { resting, busy };
+
     /// Polls ready() until it holds or the deadline has passed; stalled() is called once, after half of that time.
     /// @returns whether ready() held
     template <class Ready, class Stalled>
-    bool poll(const Ready& ready, const Stalled& stalled) const
+    bool poll(manner how, const Ready& ready, const Stalled& stalled) const
     {
         clock::time_point start{};
-        bool told = false;
+        bool told = false, rests = false;
         for (int64_t polls = 1; !ready(); ++polls) {
-            if (polls % 64 != 0) continue;
+            if (polls % 64 != 0 && !rests) continue;
             const auto now = clock::now();
             if (start == clock::time_point{}) start = now;
             const auto waited = now - start;
@@ -109,7 +114,9 @@ public:
                 told = true;
                 stalled();
             }
-            if (waited > std::chrono::milliseconds(1)) std::this_thread::yield();
+            rests = how == manner::resting && waited > std::chrono::milliseconds(20);
+            if (rests) std::this_thread::sleep_for(std::chrono::microseconds(20));
+            else if (waited > std::chrono::milliseconds(1)) std::this_thread::yield();
         }
         return true;
     }
@@ -156,7 +163,7 @@ public:
         in_turn([&] {
             if (last) last->leave();
             closed_ = true;
-            all = poll([&] { return (sweep() && (!last || last->ended())) || !whole_; }, [] {});
+            all = poll(manner::resting, [&] { return (sweep() && (!last || last->ended())) || !whole_; }, [] {});
         });
         if (!all || !whole_) return whole_ = false;
         MPI_Comm_free(&comm_);
