@@ -45,10 +45,10 @@ bench::standing race(const fm::mpi& c, int64_t rows, const char* size, double ta
         return (bench::now() - begin) / repeats;
     };
     for (int who : {0, 1}) timed(who, 20);
-    const int repeats = agreed(1 + static_cast<int>(0.002 / std::max(timed(1, 5), 1e-7)));
+    const int repeats = agreed(1 + static_cast<int>(0.0005 / std::max(timed(1, 5), 1e-7)));
     std::vector<double> ours, bare, ratios;
-    const double begin = bench::now(), limit = bench::budget(4);
-    for (int round = 0; agreed(round < 25 || bench::now() - begin < limit); ++round) {
+    const double begin = bench::now(), limit = bench::budget(3);
+    for (int round = 0; agreed(round < 101 || bench::now() - begin < limit); ++round) {
         double took[2];
         for (int turn : {0, 1}) {
             const int who = (turn + round) % 2;

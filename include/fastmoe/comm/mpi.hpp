@@ -9,12 +9,9 @@
 ///     mpirun -np 4 --enable-recovery program
 ///
 /// Only with --enable-recovery do the other ranks live on when one has died, so that they can say which; without it
-/// Open MPI's launcher ends them all. Messages go from rank to rank and are polled for, since a collective of MPI can neither
+/// Open MPI's launcher ends them all. With it, mpirun itself exits with 0 whatever the ranks do. Messages go from rank to rank and are polled for, since a collective of MPI can neither
 /// time out nor tell who is missing. Each collective costs a rank R-1 messages of 80 bytes, to which all_to_all_v adds 16 R
 /// and which carry small data; what is larger follows when all have agreed.
-///
-/// Known limit: where Open MPI 4.1 speaks TCP (between nodes without a faster network), its transport itself aborts a process
-/// whose peer's connection breaks. That rank ends with Open MPI's message instead of a comm_error.
 #pragma once
 
 #include <cstddef>
@@ -43,7 +40,8 @@ struct mpi_options {
 /// @throws comm_error from each collective, on all ranks, if ranks disagree about the collective, its element type, shape,
 ///         root or counts (nothing is written then, and the communicator can go on), if a rank has failed or left, or did
 ///         not come before the deadline (then every later call throws the same at once); invalid_argument on a rank whose
-///         arguments break the contract by themselves. If a rank was lost while data was on its way, the memory that is
+///         arguments break the contract by themselves. A rank that comes when the others have given it up may still complete
+///         that collective, with what they had sent, and is told by its next call. If a rank was lost while data was on its way, the memory that is
 ///         sent and received must stay allocated: a rank that was only stopped may still send when it goes on
 class mpi {
     using steps = detail::mpi_steps;
