@@ -92,6 +92,7 @@ function(fastmoe_add_component component include_dir problem)
     set(needs CUDA::cudart)
   elseif(component STREQUAL "mpi")
     set(MPI_CXX_SKIP_MPICXX ON)
+    set(CMAKE_FIND_PACKAGE_TARGETS_GLOBAL ON) # FastMoE::mpi is global, so what it links must be
     find_package(MPI 3.0 QUIET COMPONENTS CXX)
     set(missing "the component mpi needs an MPI 3 library with its C++ compiler wrapper (Debian: libopenmpi-dev); name it with MPI_HOME.")
     set(needs MPI::MPI_CXX)

@@ -9,9 +9,13 @@
 ///     mpirun -np 4 --enable-recovery program
 ///
 /// Only with --enable-recovery do the other ranks live on when one has died, so that they can say which; without it
-/// Open MPI's launcher ends them all. With it, mpirun itself exits with 0 whatever the ranks do. Messages go from rank to rank and are polled for, since a collective of MPI can neither
-/// time out nor tell who is missing. Each collective costs a rank R-1 messages of 80 bytes, to which all_to_all_v adds 16 R
-/// and which carry small data; what is larger follows when all have agreed.
+/// Open MPI's launcher ends them all. With it, mpirun itself exits with 0 whatever the ranks do. Messages go from rank to
+/// rank and are polled for, since a collective of MPI can neither time out nor tell who is missing. Each collective costs a
+/// rank R-1 messages of 80 bytes, to which all_to_all_v adds 16 R and which carry small data; what is larger follows when all
+/// have agreed.
+///
+/// Known limit: when a peer dies while a large message is on its way by TCP (nodes without a faster network), Open MPI 4.1.4
+/// aborts the survivor, or locks up inside of MPI, where no deadline reaches. Shared memory has no such fault.
 #pragma once
 
 #include <cstddef>
