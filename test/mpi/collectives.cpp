@@ -127,7 +127,7 @@ TEST_CASE("a thousand exchanges of random counts lose nothing")
         std::vector<std::int64_t> out;
         int64_t in_rows = 0;
         const auto value = [&](int from, int to, int64_t i) {
-            return static_cast<int64_t>(hash(static_cast<std::uint64_t>(((round * 64 + from) * 64 + to) * 1000003 + i)));
+            return static_cast<int64_t>(hash(static_cast<std::uint64_t>(((round * 64 + from) * 64 + to) * int64_t{1000003} + i)));
         };
         for (int r = 0; r < ranks; ++r) {
             in.push_back(count[r][me]);

@@ -81,10 +81,10 @@ public:
         if (!disagreement.empty()) raise<comm_error>(disagreement);
     }
 
-    /// Does the moves of more than `small` bytes, and calls meanwhile() while they are under way.
+    /// Does the moves of more than `room` bytes, and calls meanwhile() while they are under way.
     /// @throws comm_error  then MPI may still read what is sent and write what is received, if a peer comes to life again
     template <class Meanwhile>
-    void exchange(const char* verb, int64_t small, const Meanwhile& meanwhile)
+    void exchange(const char* verb, int64_t room, const Meanwhile& meanwhile)
     {
         bulk_.clear();
         bulk_peers_.clear();
@@ -92,17 +92,17 @@ public:
             const int r = (rank_ + ranks_ - k) % ranks_;
             const mpi_move& m = moves_[at(r)];
             auto* to = static_cast<std::byte*>(m.received);
-            for (int64_t n = m.received_bytes > small ? m.received_bytes : 0; n > 0;
+            for (int64_t n = m.received_bytes > room ? m.received_bytes : 0; n > 0;
                  n -= piece_bytes, to += piece_bytes)
-                check(verb, MPI_Irecv(to, piece(n), MPI_BYTE, member(r), tag_ + 1, link_.comm(), add_bulk(r)));
+                expects_success(verb, MPI_Irecv(to, piece(n), MPI_BYTE, member(r), tag_ + 1, link_.comm(), add_bulk(r)));
         }
         receives_ = bulk_.size();
         for (int k = 1; k < ranks_; ++k) {
             const int r = (rank_ + k) % ranks_;
             const mpi_move& m = moves_[at(r)];
             const auto* from = static_cast<const std::byte*>(m.sent);
-            for (int64_t n = m.sent_bytes > small ? m.sent_bytes : 0; n > 0; n -= piece_bytes, from += piece_bytes)
-                check(verb, MPI_Isend(from, piece(n), MPI_BYTE, member(r), tag_ + 1, link_.comm(), add_bulk(r)));
+            for (int64_t n = m.sent_bytes > room ? m.sent_bytes : 0; n > 0; n -= piece_bytes, from += piece_bytes)
+                expects_success(verb, MPI_Isend(from, piece(n), MPI_BYTE, member(r), tag_ + 1, link_.comm(), add_bulk(r)));
         }
         meanwhile();
         if (bulk_.empty()) return;
@@ -179,7 +179,7 @@ private:
             }
             const int64_t bytes = m.sent_bytes <= room(mine) ? m.sent_bytes : 0;
             if (bytes > 0) std::memcpy(to + payload, m.sent, static_cast<std::size_t>(bytes));
-            check(mine.verb, MPI_Isend(to, static_cast<int>(payload + bytes), MPI_BYTE, member(r), tag_, link_.comm(),
+            expects_success(mine.verb, MPI_Isend(to, static_cast<int>(payload + bytes), MPI_BYTE, member(r), tag_, link_.comm(),
                                        &sends_[at(r)]));
         }
         posts_[at(rank_)] = mine;
@@ -216,7 +216,7 @@ private:
 
     void listen(const char* verb, phase now)
     {
-        check(verb, collect());
+        expects_success(verb, collect());
         if (gone_ == 0) return;
         // A failure in a later call is met there: this one can still be completed.
         for (int r = 0; r < ranks_; ++r)
@@ -229,7 +229,7 @@ private:
     bool are_done(const char* verb, std::vector<MPI_Request>& requests)
     {
         int done = 0;
-        check(verb, MPI_Testall(static_cast<int>(requests.size()), requests.data(), &done, MPI_STATUSES_IGNORE));
+        expects_success(verb, MPI_Testall(static_cast<int>(requests.size()), requests.data(), &done, MPI_STATUSES_IGNORE));
         return done != 0;
     }
 
@@ -259,7 +259,7 @@ private:
         give_up(named(verb, late, (" did not come within " + deadline + " ms").c_str()));
     }
 
-    void check(const char* verb, int code)
+    void expects_success(const char* verb, int code)
     {
         if (code != MPI_SUCCESS) give_up(std::string(verb) + ": MPI: " + mpi_text(code));
     }

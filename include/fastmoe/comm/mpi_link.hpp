@@ -145,7 +145,7 @@ public:
     /// something has failed, MPI may still write to its memory: that is never given back.
     void retire(std::unique_ptr<tenant> t) noexcept
     {
-        if (is_finalized()) return;
+        if (is_finalized() || (closed_ && t->ended())) return;
         lingering_.push_back(std::move(t));
         if (!closed_)
             in_turn([&] {
