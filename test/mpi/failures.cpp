@@ -3,7 +3,9 @@
 #include <doctest/doctest.h>
 
 #include <chrono>
+#include <cstdio>
 #include <cstdlib>
+#include <functional>
 #include <sstream>
 #include <string>
 #include <thread>
@@ -81,7 +83,7 @@ void is_told(const std::string& how, int ranks, const std::string& text, double 
         CHECK(support::has(said, "again the same at once"));
         CHECK(support::has(said, "comes to its end"));
         const auto at = said.find("took ");
-        REQUIRE(at != std::string::npos);
+        if (at == std::string::npos) continue; // the checks above have failed
         const double took = std::atof(said.c_str() + at + 5) / 1000;
         CHECK(took >= least);
         CHECK(took <= most);
@@ -93,52 +95,67 @@ void is_told(const std::string& how, int ranks, const std::string& text, double 
 
 const double at_once = 1.5, late = 2 + 2.5; // s; the machine may be busy
 
+/// Runs at the same time what mostly waits.
+void together(const std::vector<std::function<void()>>& runs)
+{
+    std::vector<std::thread> threads;
+    for (const auto& run : runs) threads.emplace_back(run);
+    for (auto& t : threads) t.join();
+}
+
+std::string named(const char* verb, int rank, int ranks, const char* what)
+{
+    return std::string(verb) + ": rank " + std::to_string(rank) + " of " + std::to_string(ranks) + " " + what;
+}
+
+const char* const too_late = "did not come within 2000 ms";
+
 } // namespace
 
 TEST_CASE("a rank that throws is named to all others at once")
 {
-    for (int ranks : {2, 4}) is_told("throws", ranks, "barrier: rank 1 of " + std::to_string(ranks) + " has left", 0, at_once);
+    for (int ranks : {2, 4}) is_told("throws", ranks, named("barrier", 1, ranks, "has left"), 0, at_once);
 }
 
 TEST_CASE("a rank that ends early in good order is named at once")
 {
-    is_told("leaves", 4, "barrier: rank 1 of 4 has left", 0, at_once);
+    is_told("leaves", 4, named("barrier", 1, 4, "has left"), 0, at_once);
 }
 
 TEST_CASE("a rank whose argument is refused is named at once")
 {
-    is_told("wrong_argument", 4, "broadcast: rank 1 of 4 failed", 0, at_once);
+    is_told("wrong_argument", 4, named("broadcast", 1, 4, "failed"), 0, at_once);
 }
 
 TEST_CASE("a rank that exits is named when the deadline has passed")
 {
-    is_told("exits", 4, "barrier: rank 1 of 4 did not come within 2000 ms", 1.9, late);
-    is_told("exits_with_status", 2, "barrier: rank 1 of 2 did not come within 2000 ms", 1.9, late);
+    together({[] { is_told("exits", 4, named("barrier", 1, 4, too_late), 1.9, late); },
+              [] { is_told("exits_with_status", 2, named("barrier", 1, 2, too_late), 1.9, late); }});
 }
 
 TEST_CASE("a rank that is killed between collectives is named when the deadline has passed")
 {
-    for (int ranks : {2, 4})
-        is_told("dies", ranks, "barrier: rank 1 of " + std::to_string(ranks) + " did not come within 2000 ms", 1.9, late);
+    together({[] { is_told("dies", 2, named("barrier", 1, 2, too_late), 1.9, late); },
+              [] { is_told("dies", 4, named("barrier", 1, 4, too_late), 1.9, late); }});
 }
 
 TEST_CASE("a rank that is killed in the middle of an exchange is named when the deadline has passed")
 {
     for (const char* how : {"exchange_small", "exchange_large"})
-        for (int ranks : {2, 4})
-            is_told(how, ranks, "all_to_all_v: rank 1 of " + std::to_string(ranks) + " did not come within 2000 ms", 1.9, late);
+        together({[=] { is_told(how, 2, named("all_to_all_v", 1, 2, too_late), 1.9, late); },
+                  [=] { is_told(how, 4, named("all_to_all_v", 1, 4, too_late), 1.9, late); }});
     // Where large messages are copied through shared memory in pieces.
-    is_told("exchange_large", 4, "all_to_all_v: rank 1 of 4 did not come within 2000 ms", 1.9, late,
+    is_told("exchange_large", 4, named("all_to_all_v", 1, 4, too_late), 1.9, late,
             {"--mca", "btl_vader_single_copy_mechanism", "none"});
 }
 
 TEST_CASE("a rank that does not come is named, and told the same when it comes after all")
 {
-    is_told("comes_too_late", 4, "barrier: rank 1 of 4 did not come within 2000 ms", 1.9, late);
+    is_told("comes_too_late", 4, named("barrier", 1, 4, too_late), 1.9, late);
 }
 
 TEST_CASE("a rank of a split is named by its number there")
 {
-    is_told("split_dies", 4, "barrier: rank 2 of 4 did not come within 2000 ms", 1.9, late);
-    is_told("split_exchange_large", 4, "all_to_all_v: rank 2 of 4 did not come within 2000 ms", 1.9, late);
+    together({[] { is_told("split_dies", 4, named("barrier", 2, 4, too_late), 1.9, late); },
+              [] { is_told("split_exchange_large", 4, named("all_to_all_v", 2, 4, too_late), 1.9, late); }});
 }
