@@ -3,6 +3,7 @@
 /// The umbrella: every component that needs no more than a C++20 compiler and the headers of the CUDA Toolkit.
 #pragma once
 
+#include <fastmoe/comm/hierarchical.hpp>
 #include <fastmoe/comm/threads.hpp>
 #include <fastmoe/core/same_bits.hpp>
 #include <fastmoe/core/version.hpp>
