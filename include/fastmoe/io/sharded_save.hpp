@@ -122,7 +122,7 @@ private:
             own = std::current_exception();
             said = e.what();
         }
-        fastmoe::detail::difference found{-1, 0, 0, 0};
+        fastmoe::detail::rank_difference found{-1, 0, 0, 0};
         int64_t words[64] = {};
         try {
             const int64_t facts[] = {own != nullptr, same};

@@ -25,7 +25,7 @@ struct write_rank_row {
 };
 
 /// Where ranks differ. Column 0 is a rank's trouble, which should be 0; the others should be those of rank 0.
-struct difference {
+struct rank_difference {
     int64_t rank; ///< -1: nowhere
     int64_t column, value, expected;
 };
@@ -33,7 +33,7 @@ struct difference {
 template <int Columns>
 struct find_difference {
     const int64_t* table; // (R,Columns)
-    difference* found;    // (1)
+    rank_difference* found;    // (1)
     int64_t ranks;
 
     FASTMOE_HOST_DEVICE void operator()(int64_t) const
@@ -51,21 +51,21 @@ struct find_difference {
 
 /// The first difference between what the ranks bring; the same on all of them. Collective, unless there is one rank.
 template <int Columns, class Executor, class Communicator>
-difference compare_ranks(Executor& ex, const Communicator& c, const int64_t (&own)[Columns], arena& scratch)
+rank_difference compare_ranks(Executor& ex, const Communicator& c, const int64_t (&own)[Columns], arena& scratch)
 {
     static_assert(sums_over_ranks<Communicator, Executor, int64_t>, "the communicator lacks sums; see communicator.hpp");
     const arena::scope lent(scratch);
     const int64_t ranks = c.size();
     const vector_view<int64_t> table = scratch.vector<int64_t>(ranks * Columns);
-    const vector_view<difference> found = scratch.vector<difference>(1);
+    const vector_view<rank_difference> found = scratch.vector<rank_difference>(1);
     if (scratch.measuring()) return {-1, 0, 0, 0};
     write_rank_row<Columns> row{{}, table.data_handle(), c.rank()};
     for (int i = 0; i < Columns; ++i) row.own[i] = own[i];
     for_each(ex, ranks * Columns, row);
     if (ranks > 1) c.all_reduce(ex, table);
     for_each(ex, 1, find_difference<Columns>{table.data_handle(), found.data_handle(), ranks});
-    difference out;
-    read_back(ex, vector_view<const difference>(found), &out);
+    rank_difference out;
+    read_back(ex, vector_view<const rank_difference>(found), &out);
     return out;
 }
 
@@ -119,13 +119,13 @@ struct parameter_facts {
 };
 
 template <class Executor, class Communicator>
-difference compare_facts(Executor& ex, const Communicator& c, const parameter_facts& own, int64_t trouble, arena& scratch)
+rank_difference compare_facts(Executor& ex, const Communicator& c, const parameter_facts& own, int64_t trouble, arena& scratch)
 {
     const int64_t row[] = {trouble, own.entries, own.elements, static_cast<int64_t>(own.shapes), own.tokens};
     return compare_ranks(ex, c, row, scratch);
 }
 
-inline std::string difference_text(const difference& d, const char* tag)
+inline std::string difference_text(const rank_difference& d, const char* tag)
 {
     static constexpr const char* what[] = {"", "the number of parameters", "the number of elements",
                                            "the types, sizes, order or options (a hash)", "the number of tokens"};
@@ -146,9 +146,9 @@ void expects_agreement(Executor& ex, const World& world, const Data& data, const
 {
     expects(data.size() <= world.size(), "data.size()", data.size(), "at most that of world: ", world.size());
     if (world.size() == 1) return;
-    difference group{-1, 0, 0, 0};
+    rank_difference group{-1, 0, 0, 0};
     if (data.size() > 1) group = compare_facts(ex, data, of_data, 0, scratch);
-    const difference all = compare_facts(ex, world, of_world, group.rank >= 0, scratch);
+    const rank_difference all = compare_facts(ex, world, of_world, group.rank >= 0, scratch);
     if (scratch.measuring()) return;
     if (group.rank >= 0) raise<comm_error>(difference_text(group, "data") + " of its group");
     if (all.rank >= 0) raise<comm_error>(difference_text(all, "world"));
