@@ -115,7 +115,8 @@ inline void expects_entry(const checkpoint_entry& e)
     const std::string what = "entry " + name_text(e.name);
     const char* const argument = what.c_str();
     expects(!e.name.empty() && e.name.back() != ']', argument, "of this name", "a name that does not end in ']'");
-    expects(e.type < element_type::count_, argument, "of type " + std::to_string(static_cast<int>(e.type)), "one of element_type");
+    const std::string type = "of type " + std::to_string(static_cast<int>(e.type));
+    expects(e.type < element_type::count_, argument, type, "one of element_type");
     int64_t bytes = bytes_of(e.type);
     bool fits = true;
     for (const int64_t extent : e.shape) fits = fits && extent >= 0 && !__builtin_mul_overflow(bytes, extent, &bytes);

@@ -108,7 +108,8 @@ struct pair_reader {
     void expect(std::string_view key, std::string_view value) const
     {
         if (text(key) != value)
-            refuse_file(file, {}, "__metadata__ " + name_text(key) + " is " + name_text(text(key)) + "; expected " + name_text(value));
+            refuse_file(file, {},
+                        "__metadata__ " + name_text(key) + " is " + name_text(text(key)) + "; expected " + name_text(value));
     }
 };
 

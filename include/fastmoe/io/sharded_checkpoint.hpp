@@ -142,7 +142,8 @@ private:
         const safetensor& t = file.at(key);
         if (verified_.count(key) == 0) {
             if (checksum_of(key, t) != where.sum)
-                detail::refuse_file(file.path(), key, "its checksum is not that of the manifest; expected an intact file: it is corrupt");
+                detail::refuse_file(file.path(), key,
+                                    "its checksum is not that of the manifest; expected an intact file: it is corrupt");
             verified_.insert(key);
         }
         return t;

@@ -122,14 +122,15 @@ private:
             own = std::current_exception();
             said = e.what();
         }
-        fastmoe::detail::difference found{-1, 0, 0, 0};
+        fastmoe::detail::rank_difference found{-1, 0, 0, 0};
         int64_t words[64] = {};
         try {
             const int64_t facts[] = {own != nullptr, same};
             with_own_scratch(ex_, [&](arena& scratch) { found = compare_ranks(ex_, c_, facts, scratch); });
             if (found.rank < 0) return;
             refused_ = true;
-            if (found.rank == c_.rank()) std::memcpy(words, said.data(), said.size() < sizeof words ? said.size() : sizeof words);
+            const std::size_t bytes = said.size() < sizeof words ? said.size() : sizeof words;
+            if (found.rank == c_.rank()) std::memcpy(words, said.data(), bytes);
             with_own_scratch(ex_, [&](arena& scratch) { sum_over_ranks(ex_, c_, words, scratch); });
         } catch (...) {
             if (own) std::rethrow_exception(own);
@@ -141,7 +142,8 @@ private:
             raise<comm_error>("options.step of " + rank + " is " + std::to_string(found.value) + "; expected " +
                               std::to_string(found.expected) + ", as on rank 0");
         const char* text = reinterpret_cast<const char*>(words);
-        raise<error>("cannot save " + name_text(path_) + ": " + rank + " failed: " + std::string(text, ::strnlen(text, sizeof words)));
+        const std::string why(text, ::strnlen(text, sizeof words));
+        raise<error>("cannot save " + name_text(path_) + ": " + rank + " failed: " + why);
     }
 
     /// This rank's tensors under their keys, with their checksums.
@@ -202,7 +204,8 @@ private:
             const safetensors_file part = open_part(path_, out, rank);
             const pair_reader in{part.path(), part.metadata()};
             for (const auto& [key, t] : part.tensors()) {
-                const auto [at, fresh] = out.tensors.emplace(key, stored_tensor{rank, in.number<std::uint64_t>("sum/" + key, 16)});
+                const stored_tensor where{rank, in.number<std::uint64_t>("sum/" + key, 16)};
+                const auto [at, fresh] = out.tensors.emplace(key, where);
                 if (!fresh)
                     raise<invalid_argument>("tensor " + name_text(key) + " is of ranks " + std::to_string(at->second.rank) +
                                             " and " + std::to_string(rank) + "; expected one writer, the others to be replicas");
