@@ -25,6 +25,10 @@
 #include <fastmoe/parallel/broadcast_parameters.hpp>
 #include <fastmoe/parallel/gradient_norm.hpp>
 #include <fastmoe/parallel/gradients.hpp>
+#include <fastmoe/parallel/gradients.hpp>
+#include <fastmoe/parallel/broadcast_parameters.hpp>
+#include <fastmoe/parallel/gradient_norm.hpp>
+#include <fastmoe/parallel/gradients.hpp>
 #include <fastmoe/routing/balanced_assignment.hpp>
 #include <fastmoe/routing/bias_update.hpp>
 #include <fastmoe/routing/biased_score.hpp>
