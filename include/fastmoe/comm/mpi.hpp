@@ -33,7 +33,8 @@
 namespace fastmoe::inline FASTMOE_ABI {
 
 struct mpi_options {
-    std::chrono::milliseconds deadline{60000}; ///< how long ranks wait for one that does not come; 1 ms to 11 days
+    /// How long ranks wait for one that does not come, or for the next GiB of what it sends; 1 ms to 11 days.
+    std::chrono::milliseconds deadline{60000};
 };
 
 /// One of R ranks. Copies are the same rank; when the last copy is gone, the rank has left, and others that wait for it
