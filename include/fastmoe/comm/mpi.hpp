@@ -22,12 +22,12 @@
 #include <type_traits>
 #include <utility>
 
-#include <fastmoe/comm/agreement.hpp>
 #include <fastmoe/comm/communicator.hpp>
 #include <fastmoe/comm/mpi_channel.hpp>
 #include <fastmoe/comm/mpi_link.hpp>
 #include <fastmoe/comm/mpi_mailbox.hpp>
 #include <fastmoe/comm/mpi_steps.hpp>
+#include <fastmoe/comm/post.hpp>
 #include <fastmoe/exec/executor.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI {

@@ -11,9 +11,9 @@
 #include <cstring>
 #include <utility>
 
-#include <fastmoe/comm/agreement.hpp>
 #include <fastmoe/comm/mpi_link.hpp>
 #include <fastmoe/comm/mpi_mailbox.hpp>
+#include <fastmoe/comm/post.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI::detail {
 
