@@ -68,7 +68,7 @@ function(fastmoe_add_component component include_dir problem)
 
   set(known onednn cuda mpi nccl)
   set(header_of_onednn gemm/onednn.hpp)
-  set(header_of_cuda core/config.hpp)
+  set(header_of_cuda cuda.cuh)
   set(header_of_mpi comm/mpi.hpp)
   set(header_of_nccl cuda/nccl.cuh)
   if(NOT component IN_LIST known)

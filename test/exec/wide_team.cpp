@@ -32,10 +32,11 @@ struct shared_by_lanes {
 /// so ThreadSanitizer looks at the slots alone.
 template <int Lanes, int Warp>
 struct thread_lanes {
-    static constexpr int lanes = Lanes, warp = Warp;
+    static constexpr int warp = Warp;
     shared_by_lanes<Lanes>* shared;
     int own;
 
+    static constexpr int lanes() noexcept { return Lanes; }
     int lane() const noexcept { return own; }
     void sync() const { shared->all.arrive_and_wait(); }
     template <class T>

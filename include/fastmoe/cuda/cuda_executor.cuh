@@ -83,11 +83,9 @@ public:
     [[gnu::visibility("hidden")]] void for_each_row(int64_t n, const F& f, row_hint hint)
     {
         const team_shape shape = team_shape::of(hint);
-        if (shape.lanes == detail::warp_lanes::lanes)
-            launch(detail::run_warp_rows<F>, (n + shape.teams - 1) / shape.teams, shape.teams * shape.lanes,
-                   shape.teams * shape.scratch_bytes, f, n, shape.scratch_bytes);
-        else
-            launch(detail::run_block_rows<F>, n, shape.lanes, detail::block_lanes::slot_bytes + shape.scratch_bytes, f, n);
+        const int64_t shared = shape.teams * shape.scratch_bytes + (shape.teams == 1 ? detail::device_lanes::slot_bytes : 0);
+        launch(detail::run_rows<F>, (n + shape.teams - 1) / shape.teams, shape.teams * shape.lanes, shared, f, n, shape.lanes,
+               shape.scratch_bytes);
     }
 
     /// Where the work of this executor records faults: memory of the device.

@@ -14,15 +14,20 @@
 
 namespace fastmoe::inline FASTMOE_ABI::detail::inline FASTMOE_CUDA_ABI {
 
-/// The lanes of a warp: values go through shuffles. Members are host-device, as all that functors touch, and do nothing on
-/// the host, where no such lanes are.
-struct warp_lanes {
-    static constexpr int lanes = 32, warp = 32;
+/// The lanes of a warp or of a block, by their number: one kernel serves both. Values go through shuffles within a warp and
+/// through shared memory between warps. Members are host-device, as all that functors touch, and do nothing on the host,
+/// where no such lanes are.
+struct device_lanes {
+    static constexpr int warp = 32, most = 256;
+    static constexpr int64_t slot_bytes = 2 * (most / warp) * 32; ///< what teams of several warps need
+    int count;        // a power of two, from warp to most
+    std::byte* slots; // (slot_bytes)
 
+    FASTMOE_HOST_DEVICE int lanes() const noexcept { return count; }
     FASTMOE_HOST_DEVICE int lane() const noexcept
     {
 #if defined(__CUDA_ARCH__)
-        return static_cast<int>(threadIdx.x) % warp;
+        return static_cast<int>(threadIdx.x) & (count - 1);
 #else
         return 0;
 #endif
@@ -30,7 +35,8 @@ struct warp_lanes {
     FASTMOE_HOST_DEVICE void sync() const noexcept
     {
 #if defined(__CUDA_ARCH__)
-        __syncwarp();
+        if (count > warp) __syncthreads();
+        else __syncwarp();
 #endif
     }
     template <class T>
@@ -53,35 +59,13 @@ struct warp_lanes {
         return value;
 #endif
     }
-};
-
-/// The lanes of a block of 256: warps leave their totals in shared memory.
-struct block_lanes : warp_lanes {
-    static constexpr int lanes = 256;
-    static constexpr int64_t slot_bytes = 2 * (lanes / warp) * 32;
-    std::byte* slots; // (slot_bytes)
-
-    FASTMOE_HOST_DEVICE explicit block_lanes(std::byte* s) noexcept : slots(s) {}
-    FASTMOE_HOST_DEVICE int lane() const noexcept
-    {
-#if defined(__CUDA_ARCH__)
-        return static_cast<int>(threadIdx.x);
-#else
-        return 0;
-#endif
-    }
-    FASTMOE_HOST_DEVICE void sync() const noexcept
-    {
-#if defined(__CUDA_ARCH__)
-        __syncthreads();
-#endif
-    }
     template <class T>
     FASTMOE_HOST_DEVICE T* slot(int set, int w) const noexcept
     {
         return reinterpret_cast<T*>(slots + set * (slot_bytes / 2)) + w;
     }
 };
+
 
 /// Four elements a thread, a block apart: what a warp touches at one time is contiguous.
 template <class F>
@@ -95,30 +79,20 @@ __global__ void __launch_bounds__(256) run_elements(const __grid_constant__ F f,
         }
 }
 
-/// A warp a row; blockDim.x / 32 rows a block at a time.
+/// A row a team: blockDim.x / lanes rows a block at a time. Shared memory: the slots, if a team has several warps, then
+/// scratch_bytes a team.
 template <class F>
-__global__ void __launch_bounds__(256) run_warp_rows(const __grid_constant__ F f, const int64_t n, const int64_t scratch_bytes)
-{
-    extern __shared__ __align__(128) unsigned char fastmoe_shared[];
-    const int64_t teams = blockDim.x / 32, own = threadIdx.x / 32;
-    auto* scratch = reinterpret_cast<std::byte*>(fastmoe_shared) + own * scratch_bytes;
-    for (int64_t row = int64_t{blockIdx.x} * teams + own; row < n; row += int64_t{gridDim.x} * teams) {
-        wide_team<warp_lanes> team({}, scratch);
-        f(team, row);
-        team.sync(); // before scratch is the next row's
-    }
-}
-
-/// A block a row.
-template <class F>
-__global__ void __launch_bounds__(256) run_block_rows(const __grid_constant__ F f, const int64_t n)
+__global__ void __launch_bounds__(256)
+    run_rows(const __grid_constant__ F f, const int64_t n, const int lanes, const int64_t scratch_bytes)
 {
     extern __shared__ __align__(128) unsigned char fastmoe_shared[];
     auto* shared = reinterpret_cast<std::byte*>(fastmoe_shared);
-    for (int64_t row = blockIdx.x; row < n; row += gridDim.x) {
-        wide_team<block_lanes> team(block_lanes(shared), shared + block_lanes::slot_bytes);
+    const unsigned teams = blockDim.x / lanes, own = threadIdx.x / lanes;
+    std::byte* scratch = shared + (teams == 1 ? device_lanes::slot_bytes : own * scratch_bytes);
+    for (int64_t row = int64_t{blockIdx.x} * teams + own; row < n; row += int64_t{gridDim.x} * teams) {
+        wide_team<device_lanes> team({lanes, shared}, scratch);
         f(team, row);
-        team.sync();
+        team.sync(); // before scratch is the next row's
     }
 }
 

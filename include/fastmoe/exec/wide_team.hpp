@@ -14,13 +14,14 @@ namespace fastmoe::inline FASTMOE_ABI {
 
 /// How lanes meet: warps of `warp` lanes, which hand values to each other, and slots for the totals of warps.
 ///
+///     m.lanes()           of the team: warp, or a multiple of it
 ///     m.lane()            in [0, lanes)
 ///     m.sync()            all lanes; what they wrote is visible to all
 ///     m.from(value, l)    the value of lane l of the own warp; all lanes of the warp call it
-///     m.slot<T>(set, w)   where warp w leaves a total; two sets, so that one sync() a collective is enough. Unless lanes == warp
+///     m.slot<T>(set, w)   where warp w leaves a total; two sets, so that one sync() a collective is enough
 template <class M>
 concept lane_meeting = requires(M m, double value) {
-    { M::lanes } -> std::convertible_to<int>;
+    { m.lanes() } -> std::convertible_to<int>;
     { M::warp } -> std::convertible_to<int>;
     { m.lane() } -> std::convertible_to<int>;
     m.sync();
@@ -32,36 +33,36 @@ concept lane_meeting = requires(M m, double value) {
 /// same on every run, and another one than that of the host. A value that reduce and scan hand over has at most 32 bytes.
 template <lane_meeting Meeting>
 class wide_team {
-    static constexpr int warps = Meeting::lanes / Meeting::warp;
-    static_assert(warps * Meeting::warp == Meeting::lanes && (Meeting::warp & (Meeting::warp - 1)) == 0);
+    static constexpr int warp = Meeting::warp;
+    static_assert((warp & (warp - 1)) == 0);
 
 public:
     FASTMOE_HOST_DEVICE wide_team(const Meeting& meeting, std::byte* scratch) noexcept : meeting_(meeting), scratch_(scratch) {}
 
-    FASTMOE_HOST_DEVICE static constexpr int64_t lanes() noexcept { return Meeting::lanes; }
+    FASTMOE_HOST_DEVICE int64_t lanes() const noexcept { return meeting_.lanes(); }
     FASTMOE_HOST_DEVICE int64_t lane() const noexcept { return meeting_.lane(); }
     FASTMOE_HOST_DEVICE void sync() const { meeting_.sync(); }
 
     template <class F>
     FASTMOE_HOST_DEVICE void for_each(int64_t n, F f) const
     {
-        for (int64_t i = lane(); i < n; i += lanes()) f(i);
+        for (int64_t i = lane(), step = lanes(); i < n; i += step) f(i);
     }
 
     template <class T, class Op, class F>
     FASTMOE_HOST_DEVICE T reduce(int64_t n, T init, Op op, F f) const
     {
         T part = init;
-        for (int64_t i = lane(); i < n; i += lanes()) part = op(part, f(i));
+        for (int64_t i = lane(), step = lanes(); i < n; i += step) part = op(part, f(i));
         // The lower lane's value always stands first, so that every lane computes the very same tree.
-        for (int distance = Meeting::warp / 2; distance > 0; distance /= 2) {
+        for (int distance = warp / 2; distance > 0; distance /= 2) {
             const T other = meeting_.from(part, in_warp() ^ distance);
             part = (in_warp() & distance) ? op(other, part) : op(part, other);
         }
-        if constexpr (warps > 1) {
+        if (warps() > 1) {
             const T* all = publish(part, 0);
             part = all[0];
-            for (int w = 1; w < warps; ++w) part = op(part, all[w]);
+            for (int w = 1; w < warps(); ++w) part = op(part, all[w]);
         }
         return part;
     }
@@ -73,20 +74,20 @@ public:
         for (int64_t base = 0; base < n; base += lanes()) {
             const int64_t mine = base + lane();
             T value = mine < n ? static_cast<T>(f(mine)) : init;
-            for (int distance = 1; distance < Meeting::warp; distance *= 2) {
+            for (int distance = 1; distance < warp; distance *= 2) {
                 const T before = meeting_.from(value, in_warp() >= distance ? in_warp() - distance : in_warp());
                 if (in_warp() >= distance) value = op(before, value);
             }
             const T left = meeting_.from(value, in_warp() > 0 ? in_warp() - 1 : 0); // op over the lanes before this one
             T start = total;
-            if constexpr (warps > 1) {
-                const T* all = publish(value, Meeting::warp - 1);
-                for (int w = 0; w < warps; ++w) {
+            if (warps() > 1) {
+                const T* all = publish(value, warp - 1);
+                for (int w = 0; w < warps(); ++w) {
                     if (w == own_warp()) start = total;
                     total = op(total, all[w]);
                 }
             } else {
-                total = op(total, meeting_.from(value, Meeting::warp - 1));
+                total = op(total, meeting_.from(value, warp - 1));
             }
             if (mine < n) out(mine, in_warp() > 0 ? op(start, left) : start);
         }
@@ -102,8 +103,9 @@ public:
     }
 
 private:
-    FASTMOE_HOST_DEVICE int in_warp() const noexcept { return meeting_.lane() % Meeting::warp; }
-    FASTMOE_HOST_DEVICE int own_warp() const noexcept { return meeting_.lane() / Meeting::warp; }
+    FASTMOE_HOST_DEVICE int warps() const noexcept { return meeting_.lanes() / warp; }
+    FASTMOE_HOST_DEVICE int in_warp() const noexcept { return meeting_.lane() % warp; }
+    FASTMOE_HOST_DEVICE int own_warp() const noexcept { return meeting_.lane() / warp; }
 
     /// The values that one lane of each warp has, for all lanes to read until the collective after the next.  // (warps)
     template <class T>
