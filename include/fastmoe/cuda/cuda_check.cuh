@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The FastMoE authors
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-/// What the CUDA runtime reports becomes an exception here; and the namespace and visibility of code that depends on the
-/// architectures it is compiled for. Part of cuda_executor.cuh.
+/// What the CUDA runtime reports becomes an exception here; and the namespace of code that depends on the architectures
+/// it is compiled for. Part of cuda_executor.cuh.
 #pragma once
 
 #include <string>

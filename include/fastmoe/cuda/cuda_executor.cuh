@@ -73,14 +73,14 @@ public:
     }
 
     template <class F>
-    [[gnu::visibility("hidden")]] void for_each(int64_t n, const F& f)
+    void for_each(int64_t n, const F& f)
     {
         constexpr int64_t block = 256, each = 4 * block;
         launch(detail::run_elements<F>, (n + each - 1) / each, static_cast<int>(block), 0, f, n);
     }
 
     template <class F>
-    [[gnu::visibility("hidden")]] void for_each_row(int64_t n, const F& f, row_hint hint)
+    void for_each_row(int64_t n, const F& f, row_hint hint)
     {
         const team_shape shape = team_shape::of(hint);
         const int64_t shared = shape.teams * shape.scratch_bytes + (shape.teams == 1 ? detail::device_lanes::slot_bytes : 0);
@@ -120,8 +120,8 @@ private:
     }
 
     template <class F, class... Sizes>
-    [[gnu::visibility("hidden")]] void launch(void (*kernel)(F, Sizes...), int64_t blocks, int threads, int64_t shared,
-                                              const F& f, type_identity_t<Sizes>... sizes)
+    void launch(void (*kernel)(F, Sizes...), int64_t blocks, int threads, int64_t shared, const F& f,
+                type_identity_t<Sizes>... sizes)
     {
         static_assert(std::is_trivially_copyable_v<F>, "a functor is copied to the device byte by byte");
         if (blocks <= 0) return;
