@@ -34,11 +34,12 @@ TWINS = {
     "rows": "ops",
     "top_k": "routing",
     "cublaslt": "gemm",
+    "cublaslt_context": "gemm",
     "hopper_gemm": "gemm",
     "nccl": "comm",
 }
 # These need a library beyond the CUDA Toolkit's headers: included by name, never by another header of ours.
-BY_NAME = {"gemm/onednn.hpp", "comm/mpi.hpp", "cuda/nccl.cuh", "io/safetensors.hpp"}
+BY_NAME = {"gemm/onednn.hpp", "comm/mpi.hpp", "cuda/nccl.cuh", "cuda/cublaslt.cuh", "io/safetensors.hpp"}
 UMBRELLAS = {"moe.hpp", "cuda.cuh"}
 # Headers that cost every consumer compile time.
 SLOW = {"algorithm", "functional", "immintrin.h", "iostream", "random", "ranges", "regex", "sstream"}

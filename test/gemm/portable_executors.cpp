@@ -47,3 +47,20 @@ TEST_CASE_TEMPLATE("forward, dgrad and wgrad are their sums on every executor, i
         CHECK(first_wrong<fm::accumulate_t<T>>(got, expected, 32, [](int64_t) { return true; }) == "");
     }
 }
+
+TEST_CASE_TEMPLATE("an epilogue by itself is called once for every row of a group, and for no padding", Cell, FASTMOE_EXECUTORS)
+{
+    FASTMOE_EXECUTOR(ex, Cell);
+    FASTMOE_SEEDED(r, 18);
+    for (int i = 0; i < 5; ++i) {
+        const ragged g = ragged::of(r, support::random_counts(r, r.integer(1, 6), 30), 3);
+        const auto got = rows_outcome<float>(ex, g, 3, [&](fm::matrix_view<float> y, const auto& epilogue, fm::arena& memory) {
+            if (memory.measuring()) return;
+            for (int64_t s = 0; s < g.slots; ++s)
+                for (int64_t j = 0; j < 3 && g.expert_of(s) >= 0; ++j) y(s, j) = static_cast<float>(s + j);
+            using Epilogue = std::remove_cvref_t<decltype(epilogue)>;
+            fm::for_each_row(ex, g.slots, fm::detail::portable::end_row<Epilogue>{g.view(), epilogue}, {.width = 3});
+        });
+        CHECK(got.complaint == "");
+    }
+}
