@@ -17,7 +17,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 logs=$root/build/log
 
-build_packages=(g++ cmake ninja-build libdnnl-dev doctest-dev libbenchmark-dev nlohmann-json3-dev libcli11-dev python3)
+build_packages=(g++ cmake ninja-build libdnnl-dev libopenmpi-dev openmpi-bin doctest-dev libbenchmark-dev nlohmann-json3-dev libcli11-dev
+    python3)
 
 say() { printf '%s\n' "$*"; }
 die() {

@@ -3,6 +3,7 @@
 /// The umbrella: every component that needs no more than a C++20 compiler and the headers of the CUDA Toolkit.
 #pragma once
 
+#include <fastmoe/comm/hierarchical.hpp>
 #include <fastmoe/comm/threads.hpp>
 #include <fastmoe/core/same_bits.hpp>
 #include <fastmoe/core/version.hpp>
@@ -21,6 +22,13 @@
 #include <fastmoe/models/llama4.hpp>
 #include <fastmoe/models/phimoe.hpp>
 #include <fastmoe/models/softmax_models.hpp>
+#include <fastmoe/parallel/broadcast_parameters.hpp>
+#include <fastmoe/parallel/gradient_norm.hpp>
+#include <fastmoe/parallel/gradients.hpp>
+#include <fastmoe/parallel/gradients.hpp>
+#include <fastmoe/parallel/broadcast_parameters.hpp>
+#include <fastmoe/parallel/gradient_norm.hpp>
+#include <fastmoe/parallel/gradients.hpp>
 #include <fastmoe/routing/balanced_assignment.hpp>
 #include <fastmoe/routing/bias_update.hpp>
 #include <fastmoe/routing/biased_score.hpp>

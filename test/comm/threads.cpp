@@ -12,6 +12,7 @@
 
 #include <fastmoe/comm/threads.hpp>
 
+#include "support/communicator_cases.hpp"
 #include "support/compare.hpp"
 #include "support/executors.hpp"
 #include "support/poison.hpp"
@@ -28,112 +29,6 @@ static_assert(fm::exchanges_rows<fm::threads, fm::host_executor, fm::bfloat16>);
 static_assert(fm::exchanges_blocks<fm::threads, fm::host_executor, std::byte>);
 
 namespace {
-
-template <class Executor>
-Executor executor_of_rank()
-{
-    if constexpr (std::is_same_v<Executor, fm::host_executor>) return fm::host_executor({.threads = 1});
-    else return Executor();
-}
-
-/// What rank r holds at i: different everywhere, exact in every type, small enough that sums are exact too.
-template <class T>
-T value_of(int rank, int64_t i)
-{
-    const auto n = static_cast<int>((rank * 37 + i * 11) % 23) - (std::is_same_v<T, std::byte> ? 0 : 9);
-    if constexpr (std::is_same_v<T, std::byte>) return static_cast<std::byte>(n);
-    else if constexpr (std::is_integral_v<T>) return static_cast<T>(n);
-    else return support::narrow<T>(n);
-}
-
-template <class T>
-std::vector<T> values_of(int rank, int64_t n)
-{
-    std::vector<T> out;
-    for (int64_t i = 0; i < n; ++i) out.push_back(value_of<T>(rank, i));
-    return out;
-}
-
-template <class T>
-bool same(const T& a, const T& b)
-{
-    return std::memcmp(&a, &b, sizeof(T)) == 0;
-}
-
-/// Every element of the result is expected(i).
-template <class Executor, class T, class F>
-void is(Executor& ex, fm::vector_view<T> result, F expected)
-{
-    const auto got = support::download(ex, result);
-    int64_t wrong = 0;
-    for (int64_t i = 0; i < result.extent(0); ++i) wrong += !same<T>(got[i], expected(i));
-    CHECK_EQ(wrong, 0);
-}
-
-/// Each collective against its definition.
-template <class Executor, class T>
-void all_collectives(const fm::threads& c, Executor& ex, int64_t n)
-{
-    const int me = c.rank(), ranks = c.size();
-    const auto own = support::upload(ex, values_of<T>(me, ranks * n));
-    fm::buffer<T, Executor> out(ex, ranks * n);
-    const auto fresh = [&](int64_t count) {
-        support::poison(out.view());
-        return fm::slice(out.view(), 0, count);
-    };
-    c.all_gather(ex, fm::slice(own.view(), 0, n), fresh(ranks * n));
-    is(ex, out.view(), [&](int64_t i) { return value_of<T>(static_cast<int>(i / n), i % n); });
-
-    c.all_to_all(ex, own.view(), fresh(ranks * n));
-    is(ex, out.view(), [&](int64_t i) { return value_of<T>(static_cast<int>(i / n), me * n + i % n); });
-
-    for (int root = 0; root < ranks; ++root) {
-        auto mine = support::upload(ex, values_of<T>(me, n));
-        c.broadcast(ex, mine.view(), root);
-        is(ex, mine.view(), [&](int64_t i) { return value_of<T>(root, i); });
-    }
-    if constexpr (!std::is_same_v<T, std::byte>) {
-        const auto sum = [&](int64_t i) {
-            double total = 0;
-            for (int r = 0; r < ranks; ++r) total += double(value_of<T>(r, i));
-            if constexpr (std::is_integral_v<T>) return static_cast<T>(total);
-            else return support::narrow<T>(total);
-        };
-        auto mine = support::upload(ex, values_of<T>(me, n));
-        c.all_reduce(ex, mine.view());
-        is(ex, mine.view(), sum);
-        c.reduce_scatter(ex, own.view(), fresh(n));
-        is(ex, fm::slice(out.view(), 0, n), [&](int64_t i) { return sum(me * n + i); });
-    }
-    c.barrier(ex);
-}
-
-/// Rows of random counts, which every rank draws alike; rows past them and guards stay.
-template <class Executor, class T>
-void all_rows(const fm::threads& c, Executor& ex, support::random rng, int64_t width)
-{
-    const int me = c.rank(), ranks = c.size();
-    std::vector<std::vector<int64_t>> count(ranks, std::vector<int64_t>(ranks));
-    for (auto& row : count)
-        for (auto& n : row) n = rng.coin(0.3) ? 0 : rng.integer(1, 40);
-    int64_t out_rows = rng.integer(0, 2), in_rows = rng.integer(0, 2);
-    std::vector<int64_t> in;
-    for (int r = 0; r < ranks; ++r) out_rows += count[me][r], in_rows += count[r][me], in.push_back(count[r][me]);
-    const auto sent = support::upload(ex, values_of<T>(me, out_rows * width));
-    support::guarded<T> received(in_rows, width);
-    c.all_to_all_v(ex, fm::matrix_view<const T>(sent.data(), out_rows, width), fm::as_vector(count[me]), received.view(),
-                   fm::as_vector(in));
-    int64_t at = 0, wrong = 0;
-    for (int r = 0; r < ranks; ++r) {
-        int64_t before = 0;
-        for (int other = 0; other < me; ++other) before += count[r][other];
-        for (int64_t i = 0; i < count[r][me] * width; ++i, ++at)
-            wrong += !same(received.data()[at], value_of<T>(r, before * width + i));
-    }
-    CHECK_EQ(wrong, 0);
-    for (; at < in_rows * width; ++at) CHECK(support::is_poison(received.data()[at]));
-    CHECK_EQ(received.damage(), "");
-}
 
 /// The texts of the comm_errors that the ranks get.
 template <class Body>
@@ -153,31 +48,29 @@ std::vector<std::string> texts(int ranks, const Body& body, milliseconds deadlin
     return out;
 }
 
-#define ELEMENTS double, float, fm::bfloat16, fm::half, std::int32_t, std::int64_t, std::byte
-
 } // namespace
 
-TEST_CASE_TEMPLATE("each collective is its definition, for every element type and 1 to 5 ranks", T, ELEMENTS)
+TEST_CASE_TEMPLATE("each collective is its definition, for every element type and 1 to 5 ranks", T, FASTMOE_ELEMENTS)
 {
     for (int ranks = 1; ranks <= 5; ++ranks)
         fm::run_ranks(ranks, [](const fm::threads& c) {
-            auto ex = executor_of_rank<fm::host_executor>();
-            for (int64_t n : {0, 1, 3, 700, 5000}) all_collectives<fm::host_executor, T>(c, ex, n);
+            auto ex = support::executor_of_rank<fm::host_executor>();
+            for (int64_t n : {0, 1, 3, 700, 5000}) support::all_collectives<T>(c, ex, n);
         });
     fm::run_ranks(2, [](const fm::threads& c) {
-        auto ex = executor_of_rank<support::lanes>();
-        for (int64_t n : {2, 1500}) all_collectives<support::lanes, T>(c, ex, n);
+        auto ex = support::executor_of_rank<support::lanes>();
+        for (int64_t n : {2, 1500}) support::all_collectives<T>(c, ex, n);
     });
 }
 
-TEST_CASE_TEMPLATE("all_to_all_v moves rows of random counts, zero among them, and leaves the rest alone", T, ELEMENTS)
+TEST_CASE_TEMPLATE("all_to_all_v moves rows of random counts, zero among them, and leaves the rest alone", T, FASTMOE_ELEMENTS)
 {
     FASTMOE_SEEDED(rng, 61);
     for (int i = 0; i < 8; ++i) {
         const auto seed = rng.bits();
         fm::run_ranks(static_cast<int>(rng.integer(1, 5)), [&](const fm::threads& c) {
-            auto ex = executor_of_rank<fm::host_executor>();
-            for (int64_t width : {1, 17, 0}) all_rows<fm::host_executor, T>(c, ex, support::random(seed), width);
+            auto ex = support::executor_of_rank<fm::host_executor>();
+            for (int64_t width : {1, 17, 0}) support::all_rows<T>(c, ex, support::random(seed), width);
         });
     }
 }
@@ -209,7 +102,7 @@ TEST_CASE_TEMPLATE("sums are added in rank order and rounded once, with the same
 TEST_CASE("integers that overflow wrap around")
 {
     fm::run_ranks(2, [](const fm::threads& c) {
-        auto ex = executor_of_rank<fm::host_executor>();
+        auto ex = support::executor_of_rank<fm::host_executor>();
         std::vector<int32_t> small{INT32_MAX, INT32_MIN};
         std::vector<int64_t> large{INT64_MAX, -1};
         c.all_reduce(ex, fm::as_vector(small));
@@ -224,7 +117,7 @@ TEST_CASE("no rank passes a barrier before all have come")
     const int ranks = 4;
     std::atomic<int> come{0};
     fm::run_ranks(ranks, [&](const fm::threads& c) {
-        auto ex = executor_of_rank<fm::host_executor>();
+        auto ex = support::executor_of_rank<fm::host_executor>();
         for (int round = 1; round <= 50; ++round) {
             ++come;
             c.barrier(ex);
@@ -238,7 +131,7 @@ TEST_CASE("ranks that disagree all throw a comm_error that names the collective,
 {
     const auto says = [](auto body, const char* text) {
         const auto all = texts(3, [&](const fm::threads& c) {
-            auto ex = executor_of_rank<fm::host_executor>();
+            auto ex = support::executor_of_rank<fm::host_executor>();
             std::vector<float> a(12, 1.f), b(36);
             try {
                 body(c, ex, a, b);
@@ -253,48 +146,7 @@ TEST_CASE("ranks that disagree all throw a comm_error that names the collective,
             CHECK(support::has(t, text));
         }
     };
-    using floats = std::vector<float>&;
-    using host = fm::host_executor;
-    const auto head = [](std::vector<float>& v, int64_t n) { return fm::slice(fm::as_vector(v), 0, n); };
-    says([&](auto& c, host& ex, floats a, floats) { c.all_reduce(ex, head(a, c.rank() == 2 ? 5 : 4)); },
-         "all_reduce: values (N) of rank 2 is 5; expected 4, as on rank 0");
-    const auto gather = [&](auto& c, host& ex, floats a, floats b, int64_t n) {
-        c.all_gather(ex, head(a, n), head(b, 3 * n));
-    };
-    const auto exchange = [&](auto& c, host& ex, floats a, floats b, int64_t n) {
-        c.all_to_all(ex, head(a, n), head(b, n));
-    };
-    const auto scatter = [&](auto& c, host& ex, floats a, floats b, int64_t n) {
-        c.reduce_scatter(ex, head(a, 3 * n), head(b, n));
-    };
-    says([&](auto& c, host& ex, floats a, floats b) { gather(c, ex, a, b, c.rank() ? 2 : 3); },
-         "all_gather: sent (N) of rank 1 is 2; expected 3, as on rank 0");
-    says([&](auto& c, host& ex, floats a, floats b) { exchange(c, ex, a, b, c.rank() ? 6 : 9); },
-         "all_to_all: a block of sent (R*N) of rank 1 is 2; expected 3, as on rank 0");
-    says([&](auto& c, host& ex, floats a, floats b) { scatter(c, ex, a, b, c.rank() ? 2 : 3); },
-         "reduce_scatter: received (N) of rank 1 is 2; expected 3, as on rank 0");
-    says([&](auto& c, host& ex, floats a, floats) { c.broadcast(ex, head(a, 4), c.rank() == 1); },
-         "broadcast: root of rank 1 is 1; expected 0, as on rank 0");
-    says([&](auto& c, host& ex, floats a, floats) {
-             if (c.rank() == 1) c.barrier(ex);
-             else c.broadcast(ex, head(a, 4), 0);
-         },
-         "broadcast: the collective of rank 1 is barrier; expected broadcast, as on rank 0");
-    says([&](auto& c, host& ex, floats a, floats) {
-             std::vector<double> d(4);
-             if (c.rank() == 2) c.all_reduce(ex, fm::as_vector(d));
-             else c.all_reduce(ex, head(a, 4));
-         },
-         "all_reduce: the element type of rank 2 is float64; expected float32, as on rank 0");
-    const auto rows = [](const fm::threads& c, host& ex, floats a, floats b, int64_t width, std::vector<int64_t> out,
-                         std::vector<int64_t> in) {
-        c.all_to_all_v(ex, fm::matrix_view<const float>(a.data(), 12 / width, width), fm::as_vector(out),
-                       fm::matrix_view<float>(b.data(), 36 / width, width), fm::as_vector(in));
-    };
-    says([&](auto& c, host& ex, floats a, floats b) { rows(c, ex, a, b, c.rank() ? 2 : 3, {1, 1, 1}, {1, 1, 1}); },
-         "all_to_all_v: the width D of rank 1 is 2; expected 3, as on rank 0");
-    says([&](auto& c, host& ex, floats a, floats b) { rows(c, ex, a, b, 2, {1, 1, c.rank() == 1 ? 2 : 1}, {1, 1, 1}); },
-         "all_to_all_v: received_rows(1) of rank 2 is 1; expected 2, as sent_rows(2) of rank 1");
+    support::disagreements<fm::threads>(says);
 }
 
 TEST_CASE("a rank that throws is rethrown to the caller when all have ended, and the others learn of it at once")
@@ -304,7 +156,7 @@ TEST_CASE("a rank that throws is rethrown to the caller when all have ended, and
     std::atomic<int> ended{0};
     const auto run = [&] {
         fm::run_ranks(4, [&](const fm::threads& c) {
-            auto ex = executor_of_rank<fm::host_executor>();
+            auto ex = support::executor_of_rank<fm::host_executor>();
             std::vector<float> v(4);
             c.all_reduce(ex, fm::as_vector(v));
             if (c.rank() == 2) throw std::domain_error("of its own");
@@ -327,7 +179,7 @@ TEST_CASE("a rank whose own arguments are wrong gets their names, and the others
 {
     std::vector<std::string> told(3);
     fm::run_ranks(3, [&](const fm::threads& c) {
-        auto ex = executor_of_rank<fm::host_executor>();
+        auto ex = support::executor_of_rank<fm::host_executor>();
         std::vector<float> a(6), b(6);
         try {
             c.all_gather(ex, fm::slice(fm::as_vector(a), 0, 2), fm::slice(fm::as_vector(b), 0, c.rank() == 1 ? 5 : 6));
@@ -341,7 +193,7 @@ TEST_CASE("a rank whose own arguments are wrong gets their names, and the others
 
     const auto refuses = [&](auto call, const char* text) {
         fm::run_ranks(2, [&](const fm::threads& c) {
-            auto ex = executor_of_rank<fm::host_executor>();
+            auto ex = support::executor_of_rank<fm::host_executor>();
             if (c.rank() == 0) CHECK(support::has(support::message_of<fm::invalid_argument>([&] { call(c, ex); }), text));
             else CHECK_THROWS_AS(c.barrier(ex), fm::comm_error);
         });
@@ -363,7 +215,7 @@ TEST_CASE("a rank whose own arguments are wrong gets their names, and the others
 TEST_CASE("a fault that an executor has recorded is thrown by the collective on its rank, and breaks it for the others")
 {
     fm::run_ranks(2, [&](const fm::threads& c) {
-        auto ex = executor_of_rank<fm::host_executor>();
+        auto ex = support::executor_of_rank<fm::host_executor>();
         if (c.rank() == 0) {
             ex.faults().record(fm::fault_kind::expert_out_of_range, 3, 77);
             CHECK_THROWS_AS(c.barrier(ex), fm::invalid_argument);
@@ -380,7 +232,7 @@ TEST_CASE("a rank that does not come is a comm_error on every other rank when th
     const auto all = texts(
         4,
         [&](const fm::threads& c) {
-            auto ex = executor_of_rank<fm::host_executor>();
+            auto ex = support::executor_of_rank<fm::host_executor>();
             c.barrier(ex);
             if (c.rank() == 1) {
                 while (!late) std::this_thread::sleep_for(milliseconds(1));
@@ -406,7 +258,7 @@ TEST_CASE("a rank that does not come is a comm_error on every other rank when th
 TEST_CASE("a rank that ends early has left, and one that never calls as well")
 {
     const auto all = texts(3, [&](const fm::threads& c) {
-        auto ex = executor_of_rank<fm::host_executor>();
+        auto ex = support::executor_of_rank<fm::host_executor>();
         if (c.rank() != 0) c.barrier(ex);
     });
     CHECK_EQ(all[0], "nothing was thrown");
@@ -416,7 +268,7 @@ TEST_CASE("a rank that ends early has left, and one that never calls as well")
 TEST_CASE("a communicator splits by color, ordered by key and then by rank, and again within")
 {
     fm::run_ranks(6, [](const fm::threads& c) {
-        auto ex = executor_of_rank<fm::host_executor>();
+        auto ex = support::executor_of_rank<fm::host_executor>();
         const fm::threads half = c.split(c.rank() % 2, -c.rank()); // 4 2 0 and 5 3 1
         CHECK_EQ(half.size(), 3);
         CHECK_EQ(half.rank(), 2 - c.rank() / 2);
@@ -432,9 +284,9 @@ TEST_CASE("a communicator splits by color, ordered by key and then by rank, and 
         sum = {c.rank()};
         pair.all_reduce(ex, fm::as_vector(sum));
         CHECK_EQ(sum[0], c.rank() / 2 == 2 ? c.rank() : (c.rank() % 2 ? 1 + 3 : 0 + 2));
-        all_collectives<fm::host_executor, float>(pair, ex, 9);
-        all_collectives<fm::host_executor, float>(half, ex, 9);
-        all_collectives<fm::host_executor, float>(c, ex, 9); // the parent still is whole
+        support::all_collectives<float>(pair, ex, 9);
+        support::all_collectives<float>(half, ex, 9);
+        support::all_collectives<float>(c, ex, 9); // the parent still is whole
     });
 }
 
@@ -443,7 +295,7 @@ TEST_CASE("the failure of a rank reaches those that wait in a split, and spares 
     std::vector<std::string> told(4);
     const auto run = [&] {
         fm::run_ranks(4, [&](const fm::threads& c) {
-            auto ex = executor_of_rank<fm::host_executor>();
+            auto ex = support::executor_of_rank<fm::host_executor>();
             const fm::threads half = c.split(c.rank() / 2, 0);
             if (c.rank() == 3) throw std::domain_error("of its own");
             try {
@@ -465,16 +317,16 @@ TEST_CASE("long random sequences of collectives stay in step")
     FASTMOE_SEEDED(rng, 63);
     const auto seed = rng.bits();
     fm::run_ranks(4, [&](const fm::threads& c) {
-        auto ex = executor_of_rank<fm::host_executor>();
+        auto ex = support::executor_of_rank<fm::host_executor>();
         support::random shared(seed); // the same on all ranks
         for (int i = 0; i < 60; ++i) {
             const int64_t n = shared.integer(0, 50);
             const auto next = shared.bits();
             switch (shared.integer(0, 3)) {
-            case 0: all_collectives<fm::host_executor, float>(c, ex, n); break;
-            case 1: all_rows<fm::host_executor, double>(c, ex, support::random(next), n); break;
-            case 2: all_collectives<fm::host_executor, std::int64_t>(c.split(c.rank() > 1, 0), ex, n); break;
-            default: all_rows<fm::host_executor, std::int32_t>(c.split(0, -c.rank()), ex, support::random(next), 3);
+            case 0: support::all_collectives<float>(c, ex, n); break;
+            case 1: support::all_rows<double>(c, ex, support::random(next), n); break;
+            case 2: support::all_collectives<std::int64_t>(c.split(c.rank() > 1, 0), ex, n); break;
+            default: support::all_rows<std::int32_t>(c.split(0, -c.rank()), ex, support::random(next), 3);
             }
         }
     });

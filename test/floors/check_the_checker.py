@@ -28,8 +28,10 @@ GOOD = {
     "gemm/onednn.hpp": include("fastmoe/ops/rows.hpp"),
     "cuda/cublaslt.cuh": include("fastmoe/gemm/portable.hpp"),
     "io/safetensors.hpp": include("functional", "fastmoe/core/tensor.hpp"),
+    "io/sharded_checkpoint.hpp": include("fastmoe/io/safetensors.hpp"),
     "moe.hpp": include("fastmoe/gemm/portable.hpp", "fastmoe/comm/self.hpp"),
-    "cuda.cuh": include("fastmoe/moe.hpp", "fastmoe/cuda/cublaslt.cuh"),
+    "cuda/rows.cuh": include("fastmoe/exec/team.hpp"),
+    "cuda.cuh": include("fastmoe/moe.hpp", "fastmoe/cuda/rows.cuh"),
 }
 
 # A change to the good tree, and a word of what must be said about it.
@@ -41,6 +43,7 @@ FAULTS = [
     ({"gemm/portable.hpp": include("fastmoe/cuda/cublaslt.cuh", "fastmoe/ops/rows.hpp")}, "only cuda.cuh and cuda/ may"),
     ({"moe.hpp": GOOD["moe.hpp"] + "#include <fastmoe/gemm/onednn.hpp>\n"}, "moe.hpp: reaches gemm/onednn.hpp"),
     ({"moe.hpp": GOOD["moe.hpp"] + "#include <fastmoe/io/safetensors.hpp>\n"}, "moe.hpp: reaches io/safetensors.hpp"),
+    ({"io/file.hpp": include("fastmoe/io/safetensors.hpp")}, "io/safetensors.hpp, which is for users to include by name"),
     ({"moe.hpp": include("fastmoe/gemm/portable.hpp")}, "moe.hpp: does not reach comm/self.hpp"),
     ({"ops/rows.hpp": include("fastmoe/exec/team.hpp", "iostream")}, "<iostream>, which is slow"),
     ({"ops/rows.hpp": include("fastmoe/exec/gone.hpp")}, "exec/gone.hpp, which does not exist"),

@@ -2,7 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// The safetensors reader under libFuzzer. Any bytes are read or refused with format_error; what is read is what a JSON
 /// parser of another make finds in the header, lies inside of the file, is the same through a mapped file, and comes back
-/// from what the writer would make of it.
+/// from what the writer would make of it. Metadata is read as the manifest of a sharded checkpoint too, which is refused with
+/// format_error or comes back from what would be written of it.
 ///
 /// The target builds it with clang++ (FASTMOE_BUILD_FUZZERS); a test runs it over the corpus with any compiler.
 #include <cstddef>
@@ -19,6 +20,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include <fastmoe/io/checkpoint_manifest.hpp>
 #include <fastmoe/io/safetensors.hpp>
 
 namespace {
@@ -134,6 +136,37 @@ void check_file(const std::byte* data, std::size_t size, const io::safetensors* 
     ::close(file);
 }
 
+/// The metadata as a manifest, with the checksum that no fuzzer would find.
+void check_manifest(const io::safetensors& content)
+{
+    io::safetensors with{{}, content.metadata};
+    with.metadata["checksum"] = io::detail::hex_text(io::detail::checksum_of_pairs(with.metadata));
+    io::detail::manifest m;
+    try {
+        m = io::detail::as_manifest(with, "fuzzed");
+    } catch (const fm::format_error& e) {
+        REQUIRE(std::strlen(e.what()) < 1000);
+        return;
+    }
+    REQUIRE(io::detail::as_safetensors(m).metadata == with.metadata);
+    for (const auto& [key, where] : m.tensors) {
+        REQUIRE(m.parts.count(where.rank) == 1);
+        try {
+            std::int64_t next = 0;
+            const auto pieces = io::detail::pieces_of(m, std::string_view(key).substr(0, key.rfind('[')), "fuzzed");
+            for (const auto& piece : pieces) {
+                REQUIRE(m.tensors.count(*piece.key) == 1);
+                if (piece.total < 0) continue;
+                REQUIRE(piece.begin == next && piece.axis >= 0 && piece.end >= piece.begin);
+                next = piece.end;
+            }
+            REQUIRE(next == (pieces[0].total < 0 ? 0 : pieces[0].total));
+        } catch (const fm::format_error& e) {
+            REQUIRE(std::strlen(e.what()) < 1000);
+        }
+    }
+}
+
 } // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* bytes, std::size_t size)
@@ -152,6 +185,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* bytes, std::size_t siz
     check_against_tree(content, data.get(), size);
     for (const auto& [name, t] : content.tensors) touch(t);
     check_rewritten(content);
+    check_manifest(content);
     check_file(data.get(), size, &content);
     return 0;
 }

@@ -41,6 +41,9 @@
 #if __has_include(<oneapi/dnnl/dnnl.hpp>)
 #include <oneapi/dnnl/dnnl.hpp>
 #endif
+#if __has_include(<mpi.h>)
+#include <mpi.h>
+#endif
 
 #define FASTMOE_TRAP ) this name is a macro elsewhere (
 

@@ -132,7 +132,7 @@ public:
         : matrix_(ex, ordered(experts, matrix, out, in, row), out, in, layout), bias_(ex, 0)
     {
         for (std::int64_t o = 0; o < out; ++o) rows_.push_back(row(o));
-        if ((experts.at(0).*bias).empty()) return;
+        if (experts.empty() || (experts.front().*bias).empty()) return;
         reference::numbers all;
         for (const auto& e : ordered(experts, bias, out, 1, row)) all.insert(all.end(), e.begin(), e.end());
         bias_ = upload(ex, narrowed_or_poison<T>(all));

@@ -159,6 +159,7 @@ public:
         return out;
     }
     void deallocate(void* memory, int64_t bytes) noexcept { heap_.deallocate(memory, bytes); }
+    void copy_to_host(void* to, const void* from, int64_t bytes) { std::memcpy(to, from, static_cast<std::size_t>(bytes)); }
 
     template <class F>
     void for_each(int64_t n, const F& f)

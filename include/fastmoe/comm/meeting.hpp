@@ -12,23 +12,10 @@
 #include <string>
 #include <string_view>
 
+#include <fastmoe/comm/agreement.hpp>
 #include <fastmoe/core/error.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI::detail {
-
-/// What a rank brings.
-struct post {
-    const char* verb = nullptr;            ///< the collective; null: not here
-    const char* type = "";                 ///< of the elements
-    const char* shape = "";                ///< what `count` is, in words
-    int64_t count = 0;                     ///< must be the same on all ranks
-    int root = 0;                          ///< must be the same on all ranks
-    const void* sent = nullptr;            ///< memory of the executor
-    void* received = nullptr;              ///< memory of the executor
-    const int64_t* sent_rows = nullptr;    // (R)  host memory; of all_to_all_v
-    const int64_t* received_rows = nullptr; // (R)
-    int color = 0, key = 0;                ///< of split
-};
 
 /// R ranks, one collective at a time: first all arrive, then each moves its data, then all depart. A rank that fails, that
 /// leaves, or that does not arrive in time breaks the meeting for good: every call, waiting or later, throws comm_error
@@ -60,7 +47,7 @@ public:
         for (int r = 0; r < ranks_; ++r)
             if (gone_[r]) break_up(mine.verb, r, " has left");
         if (arrived_ == ranks_ && broken_.empty()) {
-            disagreement_ = find_disagreement();
+            disagreement_ = disagreement_of(posts_.get(), ranks_);
             if (disagreement_.empty() && std::string_view(mine.verb) == "split") make_children();
             started_ = round + 1;
             changed_.notify_all();
@@ -145,42 +132,6 @@ private:
         text += " is in " + std::string(first);
         text += " already; expected one call of a rank at a time";
         return text;
-    }
-
-    static std::string difference(const char* verb, const std::string& what, const std::string& is, const std::string& other)
-    {
-        std::string text = verb;
-        text += ": " + what;
-        text += " is " + is;
-        text += "; expected " + other;
-        return text;
-    }
-
-    /// Compares every rank with rank 0, then the counts of rows in both directions; empty if all agree.
-    std::string find_disagreement() const
-    {
-        const post& first = posts_[0];
-        for (int r = 1; r < ranks_; ++r) {
-            const post& p = posts_[r];
-            const std::string of = " of rank " + std::to_string(r), zero = ", as on rank 0";
-            if (std::string_view(p.verb) != first.verb)
-                return difference(first.verb, "the collective" + of, p.verb, first.verb + zero);
-            if (std::string_view(p.type) != first.type)
-                return difference(first.verb, "the element type" + of, p.type, first.type + zero);
-            if (p.count != first.count)
-                return difference(first.verb, first.shape + of, std::to_string(p.count), std::to_string(first.count) + zero);
-            if (p.root != first.root)
-                return difference(first.verb, "root" + of, std::to_string(p.root), std::to_string(first.root) + zero);
-        }
-        for (int to = 0; first.sent_rows && to < ranks_; ++to)
-            for (int from = 0; from < ranks_; ++from) {
-                const int64_t sent = posts_[from].sent_rows[to], received = posts_[to].received_rows[from];
-                if (sent == received) continue;
-                const std::string a = std::to_string(from), b = std::to_string(to);
-                return difference(first.verb, "received_rows(" + a + ") of rank " + b, std::to_string(received),
-                                  std::to_string(sent) + ", as sent_rows(" + b + ") of rank " + a);
-            }
-        return "";
     }
 
     /// One meeting a color, its ranks ordered by key, then by rank.

@@ -7,7 +7,7 @@
 #include <utility>
 
 #include <fastmoe/comm/nccl_membership.hpp>
-#include <fastmoe/comm/threads.hpp>
+#include <fastmoe/comm/rank_sums.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI {
 

@@ -15,6 +15,7 @@
 
 #include <fastmoe/comm/communicator.hpp>
 #include <fastmoe/comm/meeting.hpp>
+#include <fastmoe/comm/rank_sums.hpp>
 #include <fastmoe/comm/self.hpp>
 #include <fastmoe/core/dtype.hpp>
 
@@ -23,54 +24,6 @@ namespace fastmoe::inline FASTMOE_ABI {
 struct threads_options {
     std::chrono::milliseconds deadline{60000}; ///< how long ranks wait for one that does not come; 1 ms to 11 days
 };
-
-namespace detail {
-
-/// The most ranks of one process: so many pointers travel inside of a functor.
-inline constexpr int most_ranks = 64;
-
-/// What a rank's values are summed in: float for half types, and unsigned integers, whose overflow is defined.
-template <class T, bool Integral = std::is_integral_v<T>>
-struct rank_sum {
-    using type = accumulate_t<T>;
-};
-template <class T>
-struct rank_sum<T, true> {
-    using type = std::make_unsigned_t<T>;
-};
-
-/// Adds `ranks` blocks in rank order, rounds once, and writes the sum to `copies` places.
-template <class T>
-struct sum_rank_blocks {
-    using vectorized = void;
-    using sum = typename rank_sum<T>::type;
-    const T* from[most_ranks];
-    T* to[most_ranks];
-    int ranks, copies;
-    int64_t count;
-
-    static constexpr int64_t size = 1024; ///< elements of a team
-    static constexpr int64_t scratch_bytes = size * static_cast<int64_t>(sizeof(sum));
-
-    template <class Team>
-    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t b) const
-    {
-        const int64_t begin = b * size, n = count - begin < size ? count - begin : size;
-        sum* total = team.template scratch<sum>(size);
-        const T* first = from[0] + begin;
-        team.for_each(n, [=](int64_t i) { total[i] = static_cast<sum>(first[i]); });
-        for (int r = 1; r < ranks; ++r) {
-            const T* own = from[r] + begin;
-            team.for_each(n, [=](int64_t i) { total[i] += static_cast<sum>(own[i]); });
-        }
-        for (int r = 0; r < copies; ++r) {
-            T* out = to[r] + begin;
-            team.for_each(n, [=](int64_t i) { out[i] = static_cast<T>(total[i]); });
-        }
-    }
-};
-
-} // namespace detail
 
 template <class Body>
 void run_ranks(int ranks, const Body& body, threads_options options = {});

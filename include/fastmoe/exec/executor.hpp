@@ -55,6 +55,11 @@ concept reports_faults = requires(Executor& ex) {
 template <class Executor>
 inline constexpr bool has_readable_memory = requires { requires Executor::readable_memory; };
 
+/// Brings bytes of its memory to the host, after the work before it is done: for an executor without readable memory.
+/// Only verbs that say so wait for it.
+template <class Executor>
+concept copies_to_host = requires(Executor& ex, void* to, const void* from, int64_t bytes) { ex.copy_to_host(to, from, bytes); };
+
 template <class Executor>
 concept executor = allocates<Executor> && runs_elements<Executor> && runs_rows<Executor> && reports_faults<Executor>;
 
@@ -72,6 +77,23 @@ void for_each_row(Executor& ex, int64_t n, const F& f, row_hint hint)
     expects(hint.scratch_bytes <= team_scratch_bytes, "scratch_bytes", hint.scratch_bytes, "at most ", team_scratch_bytes);
     if (n > 0) ex.for_each_row(n, f, hint);
 }
+
+namespace detail {
+
+/// Numbers that the host must know before it can go on. Waits for the executor where its memory cannot be read.
+template <class Executor, class T>
+void read_back(Executor& ex, vector_view<const T> from, T* to)
+{
+    const int64_t n = from.extent(0);
+    if constexpr (has_readable_memory<Executor>) {
+        for (int64_t i = 0; i < n; ++i) to[i] = from(i);
+    } else {
+        static_assert(copies_to_host<Executor>, "the executor has neither readable_memory nor copy_to_host");
+        ex.copy_to_host(to, from.data_handle(), n * static_cast<int64_t>(sizeof(T)));
+    }
+}
+
+} // namespace detail
 
 /// A verb's body. The generic source is the partial specialization over Executor; a tuned twin in cuda/ is the full
 /// specialization for its executor, so that a qualified call can never skip it.

@@ -52,6 +52,9 @@ public:
     host_executor& operator=(const host_executor&) = delete;
     ~host_executor() { stop(); }
 
+    /// One thread more, for transfers that run beside this executor's work, on the same memory.
+    host_executor beside() const { return host_executor({.threads = 1, .best = best_, .memory = memory_}); }
+
     int threads() const noexcept { return threads_; }
     instruction_set best() const noexcept { return best_; }
 

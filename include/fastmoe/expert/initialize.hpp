@@ -12,7 +12,8 @@ namespace detail {
 
 template <class T>
 struct draw_uniform {
-    weight_view<T> w; // (E,out,in)
+    weight_view<T> w;                   // (E,out,in)
+    vector_view<const int32_t> numbers; // (E)  empty: 0, 1, 2, ...
     std::uint64_t seed;
     std::uint32_t which;
     float bound;
@@ -20,7 +21,8 @@ struct draw_uniform {
     FASTMOE_HOST_DEVICE void operator()(int64_t n) const
     {
         const int64_t matrix = w.out * w.in;
-        const auto position = static_cast<std::uint64_t>(n);
+        const int64_t number = numbers.extent(0) ? numbers(n / matrix) : n / matrix;
+        const auto position = static_cast<std::uint64_t>(number * matrix + n % matrix);
         const random_words r = philox({{static_cast<std::uint32_t>(position), static_cast<std::uint32_t>(position >> 32),
                                         which, static_cast<std::uint32_t>(random_stream::weights)}},
                                       seed);
@@ -50,16 +52,19 @@ inline std::uint64_t seed_of_part(std::uint64_t seed, std::uint32_t which) noexc
 
 /// Uniform in +-1/sqrt(in), the upper bound included. The values depend on (seed, which, expert, row, column), not on
 /// strides or the executor.
-/// @param which  tells apart the matrices that one seed fills
+/// @param which    tells apart the matrices that one seed fills
+/// @param numbers  which expert each is, where ranks hold a part of them; empty: 0, 1, 2, ...   // (E)
 /// @throws invalid_argument if the matrices have no memory or overlap
 template <executor Executor, class T>
-void fill_uniform(Executor& ex, const weight_view<T>& w, std::uint64_t seed, std::uint32_t which)
+void fill_uniform(Executor& ex, const weight_view<T>& w, std::uint64_t seed, std::uint32_t which,
+                  vector_view<const int32_t> numbers = {})
 {
+    if (numbers.extent(0) > 0) expects_shape(numbers, "numbers (E)", w.experts);
     detail::expects_memory(w, "w (E,out,in)");
     detail::expects_pointers<Executor>(w, "w (E,out,in)");
     detail::expects_apart(w, "w (E,out,in)");
     const float bound = w.in > 0 ? 1.0f / std::sqrt(static_cast<float>(w.in)) : 0.0f;
-    for_each(ex, w.experts * w.out * w.in, detail::draw_uniform<T>{w, seed, which, bound});
+    for_each(ex, w.experts * w.out * w.in, detail::draw_uniform<T>{w, numbers, seed, which, bound});
 }
 
 /// Zeros; nothing where the view has no memory.

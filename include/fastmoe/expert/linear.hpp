@@ -46,11 +46,11 @@ struct linear {
         return {stacked(tensor_view<T, 3>(w, experts, width, width)),
                 biases ? memory.matrix<T>(experts, width) : matrix_view<T>{}};
     }
-    /// Uniform in +-1/sqrt(D); biases zero.
+    /// Uniform in +-1/sqrt(D); biases zero. For numbers see fill_uniform().
     template <class Executor, class T>
-    void initialize(Executor& ex, const linear_weights<T>& w, std::uint64_t seed) const
+    void initialize(Executor& ex, const linear_weights<T>& w, std::uint64_t seed, vector_view<const int32_t> numbers = {}) const
     {
-        fill_uniform(ex, w.weight, seed, 0);
+        fill_uniform(ex, w.weight, seed, 0, numbers);
         fill_zero(ex, w.bias);
     }
     template <class T>

@@ -6,18 +6,12 @@
 #include <concepts>
 
 #include <fastmoe/exec/scratch.hpp>
-#include <fastmoe/expert/expert.hpp>
 #include <fastmoe/expert/initialize.hpp>
+#include <fastmoe/expert/mlp_rows.hpp>
 #include <fastmoe/gemm/portable.hpp>
-#include <fastmoe/ops/activate.hpp>
 #include <fastmoe/ops/rows.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI {
-
-/// Where a row's routing weight is multiplied in: on the expert's output (most models), on the activation between its
-/// matrices, or on its input (Llama 4). With biases the three differ; without them only rounding does, as long as the
-/// activation is not involved.
-enum class weigh_at : std::uint8_t { output, activation, input };
 
 /// H' is 2H for a gated activation and H otherwise.
 template <class T>
@@ -46,104 +40,6 @@ struct mlp_pending {
     matrix_view<T> dpre;       // (S,H')  gradient of the pre-activation
     matrix_view<T> activation; // (S,H)   weighted, recomputed
 };
-
-namespace detail {
-
-/// After the first GEMM: a(s) = weight * activation(pre(s)).
-template <class Activation, class T>
-struct activate {
-    using vectorized = void;
-    using real = accumulate_t<T>;
-    matrix_view<const T> pre; // (S,H')
-    matrix_view<T> a;         // (S,H)
-    gated_columns columns;
-    expert_input<T> in;
-    bool weighted;
-    Activation activation;
-
-    template <class Team>
-    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t, int64_t s) const
-    {
-        const real w = weighted ? in.weight(s) : real(1);
-        activate_row<Activation, real>(team, activation, pre.data_handle() + s * pre.extent(1),
-                                       a.data_handle() + s * a.extent(1), a.extent(1), columns, w);
-    }
-};
-
-/// After the second GEMM's dgrad: from d = dy W2 in `a`, the gradient of the pre-activation, the weighted activation
-/// over `a`, and the weight's gradient <d, activation> (+ <dy, b2> where the output is weighted).
-template <class Activation, class T>
-struct activate_backward {
-    using vectorized = void;
-    using real = accumulate_t<T>;
-    matrix_view<const T> pre;        // (S,H')
-    matrix_view<T> a;                // (S,H)
-    matrix_view<T> dpre;             // (S,H')
-    indexed_rows<T> dy;              // (S,D)
-    matrix_view<const T> down_bias;  // (E,D), or without memory
-    vector_view<real> dweights;      // (C)
-    gated_columns columns;
-    expert_input<T> in;
-    weigh_at where;
-    Activation activation;
-
-    template <class Team>
-    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t e, int64_t s) const
-    {
-        const real w = where == weigh_at::input ? real(1) : in.weight(s);
-        real product = activate_row_backward<Activation, real>(
-            team, activation, pre.data_handle() + s * pre.extent(1), a.data_handle() + s * a.extent(1),
-            dpre.data_handle() + s * dpre.extent(1), a.extent(1), columns, w);
-        if (where == weigh_at::output && down_bias.data_handle()) product += dot(team, dy.row(s), row(down_bias, e));
-        const int64_t c = in.choice_of(s);
-        if (where != weigh_at::input && team.lane() == 0 && c >= 0) dweights(c) = product;
-    }
-
-    template <class Team>
-    FASTMOE_HOST_DEVICE static real dot(Team& team, const T* left, vector_view<const T> right)
-    {
-        const T* b = right.data_handle();
-        return team.reduce(
-            right.extent(0), real(0), [](real x, real y) { return x + y; },
-            [=](int64_t j) { return left ? real(left[j]) * real(b[j]) : real(0); });
-    }
-};
-
-/// After the first GEMM's dgrad when the input was weighted: dw = <dx', x>, dx = w dx'.
-template <class T>
-struct unweigh_input {
-    using vectorized = void;
-    using real = accumulate_t<T>;
-    matrix_view<T> dx;          // (S,D)
-    vector_view<real> dweights; // (C)
-    expert_input<T> in;
-
-    template <class Team>
-    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t, int64_t s) const
-    {
-        const int64_t c = in.choice_of(s);
-        const T* x = in.x.row(s);
-        if (c < 0 || !x) return;
-        T* d = dx.data_handle() + s * dx.extent(1);
-        const real w = in.weights(c);
-        const real product = team.reduce(
-            dx.extent(1), real(0), [](real a, real b) { return a + b; },
-            [=](int64_t j) {
-                const real value = real(d[j]);
-                d[j] = T(w * value);
-                return value * real(x[j]);
-            });
-        if (team.lane() == 0) dweights(c) = product;
-    }
-};
-
-template <class T>
-struct input_weight {
-    expert_input<T> in;
-    FASTMOE_HOST_DEVICE accumulate_t<T> operator()(int64_t s) const noexcept { return in.weight(s); }
-};
-
-} // namespace detail
 
 /// y = act(x W1^T + b1) W2^T + b2 with the routing weight where `weigh` says. Keeps the pre-activation only; its backward
 /// recomputes the activation, and takes the weight's gradient from <dy W2, activation>, so no output is kept.
@@ -181,12 +77,12 @@ struct mlp {
         if (biases) w.down_bias = memory.matrix<T>(experts, width);
         return w;
     }
-    /// Uniform in +-1/sqrt(fan in); biases zero.
+    /// Uniform in +-1/sqrt(fan in); biases zero. For numbers see fill_uniform().
     template <class Executor, class T>
-    void initialize(Executor& ex, const mlp_weights<T>& w, std::uint64_t seed) const
+    void initialize(Executor& ex, const mlp_weights<T>& w, std::uint64_t seed, vector_view<const int32_t> numbers = {}) const
     {
-        fill_uniform(ex, w.up, seed, 0);
-        fill_uniform(ex, w.down, seed, 1);
+        fill_uniform(ex, w.up, seed, 0, numbers);
+        fill_uniform(ex, w.down, seed, 1, numbers);
         fill_zero(ex, w.up_bias);
         fill_zero(ex, w.down_bias);
     }
@@ -199,6 +95,20 @@ struct mlp {
     mlp_pending<T> reserve_pending(arena& memory, int64_t slots) const
     {
         return {memory.matrix<T>(slots, up_width()), memory.matrix<T>(slots, hidden)};
+    }
+
+    /// Where ranks hold slices of the hidden width, each is an mlp with that hidden width, and the output's bias is the first
+    /// slice's alone: others do not add theirs, and its gradient there is zero.
+    template <class T>
+    mlp_weights<T> later_slice(mlp_weights<T> w) const noexcept
+    {
+        w.down_bias = {};
+        return w;
+    }
+    template <class Executor, class T>
+    void clear_left_to_first_slice(Executor& ex, const mlp_weights<T>& gradients) const
+    {
+        fill_zero(ex, gradients.down_bias);
     }
 
     /// @throws invalid_argument unless the views are of this expert's shape

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include <fastmoe/layer/moe_state.hpp>
+#include <fastmoe/layer/exchanged_passes.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI::detail {
 
@@ -35,14 +35,16 @@ void expects_parameters(const Layer& layer, const Weights& w, int64_t width, wei
     using gate_type = std::remove_cvref_t<decltype(layer.gate)>;
     const bool given = role == weight_role::weights;
     const int64_t experts = layer.gate.experts;
-    expects(layer.communicator.size() == 1, "communicator.size()", layer.communicator.size(), "1");
+    if constexpr (!exchanging<Layer>)
+        expects(layer.communicator.size() == 1, "communicator.size()", layer.communicator.size(),
+                "1, or a communicator with all that communicator.hpp asks, which could share experts");
     if constexpr (gate_reads_logits<gate_type>) {
         expects_shape(w.gate, given ? "weights.gate (E,D)" : "gradients.gate (E,D)", experts, width);
         if (pointer_or_null(w.gate_bias)) // an empty one is none, whatever its pointer
             expects_shape(w.gate_bias, given ? "weights.gate_bias (E)" : "gradients.gate_bias (E)", experts);
     }
     if constexpr (checks_parameters<gate_type, decltype(w.own)>) layer.gate.check_parameters(w.own, width, role);
-    check_weights(layer.expert, w.expert, experts, width, role);
+    check_weights(layer.expert, w.expert, experts_here(layer), width, role);
 }
 
 /// Tokens in, tokens out.
@@ -68,9 +70,18 @@ void expects_learning(const Gate&, const Expert& expert)
 template <class T, class Layer, class Parts, class Weights>
 void expects_backward(const Layer& layer, const Parts& kept, matrix_view<const T> dy, const Weights& w, matrix_view<T> dx)
 {
-    const int64_t tokens = kept.x.extent(0), width = kept.x.extent(1), experts = layer.gate.experts;
-    const int64_t counts = kept.slots.counts.extent(0);
-    expects(counts == experts, "saved.plan().counts (E)", counts, "the gate's E = ", experts);
+    const int64_t tokens = kept.x.extent(0), width = kept.x.extent(1), experts = experts_here(layer);
+    int64_t counts = experts;
+    if constexpr (exchanging<Layer>) {
+        const auto chunks = static_cast<int64_t>(kept.pieces.size());
+        expects(chunks == parallel_of(layer.communicator).chunks, "saved", chunks, parallel_of(layer.communicator).chunks,
+                " chunks");
+        counts = kept.pieces[0].slots.counts.extent(0);
+    } else {
+        counts = kept.slots.counts.extent(0);
+    }
+    expects(counts == experts, "saved.plan().counts (E)", counts, exchanging<Layer> ? "this rank's L = " : "the gate's E = ",
+            experts);
     expects_shape(dy, "dy (T,D)", tokens, width);
     expects_shape(dx, "dx (T,D)", tokens, width);
     expects_apart(dx, "dx (T,D)", kept.x, "x (T,D), which the weight gradients read");

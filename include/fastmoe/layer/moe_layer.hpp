@@ -8,8 +8,8 @@
 
 #include <fastmoe/comm/self.hpp>
 #include <fastmoe/exec/scratch.hpp>
+#include <fastmoe/layer/moe_calls.hpp>
 #include <fastmoe/layer/moe_checks.hpp>
-#include <fastmoe/layer/moe_passes.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI {
 
@@ -29,7 +29,12 @@ struct moe_layer {
     template <class T>
     using weights = weights_of_layer<T, Expert, Gate>;
     template <class T>
-    using parts = moe_parts<T, Gate, Expert>;
+    using parts = moe_parts<T, Gate, Expert, Communicator>;
+    template <class T, class Executor>
+    using saved_type = moe_saved<T, Gate, Expert, Executor, Communicator>;
+
+    /// L: experts whose weights this rank holds; all of them, unless ranks share them.
+    int64_t local_experts() const { return detail::experts_here(*this); }
 
     /// Views of all parameters from one arena: query their size by measuring.
     template <class T>
@@ -38,7 +43,7 @@ struct moe_layer {
         weights<T> w{};
         if constexpr (gate_reads_logits<Gate>) w.gate = memory.matrix<T>(gate.experts, width);
         if constexpr (owns_parameters<Gate>) w.own = gate.template reserve_parameters<T>(memory, width);
-        w.expert = expert.template reserve_weights<T>(memory, gate.experts);
+        w.expert = expert.template reserve_weights<T>(memory, local_experts());
         return w;
     }
 
@@ -55,8 +60,7 @@ struct moe_layer {
     {
         check_inference<Executor, T>();
         detail::expects_call(*this, x, w, y);
-        scratch.require(detail::infer_size(*this, ex, x, w, y, options));
-        detail::run_infer(*this, ex, x, w, y, options, scratch);
+        detail::call_infer(*this, ex, x, w, y, options, scratch);
     }
     /// The same with scratch from the executor's memory resource.
     template <executor Executor, class T>
@@ -65,9 +69,7 @@ struct moe_layer {
     {
         check_inference<Executor, T>();
         detail::expects_call(*this, x, w, y);
-        buffer<std::byte, Executor> memory(ex, detail::infer_size(*this, ex, x, w, y, options));
-        arena scratch(memory.view());
-        detail::run_infer(*this, ex, x, w, y, options, scratch);
+        detail::call_infer(*this, ex, x, w, y, options);
     }
 
     // -- training ----------------------------------------------------------------------------------------------------
@@ -78,30 +80,23 @@ struct moe_layer {
     /// @throws invalid_argument if shapes disagree, y is x, or the expert would let the gate learn nothing; out_of_memory:
     ///         all before y is written
     template <executor Executor, class T>
-    moe_saved<T, Gate, Expert, Executor> forward(Executor& ex, type_identity_t<matrix_view<const T>> x,
+    moe_saved<T, Gate, Expert, Executor, Communicator> forward(Executor& ex, type_identity_t<matrix_view<const T>> x,
                                                  const type_identity_t<weights<const T>>& w, matrix_view<T> y,
                                                  arena& memory, const gate_options& options = {}) const
     {
         expects_forward<Executor>(x, w, y);
-        memory.require(detail::forward_size(*this, ex, x, w, y, options));
-        detail::kept_scope kept(memory);
-        const auto parts = detail::run_forward(*this, ex, x, w, y, options, memory, memory);
-        kept.keep();
-        return {parts, {}};
+        return {detail::call_forward(*this, ex, x, w, y, options, memory), {}};
     }
     /// The same with memory from the executor's resource; the result owns what it keeps.
     template <executor Executor, class T>
-    moe_saved<T, Gate, Expert, Executor> forward(Executor& ex, type_identity_t<matrix_view<const T>> x,
+    moe_saved<T, Gate, Expert, Executor, Communicator> forward(Executor& ex, type_identity_t<matrix_view<const T>> x,
                                                  const type_identity_t<weights<const T>>& w, matrix_view<T> y,
                                                  const gate_options& options = {}) const
     {
         expects_forward<Executor>(x, w, y);
-        arena kept, lent;
-        detail::run_forward(*this, ex, x, w, y, options, kept, lent);
-        buffer<std::byte, Executor> storage(ex, kept.bytes()), scratch(ex, lent.bytes());
-        arena keep(storage.view()), lend(scratch.view());
-        auto parts = detail::run_forward(*this, ex, x, w, y, options, keep, lend);
-        return {parts, std::move(storage)};
+        return detail::call_forward(*this, ex, x, w, y, options, []<class... Memory>(parts<T> kept, Memory&&... memory) {
+            return saved_type<T, Executor>{std::move(kept), std::forward<Memory>(memory)...};
+        });
     }
 
     /// All gradients: backward_input() and backward_weights() in one call.
@@ -113,7 +108,7 @@ struct moe_layer {
     /// @throws invalid_argument if a shape disagrees or dx shares memory with dy or x, out_of_memory: both before anything
     ///         is written
     template <executor Executor, class T, class G, class Own>
-    void backward(Executor& ex, const moe_saved<T, Gate, Expert, Executor>& saved,
+    void backward(Executor& ex, const moe_saved<T, Gate, Expert, Executor, Communicator>& saved,
                   type_identity_t<matrix_view<const T>> dy, const type_identity_t<weights<const T>>& w,
                   type_identity_t<matrix_view<T>> dx, const moe_weights<G, Expert, Own>& gradients, arena& scratch,
                   const backward_options& options = {}) const
@@ -124,7 +119,7 @@ struct moe_layer {
     }
     /// The same with scratch from the executor's memory resource.
     template <executor Executor, class T, class G, class Own>
-    void backward(Executor& ex, const moe_saved<T, Gate, Expert, Executor>& saved,
+    void backward(Executor& ex, const moe_saved<T, Gate, Expert, Executor, Communicator>& saved,
                   type_identity_t<matrix_view<const T>> dy, const type_identity_t<weights<const T>>& w,
                   type_identity_t<matrix_view<T>> dx, const moe_weights<G, Expert, Own>& gradients,
                   const backward_options& options = {}) const
@@ -140,7 +135,7 @@ struct moe_layer {
     /// so must dy: dx may be dy only if that is not called.
     /// @throws as backward
     template <executor Executor, class T>
-    moe_pending<T, Expert> backward_input(Executor& ex, const moe_saved<T, Gate, Expert, Executor>& saved,
+    moe_pending<T, Expert, Communicator> backward_input(Executor& ex, const moe_saved<T, Gate, Expert, Executor, Communicator>& saved,
                                           type_identity_t<matrix_view<const T>> dy,
                                           const type_identity_t<weights<const T>>& w, type_identity_t<matrix_view<T>> dx,
                                           arena& memory, const backward_options& options = {}) const
@@ -156,8 +151,8 @@ struct moe_layer {
     /// The gradients of the weights, at any later time; dy must still be there.
     /// @throws as backward
     template <executor Executor, class T, class G, class Own>
-    void backward_weights(Executor& ex, const moe_saved<T, Gate, Expert, Executor>& saved,
-                          const moe_pending<T, Expert>& pending, const moe_weights<G, Expert, Own>& gradients,
+    void backward_weights(Executor& ex, const moe_saved<T, Gate, Expert, Executor, Communicator>& saved,
+                          const moe_pending<T, Expert, Communicator>& pending, const moe_weights<G, Expert, Own>& gradients,
                           arena& scratch, const backward_options& options = {}) const
     {
         check_training<Executor, T>();
@@ -236,8 +231,8 @@ struct moe_layer {
     {
         arena kept;
         const auto parts = measured_parts<T>(tokens, width);
-        auto pending = detail::reserve_pending<T>(*this, kept, tokens, width);
-        pending.dy = {shaped<const T>(tokens, width), parts.slots.token_of};
+        auto pending = detail::reserve_pending<T>(*this, kept, parts);
+        if constexpr (!detail::exchanging<moe_layer>) pending.dy = {shaped<const T>(tokens, width), parts.slots.token_of};
         return detail::backward_weights_size<T>(*this, ex, parts, pending, gradients, {});
     }
 
@@ -266,16 +261,16 @@ private:
     static void check_inference()
     {
         static_assert(scalar<T>, "the element type is none of double, float, bfloat16 and half");
-        static_assert(sums_over_ranks<Communicator, Executor, double>,
-                      "the communicator lacks what gates ask; see communicator.hpp");
-        static_assert(inference_gate<Gate, Executor, T, Communicator>, "the gate lacks what inference asks; see gate.hpp");
+        using ranks = detail::gate_ranks_t<Communicator>;
+        static_assert(sums_over_ranks<ranks, Executor, double>, "the communicator lacks what gates ask; see communicator.hpp");
+        static_assert(inference_gate<Gate, Executor, T, ranks>, "the gate lacks what inference asks; see gate.hpp");
         static_assert(expert_policy<Expert, Executor, T>, "the expert lacks what inference asks; see expert.hpp");
     }
     template <class Executor, class T>
     static void check_training()
     {
         check_inference<Executor, T>();
-        static_assert(gate_policy<Gate, Executor, T, Communicator>, "the gate lacks what training asks; see gate.hpp");
+        static_assert(gate_policy<Gate, Executor, T, detail::gate_ranks_t<Communicator>>, "the gate lacks what training asks; see gate.hpp");
         static_assert(trainable_expert<Expert, Executor, T>, "the expert lacks what training asks; see expert.hpp");
     }
 
@@ -288,14 +283,14 @@ private:
         detail::expects_learning(gate, expert);
     }
     template <class T, class Executor, class G, class Own>
-    void expects_gradients(const moe_saved<T, Gate, Expert, Executor>& saved,
+    void expects_gradients(const moe_saved<T, Gate, Expert, Executor, Communicator>& saved,
                            const moe_weights<G, Expert, Own>& gradients) const
     {
         static_assert(scalar<G>, "the gradients' element type is none of double, float, bfloat16 and half");
         detail::expects_parameters(*this, gradients, saved.x().extent(1), weight_role::gradients);
     }
     template <class T, class Executor, class G, class Own>
-    void expects_both(const moe_saved<T, Gate, Expert, Executor>& saved, matrix_view<const T> dy, const weights<const T>& w,
+    void expects_both(const moe_saved<T, Gate, Expert, Executor, Communicator>& saved, matrix_view<const T> dy, const weights<const T>& w,
                       matrix_view<T> dx, const moe_weights<G, Expert, Own>& gradients) const
     {
         check_training<Executor, T>();
@@ -304,7 +299,7 @@ private:
         expects_gradients(saved, gradients);
     }
     template <class T, class Executor, class G, class Own>
-    void run_backward(Executor& ex, const moe_saved<T, Gate, Expert, Executor>& saved, matrix_view<const T> dy,
+    void run_backward(Executor& ex, const moe_saved<T, Gate, Expert, Executor, Communicator>& saved, matrix_view<const T> dy,
                       const weights<const T>& w, matrix_view<T> dx, const moe_weights<G, Expert, Own>& gradients,
                       arena& scratch, const backward_options& options) const
     {

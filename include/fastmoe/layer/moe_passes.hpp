@@ -11,7 +11,19 @@
 
 namespace fastmoe::inline FASTMOE_ABI::detail {
 
-template <class T, class Layer>
+template <class Layer>
+concept exchanging = shares_experts<std::remove_cvref_t<decltype(std::declval<const Layer&>().communicator)>>;
+template <class Layer>
+concept one_rank = !exchanging<Layer>;
+
+template <class Layer>
+int64_t experts_here(const Layer& layer)
+{
+    if constexpr (exchanging<Layer>) return placed(layer.communicator, layer.gate.experts).local_experts();
+    else return layer.gate.experts;
+}
+
+template <class T, one_rank Layer>
 typename Layer::template parts<T> reserve_parts(const Layer& layer, arena& memory, int64_t tokens, int64_t width)
 {
     using gate_type = std::remove_cvref_t<decltype(layer.gate)>;
@@ -24,17 +36,16 @@ typename Layer::template parts<T> reserve_parts(const Layer& layer, arena& memor
     return p;
 }
 
-template <class T, class Layer>
-auto reserve_pending(const Layer& layer, arena& memory, int64_t tokens, int64_t width)
+template <class T, one_rank Layer>
+auto reserve_pending(const Layer& layer, arena& memory, const typename Layer::template parts<T>& p)
 {
     using gate_type = std::remove_cvref_t<decltype(layer.gate)>;
     using expert_type = std::remove_cvref_t<decltype(layer.expert)>;
-    arena measure;
-    const int64_t slots = reserve_parts<T>(layer, measure, tokens, width).slots.slots;
-    moe_pending<T, expert_type> p{};
-    if constexpr (gate_reads_logits<gate_type>) p.dlogits = memory.matrix<accumulate_t<T>>(tokens, layer.gate.experts);
-    p.expert = applying(layer.expert, width).template reserve_pending<T>(memory, slots);
-    return p;
+    moe_pending<T, expert_type> out{};
+    if constexpr (gate_reads_logits<gate_type>)
+        out.dlogits = memory.matrix<accumulate_t<T>>(p.x.extent(0), layer.gate.experts);
+    out.expert = applying(layer.expert, p.x.extent(1)).template reserve_pending<T>(memory, p.slots.slots);
+    return out;
 }
 
 /// The factor's reach in training; 0 for a gate that asks for none.
@@ -58,7 +69,7 @@ void with_router_input(const Layer& layer, Executor& ex, matrix_view<const T> x,
     f(matrix_view<const T>(jittered));
 }
 
-/// Logits, routing and plan.
+/// Logits and routing.
 template <class T, class Layer, class Executor, class Parts, class Weights>
 void run_gate(const Layer& layer, Executor& ex, const Parts& p, const Weights& w, gate_mode mode, arena& scratch)
 {
@@ -67,19 +78,18 @@ void run_gate(const Layer& layer, Executor& ex, const Parts& p, const Weights& w
         with_router_input(layer, ex, p.x, p.options, mode, scratch,
                           [&](matrix_view<const T> x) { project(ex, x, w.gate, w.gate_bias, p.logits, scratch); });
     if constexpr (owns_parameters<gate_type>)
-        layer.gate.route(ex, p.gate_view(mode), w.own, layer.communicator, p.gate, scratch);
-    else layer.gate.route(ex, p.gate_view(mode), layer.communicator, p.gate, scratch);
-    make_plan(ex, p.gate.routing, p.slots, scratch);
+        layer.gate.route(ex, p.gate_view(mode), w.own, gate_ranks(layer.communicator), p.gate, scratch);
+    else layer.gate.route(ex, p.gate_view(mode), gate_ranks(layer.communicator), p.gate, scratch);
 }
 
-/// dx (+)= the sum of a token's rows, in choice order, and what comes back through the router, whose input may have been
-/// jittered: by the same u. Rounded once.
-template <class T>
+/// dx (+)= the sum of a token's rows, in the order of its list, and what comes back through the router, whose input may have
+/// been jittered: by the same u. Rounded once.
+template <class T, class Row, class Lists>
 struct finish_input_gradient {
     using real = accumulate_t<T>;
-    matrix_view<const T> rows;          // (S,D)
+    matrix_view<const Row> rows;        // (S,D)
     vector_view<const int32_t> slot_of; // (C)
-    routing<real> route;
+    Lists route;
     matrix_view<T> dx;                  // (T,D)
     write_mode mode;
     random_source random;
@@ -98,7 +108,7 @@ struct finish_input_gradient {
             for (int64_t c = begin; c < end; ++c) {
                 const int64_t s = self.slot_of(c);
                 if (s < 0) continue;
-                const T* from = self.rows.data_handle() + s * n + at;
+                const Row* from = self.rows.data_handle() + s * n + at;
                 if (width == row_piece)
                     for (int64_t j = 0; j < row_piece; ++j) total[j] += real(from[j]);
                 else
@@ -126,34 +136,38 @@ struct finish_input_gradient {
 
 /// From the routing weights' gradients and those of the rows to the logits' and the input's. A gate with parameters adds
 /// its own part to dx first, since it adds to a finished dx.
-template <class T, class Layer, class Executor, class Parts, class Weights, class Pending>
+/// @param drows  gradients of rows; a token's are those of its entries of `lists` in row_of                  // (N,D)
+template <class T, class Layer, class Executor, class Parts, class Weights, class Pending, class Row, class Lists>
 void run_gate_backward(const Layer& layer, Executor& ex, const Parts& p, const Weights& w, const Pending& pending,
-                       vector_view<const accumulate_t<T>> dweights, accumulate_t<T> loss_scale, matrix_view<const T> drows,
+                       vector_view<const accumulate_t<T>> dweights, accumulate_t<T> loss_scale,
+                       matrix_view<const Row> drows, vector_view<const int32_t> row_of, const Lists& lists,
                        matrix_view<T> dx, arena& scratch)
 {
     using real = accumulate_t<T>;
     using gate_type = std::remove_cvref_t<decltype(layer.gate)>;
     constexpr bool owns = owns_parameters<gate_type>, projects = gate_reads_logits<gate_type>;
     const bool live = !scratch.measuring();
+    const auto& ranks = gate_ranks(layer.communicator);
     if constexpr (owns) {
         if (live) for_each(ex, dx.extent(0) * dx.extent(1), fill<T>{dx.data_handle(), T(real(0))});
-        layer.gate.backward(ex, p.gate_view(gate_mode::training), w.own, layer.communicator, p.gate, dweights, loss_scale,
+        layer.gate.backward(ex, p.gate_view(gate_mode::training), w.own, ranks, p.gate, dweights, loss_scale,
                             pending.dlogits, dx, scratch);
     } else if constexpr (projects) {
-        layer.gate.backward(ex, p.gate_view(gate_mode::training), layer.communicator, p.gate, dweights, loss_scale,
-                            pending.dlogits, scratch);
+        layer.gate.backward(ex, p.gate_view(gate_mode::training), ranks, p.gate, dweights, loss_scale, pending.dlogits,
+                            scratch);
     }
     constexpr write_mode mode = owns ? write_mode::accumulate : write_mode::overwrite;
     if constexpr (projects) {
-        const finish_input_gradient<T> finish{drows, p.slots.slot_of, p.gate.routing, dx, mode,
-                                              {p.options.random, random_stream::jitter},
-                                              static_cast<std::uint64_t>(p.options.first_token * dx.extent(1)),
-                                              real(jitter_of(layer.gate))};
+        const finish_input_gradient<T, Row, Lists> finish{drows, row_of, lists, dx, mode,
+                                                          {p.options.random, random_stream::jitter},
+                                                          static_cast<std::uint64_t>(p.options.first_token * dx.extent(1)),
+                                                          real(jitter_of(layer.gate))};
         with_scratch(scratch, [&](arena& memory) {
             project_rows_backward(ex, matrix_view<const real>(pending.dlogits), w.gate, finish, memory);
         });
     } else if (live) {
-        combine_unweighted(ex, drows, p.gate.routing, p.slots, dx, mode);
+        using sum = sum_row_lists<real, Row, T, Lists, unit_scale<real>>;
+        for_each_row(ex, dx.extent(0), sum{drows, row_of, dx, mode, lists, {}}, {.width = dx.extent(1)});
     }
 }
 
@@ -165,7 +179,7 @@ void run_combine(const Layer& layer, Executor& ex, const Parts& p, matrix_view<T
     else combine_unweighted(ex, rows, p.gate.routing, p.slots, y);
 }
 
-template <class Layer, class Executor, class T, class Weights>
+template <one_rank Layer, class Executor, class T, class Weights>
 void run_infer(const Layer& layer, Executor& ex, matrix_view<const T> x, const Weights& w, matrix_view<T> y,
                const gate_options& options, arena& scratch)
 {
@@ -180,6 +194,7 @@ void run_infer(const Layer& layer, Executor& ex, matrix_view<const T> x, const W
     p.slots = reserve_plan(scratch, x.extent(0), p.gate.routing.choices(), layer.gate.experts);
     const auto rows = scratch.matrix<T>(p.slots.slots, x.extent(1));
     run_gate<T>(layer, ex, p, w, gate_mode::inference, scratch);
+    make_plan(ex, p.gate.routing, p.slots, scratch);
     layer.expert.infer(ex, p.expert_view(), w.expert, rows, scratch);
     if (!scratch.measuring()) run_combine(layer, ex, p, rows, y);
 }
@@ -193,7 +208,7 @@ matrix_view<T> room_for_rows(const Saved& saved, arena& lend, int64_t slots, int
     return lend.matrix<T>(slots, width);
 }
 
-template <class Layer, class Executor, class T, class Weights>
+template <one_rank Layer, class Executor, class T, class Weights>
 typename Layer::template parts<T> run_forward(const Layer& layer, Executor& ex, matrix_view<const T> x, const Weights& w,
                                               matrix_view<T> y, const gate_options& options, arena& keep, arena& lend)
 {
@@ -202,20 +217,21 @@ typename Layer::template parts<T> run_forward(const Layer& layer, Executor& ex, 
     p.options = options;
     const arena::scope lent(lend);
     run_gate<T>(layer, ex, p, w, gate_mode::training, lend);
+    make_plan(ex, p.gate.routing, p.slots, lend);
     const auto rows = room_for_rows<T>(p.expert, lend, p.slots.slots, x.extent(1));
     applying(layer.expert, x.extent(1)).forward(ex, p.expert_view(), w.expert, p.expert, rows, lend);
     if (!lend.measuring()) run_combine(layer, ex, p, rows, y);
     return p;
 }
 
-template <class Layer, class Executor, class T, class Weights>
+template <one_rank Layer, class Executor, class T, class Weights>
 auto run_backward_input(const Layer& layer, Executor& ex, const typename Layer::template parts<T>& p,
                         matrix_view<const T> dy, const Weights& w, matrix_view<T> dx, const backward_options& options,
                         arena& keep, arena& lend)
 {
     using real = accumulate_t<T>;
     const int64_t width = p.x.extent(1);
-    auto pending = reserve_pending<T>(layer, keep, p.x.extent(0), width);
+    auto pending = reserve_pending<T>(layer, keep, p);
     pending.dy = {dy, p.slots.token_of};
     const arena::scope lent(lend);
     const auto dweights = lend.vector<real>(p.gate.routing.choices());
@@ -223,18 +239,16 @@ auto run_backward_input(const Layer& layer, Executor& ex, const typename Layer::
     if (!lend.measuring()) for_each(ex, dweights.extent(0), fill<real>{dweights.data_handle(), real(0)});
     applying(layer.expert, width)
         .backward(ex, p.expert_view(), w.expert, p.expert, pending.dy, pending.expert, drows, dweights, lend);
-    run_gate_backward<T>(layer, ex, p, w, pending, dweights, real(options.loss_scale), drows, dx, lend);
+    run_gate_backward<T>(layer, ex, p, w, pending, vector_view<const real>(dweights), real(options.loss_scale),
+                         matrix_view<const T>(drows), p.slots.slot_of, p.gate.routing, dx, lend);
     return pending;
 }
 
+/// The gradients of what decides: the gate's own parameters and the router.
 template <class T, class Layer, class Executor, class Parts, class Pending, class Weights>
-void run_backward_weights(const Layer& layer, Executor& ex, const Parts& p, const Pending& pending,
-                          const Weights& gradients, const backward_options& options, arena& scratch)
+void run_gate_weights(const Layer& layer, Executor& ex, const Parts& p, const Pending& pending, const Weights& gradients,
+                      const backward_options& options, arena& scratch)
 {
-    const arena::scope lent(scratch);
-    applying(layer.expert, p.x.extent(1))
-        .weight_gradients(ex, p.expert_view(), p.expert, pending.dy, pending.expert, gradients.expert, options.gradients,
-                          scratch);
     using gate_type = std::remove_cvref_t<decltype(layer.gate)>;
     if constexpr (owns_parameters<gate_type>)
         layer.gate.parameter_gradients(ex, p.gate_view(gate_mode::training), p.gate, gradients.own, options.gradients,
@@ -245,48 +259,15 @@ void run_backward_weights(const Layer& layer, Executor& ex, const Parts& p, cons
         });
 }
 
-// -- what each pass takes ----------------------------------------------------------------------------------------------
-
-template <class Layer, class Executor, class T, class Weights>
-int64_t infer_size(const Layer& layer, Executor& ex, matrix_view<const T> x, const Weights& w, matrix_view<T> y,
-                   const gate_options& options)
+template <class T, one_rank Layer, class Executor, class Parts, class Pending, class Weights>
+void run_backward_weights(const Layer& layer, Executor& ex, const Parts& p, const Pending& pending,
+                          const Weights& gradients, const backward_options& options, arena& scratch)
 {
-    arena measure;
-    run_infer(layer, ex, x, w, y, options, measure);
-    return measure.bytes();
-}
-template <class Layer, class Executor, class T, class Weights>
-int64_t forward_size(const Layer& layer, Executor& ex, matrix_view<const T> x, const Weights& w, matrix_view<T> y,
-                     const gate_options& options)
-{
-    arena measure;
-    run_forward(layer, ex, x, w, y, options, measure, measure);
-    return measure.bytes();
-}
-template <class Layer, class Executor, class Parts, class T, class Weights>
-int64_t backward_input_size(const Layer& layer, Executor& ex, const Parts& p, matrix_view<const T> dy, const Weights& w,
-                            matrix_view<T> dx, const backward_options& options)
-{
-    arena measure;
-    run_backward_input(layer, ex, p, dy, w, dx, options, measure, measure);
-    return measure.bytes();
-}
-template <class T, class Layer, class Executor, class Parts, class Pending, class Weights>
-int64_t backward_weights_size(const Layer& layer, Executor& ex, const Parts& p, const Pending& pending,
-                              const Weights& gradients, const backward_options& options)
-{
-    arena measure;
-    run_backward_weights<T>(layer, ex, p, pending, gradients, options, measure);
-    return measure.bytes();
-}
-template <class Layer, class Executor, class Parts, class T, class Weights, class Gradients>
-int64_t backward_size(const Layer& layer, Executor& ex, const Parts& p, matrix_view<const T> dy, const Weights& w,
-                      matrix_view<T> dx, const Gradients& gradients, const backward_options& options)
-{
-    arena measure;
-    const auto pending = run_backward_input(layer, ex, p, dy, w, dx, options, measure, measure);
-    run_backward_weights<T>(layer, ex, p, pending, gradients, options, measure);
-    return measure.bytes();
+    const arena::scope lent(scratch);
+    applying(layer.expert, p.x.extent(1))
+        .weight_gradients(ex, p.expert_view(), p.expert, pending.dy, pending.expert, gradients.expert, options.gradients,
+                          scratch);
+    run_gate_weights<T>(layer, ex, p, pending, gradients, options, scratch);
 }
 
 } // namespace fastmoe::inline FASTMOE_ABI::detail

@@ -6,9 +6,12 @@
 #include <concepts>
 #include <cstddef>
 #include <utility>
+#include <vector>
 
 #include <fastmoe/expert/expert.hpp>
+#include <fastmoe/comm/self.hpp>
 #include <fastmoe/expert/weighed_rows.hpp>
+#include <fastmoe/parallel/expert_parallel.hpp>
 #include <fastmoe/routing/gate.hpp>
 #include <fastmoe/routing/plan.hpp>
 
@@ -59,40 +62,90 @@ template <class Expert, class T>
 using kept_of = saved_of<std::remove_cvref_t<applying_t<Expert>>, T>;
 template <class Expert, class T>
 using left_of = pending_of<std::remove_cvref_t<applying_t<Expert>>, T>;
-} // namespace detail
 
-/// What forward keeps, as views: x by reference, the routing, the plan, and what the expert declares.
-template <class T, class Gate, class Expert>
-struct moe_parts {
+/// What a layer keeps of its own tokens.
+template <class T, class Gate>
+struct decided {
     matrix_view<const T> x;              // (T,D)
     gate_options options;
     matrix_view<accumulate_t<T>> logits; // (T,E)
     gate_state_of<Gate, T> gate;
-    plan slots;
-    detail::kept_of<Expert, T> expert;
 
     gate_input<T> gate_view(gate_mode mode) const
     {
         return {x, logits, options.token_ids, options.mask, mode, options.random, options.first_token};
     }
+};
+
+/// What one piece of an exchange keeps: the lists of some of this rank's tokens, and the local path of what was received.
+template <class T, class Expert, class Communicator>
+struct exchanged_piece {
+    using exchange = std::remove_cvref_t<decltype(std::declval<const parallel_t<Communicator>&>().exchange)>;
+    using real = accumulate_t<T>;
+    int64_t first = 0, tokens = 0; ///< own ones: [first, first + tokens)
+    typename exchange::template state<real> state;
+    routing<real> received; // (Cr)   of M tokens over L experts
+    matrix_view<T> rows;    // (M,D)  empty if they are fetched again
+    plan slots;
+    kept_of<Expert, T> expert;
+
+    expert_input<T> expert_view(matrix_view<const T> x) const
+    {
+        return {{x, slots.token_of}, slots.groups(), received.weights, slots.choice_of};
+    }
+};
+} // namespace detail
+
+/// What forward keeps, as views: x by reference, the routing, the plan, and what the expert declares.
+template <class T, class Gate, class Expert, class Communicator = self>
+struct moe_parts : detail::decided<T, Gate> {
+    plan slots;
+    detail::kept_of<Expert, T> expert;
+
     expert_input<T> expert_view() const
     {
-        return {{x, slots.token_of}, slots.groups(), gate.routing.weights, slots.choice_of};
+        return {{this->x, slots.token_of}, slots.groups(), this->gate.routing.weights, slots.choice_of};
     }
 };
 
+/// Where ranks share the experts, plans and all after them are of the M received tokens and the L experts of this rank, one
+/// for each chunk of the exchange.
+template <class T, class Gate, class Expert, class Communicator>
+    requires detail::shares_experts<Communicator>
+struct moe_parts<T, Gate, Expert, Communicator> : detail::decided<T, Gate> {
+    std::vector<detail::exchanged_piece<T, Expert, Communicator>> pieces;
+};
+
 /// What forward() returns and backward() takes. Owns its memory if the caller gave none. The layer's x must outlive it.
-template <class T, class Gate, class Expert, class Executor>
+template <class T, class Gate, class Expert, class Executor, class Communicator = self>
 class moe_saved {
 public:
-    moe_saved(const moe_parts<T, Gate, Expert>& parts, buffer<std::byte, Executor> storage)
-        : parts_(parts), storage_(std::move(storage))
+    using parts_type = moe_parts<T, Gate, Expert, Communicator>;
+
+    /// @param received  memory for what other ranks sent, whose size is known later
+    moe_saved(parts_type parts, buffer<std::byte, Executor> storage, buffer<std::byte, Executor> received = {})
+        : parts_(std::move(parts)), storage_(std::move(storage)), received_(std::move(received))
     {
     }
 
     matrix_view<const T> x() const noexcept { return parts_.x; }
     const fastmoe::routing<accumulate_t<T>>& routing() const noexcept { return parts_.gate.routing; }
-    const fastmoe::plan& plan() const noexcept { return parts_.slots; }
+    const fastmoe::plan& plan() const noexcept
+        requires(!detail::shares_experts<Communicator>)
+    {
+        return parts_.slots;
+    }
+    /// What this rank received: the plan of its experts, and what the exchange says of itself, e.g. how many rows did not fit.
+    const fastmoe::plan& plan(int chunk = 0) const noexcept
+        requires detail::shares_experts<Communicator>
+    {
+        return parts_.pieces[static_cast<std::size_t>(chunk)].slots;
+    }
+    const auto& exchange(int chunk = 0) const noexcept
+        requires detail::shares_experts<Communicator>
+    {
+        return parts_.pieces[static_cast<std::size_t>(chunk)].state;
+    }
     matrix_view<const accumulate_t<T>> logits() const noexcept { return parts_.logits; }
     /// The gate's own losses, scaled by their coefficients, in the order that the gate documents.
     auto losses() const noexcept
@@ -100,19 +153,35 @@ public:
     {
         return parts_.gate.losses;
     }
-    const moe_parts<T, Gate, Expert>& parts() const noexcept { return parts_; }
+    const parts_type& parts() const noexcept { return parts_; }
 
 private:
-    moe_parts<T, Gate, Expert> parts_;
-    buffer<std::byte, Executor> storage_;
+    parts_type parts_;
+    buffer<std::byte, Executor> storage_, received_;
 };
 
 /// What the weight gradients still need after the input's gradient is done.
-template <class T, class Expert>
+template <class T, class Expert, class Communicator = self>
 struct moe_pending {
     indexed_rows<T> dy;                   // (S,D)  gradient of the output, by token
     matrix_view<accumulate_t<T>> dlogits; // (T,E)
     detail::left_of<Expert, T> expert;
+};
+
+namespace detail {
+template <class T, class Expert>
+struct pending_piece {
+    matrix_view<const T> x; // (M,D)  received tokens
+    indexed_rows<T> dy;     // (S,D)  gradient of their outputs
+    left_of<Expert, T> expert;
+};
+} // namespace detail
+
+template <class T, class Expert, class Communicator>
+    requires detail::shares_experts<Communicator>
+struct moe_pending<T, Expert, Communicator> {
+    matrix_view<accumulate_t<T>> dlogits; // (T,E)
+    std::vector<detail::pending_piece<T, Expert>> pieces;
 };
 
 } // namespace fastmoe::inline FASTMOE_ABI

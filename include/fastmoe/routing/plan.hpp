@@ -200,6 +200,32 @@ struct place_choices {
     }
 };
 
+/// body(safe, ids): the routing with `first` repaired, and its ids with -1 for those that are out of range or stand twice in
+/// one token, all recorded as faults.                                                                            // ids (C)
+template <class Executor, class Real, class Body>
+void with_checked_choices(Executor& ex, const routing<Real>& route, arena& scratch, const Body& body)
+{
+    constexpr int64_t few = 16;
+    const auto ids = scratch.vector<int32_t>(route.choices());
+    const auto blocks = bucket_blocks::of(route.tokens);
+    const bool table = route.ragged() || route.k > few;
+    const auto chosen = scratch.matrix<int32_t>(table ? blocks.count : 0, route.total_experts);
+    routing<Real> safe = route;
+    if (route.ragged()) {
+        const auto repaired = scratch.vector<int32_t>(route.tokens + 1);
+        safe.first = repaired;
+        if (!scratch.measuring()) {
+            for_each_row(ex, 1, repair_first<Real>{route, repaired, ex.faults()}, {.width = route.tokens});
+            for_each(ex, route.choices(), clear_ids{ids.data_handle()});
+        }
+    }
+    if (!scratch.measuring())
+        for_each_row(ex, blocks.count,
+                     check_choices<Real>{safe, ids, table ? chosen : matrix_view<int32_t>{}, blocks.size, ex.faults()},
+                     {.width = blocks.size * (route.k ? route.k : few)});
+    body(safe, ids);
+}
+
 } // namespace detail
 
 template <class Executor>
@@ -207,30 +233,13 @@ struct implementation<verbs::make_plan, Executor> {
     template <class Real>
     static void run(Executor& ex, const routing<Real>& route, const plan& p, arena& scratch)
     {
-        constexpr int64_t few = 16;
-        const auto ids = scratch.vector<int32_t>(route.choices());
-        const auto blocks = detail::bucket_blocks::of(route.tokens);
-        const bool table = route.ragged() || route.k > few;
-        const auto chosen = scratch.matrix<int32_t>(table ? blocks.count : 0, route.total_experts);
-        routing<Real> safe = route;
-        if (route.ragged()) {
-            const auto repaired = scratch.vector<int32_t>(route.tokens + 1);
-            safe.first = repaired;
-            if (!scratch.measuring()) {
-                for_each_row(ex, 1, detail::repair_first<Real>{route, repaired, ex.faults()}, {.width = route.tokens});
-                for_each(ex, route.choices(), detail::clear_ids{ids.data_handle()});
-            }
-        }
-        if (!scratch.measuring())
-            for_each_row(ex, blocks.count,
-                         detail::check_choices<Real>{safe, ids, table ? chosen : matrix_view<int32_t>{}, blocks.size,
-                                                     ex.faults()},
-                         {.width = blocks.size * (route.k ? route.k : few)});
-        bucket(ex, ids, p.counts, p.slot_of, scratch);
-        if (scratch.measuring()) return;
-        for_each_row(ex, 1, detail::plan_offsets{p}, {.width = route.total_experts});
-        for_each(ex, p.slots, detail::clear_slots{p.choice_of.data_handle(), p.token_of.data_handle()});
-        for_each(ex, route.tokens, detail::place_choices<Real>{safe, ids, p});
+        detail::with_checked_choices(ex, route, scratch, [&](const routing<Real>& safe, vector_view<int32_t> ids) {
+            bucket(ex, ids, p.counts, p.slot_of, scratch);
+            if (scratch.measuring()) return;
+            for_each_row(ex, 1, detail::plan_offsets{p}, {.width = route.total_experts});
+            for_each(ex, p.slots, detail::clear_slots{p.choice_of.data_handle(), p.token_of.data_handle()});
+            for_each(ex, route.tokens, detail::place_choices<Real>{safe, ids, p});
+        });
     }
 };
 
