@@ -24,6 +24,7 @@ install(FILES
   "${PROJECT_BINARY_DIR}/FastMoEConfig.cmake"
   "${PROJECT_BINARY_DIR}/FastMoEConfigVersion.cmake"
   "${PROJECT_SOURCE_DIR}/cmake/FastMoEDependencies.cmake"
+  "${PROJECT_SOURCE_DIR}/cmake/FindNCCL.cmake"
   "${PROJECT_SOURCE_DIR}/cmake/FindoneDNN.cmake"
   DESTINATION "${package_dir}")
 install(FILES "${PROJECT_SOURCE_DIR}/LICENSE" DESTINATION "${CMAKE_INSTALL_DOCDIR}")

@@ -4,7 +4,7 @@
 # cmake -DOBJECT= -P expect_kernels.cmake
 # Succeeds if the object holds a kernel of each of these functors, in bfloat16 where values are in the tensors' type.
 
-file(STRINGS "${OBJECT}" kernels REGEX "_kernelI")
+file(STRINGS "${OBJECT}" kernels REGEX "run_(rows|elements)I")
 list(REMOVE_DUPLICATES kernels)
 list(LENGTH kernels found)
 foreach(functor IN ITEMS
@@ -12,7 +12,7 @@ foreach(functor IN ITEMS
     keep_greatest look_up draw_experts count_up fill
     multiply_row.*bfloat16.*activate multiply_row.*bfloat16.*activate_backward multiply_row.*half multiply_weight_row.*bfloat16
     gather_rows.*bfloat16 sum_row_lists.*bfloat16 sum_group_columns.*bfloat16)
-  if(NOT kernels MATCHES "_kernelI[^;]*${functor}")
+  if(NOT kernels MATCHES "run_(rows|elements)I[^;]*${functor}")
     message(FATAL_ERROR "There is no kernel of ${functor} among the ${found} symbols of ${OBJECT}")
   endif()
 endforeach()

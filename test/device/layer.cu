@@ -1,10 +1,8 @@
 // SPDX-FileCopyrightText: The FastMoE authors
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-/// Every functor of a layer, forward, backward and inference, compiled for a device by calling the layer on an executor
-/// whose loops are kernels. Nothing here is run. A new gate or expert is a line below.
-#include <fastmoe/moe.hpp>
-
-#include "support/compile_only.cuh"
+/// Every functor of a layer, forward, backward and inference, compiled for a device by calling the layer on cuda_executor.
+/// Nothing here is run. A new gate or expert is a line below.
+#include <fastmoe/cuda.cuh>
 
 namespace {
 
@@ -17,7 +15,7 @@ void instantiate(const Layer& layer)
     fm::arena measure;
     const fm::matrix_view<T> x(nullptr, 0, 64);
     const auto w = layer.template reserve_weights<T>(measure, 64);
-    support::compile_only ex;
+    fm::cuda_executor ex;
     auto saved = layer.forward(ex, x, w, x);
     layer.backward(ex, saved, x, w, x, w);
     layer.infer(ex, x, w, x);
@@ -83,7 +81,7 @@ void instantiate_gates()
 /// What balances experts without a loss, and what reports their load.
 void instantiate_balance()
 {
-    support::compile_only ex;
+    fm::cuda_executor ex;
     fm::arena memory;
     const fm::matrix_view<float> logits(nullptr, 0, 8);
     const fm::gate_logits<float> in{logits, {}};
@@ -114,7 +112,7 @@ template <class Shared, class Weights>
 void shared_expert(const Shared& shared, const Weights& w, fm::arena& memory)
 {
     const fm::matrix_view<float> x(nullptr, 0, 64);
-    support::compile_only ex;
+    fm::cuda_executor ex;
     const auto kept = shared.forward(ex, x, w, x, memory);
     shared.backward(ex, kept, x, w, x, w, fm::write_mode::overwrite, memory);
     shared.infer(ex, x, w, x, memory);

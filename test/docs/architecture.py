@@ -17,9 +17,11 @@ def named(text):
         sys.exit("docs/architecture.md has no block that begins with '    include/fastmoe'")
     headers, floors, folder = set(), {}, ""
     for line in block[1].splitlines():
-        begin = re.match(r"      (\w+)/ +(\d)  ", line)
+        begin = re.match(r"      (\w+)/ +(\d|-)  ", line)
         if begin:
-            folder, floors[begin[1]] = begin[1], int(begin[2])
+            folder = begin[1]
+            if begin[2] != "-":
+                floors[folder] = int(begin[2])
         for name in re.findall(r"\w+\.(?:hpp|cuh)\b", line):
             path = f"{folder}/{name}" if folder else name
             if path in headers:

@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include <cuda/std/atomic>
+
 #include <doctest/doctest.h>
 
 #include <fastmoe/exec/executor.hpp>
@@ -52,7 +54,7 @@ struct better {
 /// Counts the visits of every element.
 struct visit {
     fm::vector_view<int32_t> seen; // (n)
-    FASTMOE_HOST_DEVICE void operator()(int64_t i) const { std::atomic_ref<int32_t>(seen(i)).fetch_add(1); }
+    FASTMOE_HOST_DEVICE void operator()(int64_t i) const { ::cuda::std::atomic_ref<int32_t>(seen(i)).fetch_add(1); }
 };
 
 struct visit_rows {
@@ -60,7 +62,7 @@ struct visit_rows {
     template <class Team>
     FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t row) const
     {
-        team.for_each(seen.extent(1), [&](int64_t i) { std::atomic_ref<int32_t>(seen(row, i)).fetch_add(1); });
+        team.for_each(seen.extent(1), [&](int64_t i) { ::cuda::std::atomic_ref<int32_t>(seen(row, i)).fetch_add(1); });
     }
 };
 

@@ -30,7 +30,8 @@ GOOD = {
     "io/safetensors.hpp": include("functional", "fastmoe/core/tensor.hpp"),
     "io/sharded_checkpoint.hpp": include("fastmoe/io/safetensors.hpp"),
     "moe.hpp": include("fastmoe/gemm/portable.hpp", "fastmoe/comm/self.hpp"),
-    "cuda.cuh": include("fastmoe/moe.hpp", "fastmoe/cuda/cublaslt.cuh"),
+    "cuda/rows.cuh": include("fastmoe/exec/team.hpp"),
+    "cuda.cuh": include("fastmoe/moe.hpp", "fastmoe/cuda/rows.cuh"),
 }
 
 # A change to the good tree, and a word of what must be said about it.

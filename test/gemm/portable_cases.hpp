@@ -5,7 +5,7 @@
 
 #include <doctest/doctest.h>
 
-#include <atomic>
+#include <cuda/std/atomic>
 
 #include <fastmoe/gemm/portable.hpp>
 
@@ -33,15 +33,15 @@ using total_t = std::conditional_t<std::is_same_v<A, double> || std::is_same_v<B
 template <class Y>
 struct record_row {
     fm::matrix_view<Y> y;
-    std::atomic<int>* calls;
+    int* calls;
     int64_t* experts;
     Y* ends; // (S,2)
 
     template <class Team>
-    void operator()(Team& team, int64_t expert, int64_t row) const
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t expert, int64_t row) const
     {
         if (team.lane() != 0) return;
-        ++calls[row];
+        ::cuda::std::atomic_ref<int>(calls[row]).fetch_add(1);
         experts[row] = expert;
         if (y.extent(1) == 0) return;
         ends[2 * row] = y(row, 0);
@@ -69,13 +69,14 @@ template <class Y, class Executor, class Multiply>
 outcome<Y> rows_outcome(Executor& ex, const ragged& g, int64_t width, const Multiply& multiply)
 {
     support::guarded<Y> y(g.slots, width, 1);
-    std::vector<std::atomic<int>> calls(g.slots);
+    std::vector<int> calls(g.slots);
     std::vector<int64_t> experts(g.slots, -1);
     std::vector<Y> ends(2 * g.slots);
     const record_row<Y> record{y.view(), calls.data(), experts.data(), ends.data()};
     support::in_workspace(ex, [&](fm::arena& memory) {
         multiply(y.view(), record, memory);
         CHECK(memory.used() == 0);
+        ex.synchronize();
     });
     outcome<Y> out{std::vector<Y>(y.data(), y.data() + g.slots * width), y.damage()};
     for (int64_t s = 0; s < g.slots; ++s) {
@@ -219,7 +220,10 @@ std::vector<G> gradient_outcome(Executor& ex, const ragged& g, const std::vector
     for (int64_t e = 0, at = 0; e < g.experts() && !before.empty(); ++e)
         for (int64_t o = 0; o < c.out; ++o)
             for (int64_t i = 0; i < c.in; ++i) dw.view()(e, o, i) = before[at++];
-    support::in_workspace(ex, [&](fm::arena& memory) { multiply(ex, dw.view(), memory); });
+    support::in_workspace(ex, [&](fm::arena& memory) {
+        multiply(ex, dw.view(), memory);
+        ex.synchronize();
+    });
     CHECK(dw.accounted() == static_cast<int64_t>(dw.memory().size()));
     std::vector<G> out;
     for (int64_t e = 0; e < g.experts(); ++e)

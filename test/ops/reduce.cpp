@@ -12,6 +12,16 @@
 
 using namespace fastmoe;
 
+namespace {
+
+template <class Real>
+struct by_slot {
+    const Real* values; // (S)
+    FASTMOE_HOST_DEVICE Real operator()(int64_t s) const { return values[s]; }
+};
+
+} // namespace
+
 TEST_CASE_TEMPLATE("the sum over a group's rows is written or added, scaled, and zero for a group without rows", Cell,
                    FASTMOE_CELLS)
 {
@@ -27,10 +37,6 @@ TEST_CASE_TEMPLATE("the sum over a group's rows is written or added, scaled, and
         support::guarded<real> out(experts, width, 1);
         support::fill_normal(r, rows.view());
         auto scale = support::upload(ex, support::narrowed<real>(r.normals(in.plan.slots)));
-        struct by_slot {
-            const real* values;
-            real operator()(int64_t s) const { return values[s]; }
-        };
         std::vector<double> expected(experts * width), magnitude(experts * width);
         for (int64_t e = 0; e < experts; ++e)
             for (int64_t s = in.plan.offsets(e); s < in.plan.offsets(e) + in.plan.counts(e); ++s)
@@ -40,7 +46,7 @@ TEST_CASE_TEMPLATE("the sum over a group's rows is written or added, scaled, and
                     magnitude[e * width + d] += 2 * std::fabs(term);
                 }
         for (const auto mode : {write_mode::overwrite, write_mode::accumulate})
-            sum_groups(ex, plain_rows<T>{rows.view()}, in.plan.counts, in.plan.offsets, by_slot{scale.data()}, out.view(), mode);
+            sum_groups(ex, plain_rows<T>{rows.view()}, in.plan.counts, in.plan.offsets, by_slot<real>{scale.data()}, out.view(), mode);
         ex.synchronize();
         CHECK(support::close(out.view(), expected, {.length = 100, .magnitudes = &magnitude}));
         CHECK(out.damage() == "");

@@ -20,6 +20,9 @@
 #include "lanes.hpp"
 #include "random.hpp"
 #include "skip.hpp"
+#if defined(FASTMOE_TEST_CUDA)
+#include "cuda_column.cuh"
+#endif
 
 namespace support {
 
@@ -40,6 +43,11 @@ struct column<lanes> {
     static bool available() { return true; }
     static lanes make() { return lanes(); }
 };
+
+#if defined(FASTMOE_TEST_CUDA)
+template <>
+struct column<fastmoe::cuda_executor> : cuda_column {};
+#endif
 
 template <class Executor, class T>
 struct cell : column<Executor> {
@@ -64,19 +72,28 @@ std::vector<std::remove_const_t<T>> download(Executor& ex, ::cuda::std::mdspan<T
 
 } // namespace support
 
-/// An executor with every dtype. A further executor is a column<> above and one line in each of the next two lists.
+/// An executor with every dtype. A further executor is a column<> above and one line in each of the next two lists; one that
+/// needs a device, and nvcc, joins them with FASTMOE_TEST_CUDA.
+#if defined(FASTMOE_TEST_CUDA)
+#define FASTMOE_CUDA_COLUMN , FASTMOE_COLUMN(::fastmoe::cuda_executor)
+#define FASTMOE_CUDA_EXECUTOR , ::support::cell<::fastmoe::cuda_executor, float>
+#else
+#define FASTMOE_CUDA_COLUMN
+#define FASTMOE_CUDA_EXECUTOR
+#endif
+
 #define FASTMOE_COLUMN(...)                                                                                           \
     ::support::cell<__VA_ARGS__, double>, ::support::cell<__VA_ARGS__, float>,                                        \
         ::support::cell<__VA_ARGS__, ::fastmoe::bfloat16>, ::support::cell<__VA_ARGS__, ::fastmoe::half>
 
 #define FASTMOE_CELLS                                                                                                 \
     FASTMOE_COLUMN(::fastmoe::host_executor),                                                                         \
-    FASTMOE_COLUMN(::support::lanes)
+    FASTMOE_COLUMN(::support::lanes) FASTMOE_CUDA_COLUMN
 
 /// The executors alone, each in a cell with float.
 #define FASTMOE_EXECUTORS                                                                                             \
     ::support::cell<::fastmoe::host_executor, float>,                                                                 \
-    ::support::cell<::support::lanes, float>
+    ::support::cell<::support::lanes, float> FASTMOE_CUDA_EXECUTOR
 
 /// The dtypes alone.
 #define FASTMOE_DTYPES double, float, ::fastmoe::bfloat16, ::fastmoe::half

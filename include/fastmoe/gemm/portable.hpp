@@ -29,6 +29,20 @@ FASTMOE_HOST_DEVICE constexpr int64_t expert_of_row(const row_groups& groups, in
     return inside ? low : -1;
 }
 
+/// The epilogue alone, of products that are complete.
+template <class Epilogue>
+struct end_row {
+    row_groups groups;
+    Epilogue epilogue;
+
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t row) const
+    {
+        const int64_t e = expert_of_row(groups, row);
+        if (e >= 0) epilogue(team, e, row);
+    }
+};
+
 template <class Rows, class W, class B, class Y, class Epilogue>
 struct multiply_row {
     using Real = product_total_t<row_element_t<Rows>, W>;

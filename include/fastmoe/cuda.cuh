@@ -1,0 +1,7 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// The umbrella for nvcc: all of moe.hpp, and the executor that runs it on a GPU.
+#pragma once
+
+#include <fastmoe/cuda/cuda_executor.cuh>
+#include <fastmoe/moe.hpp>

@@ -1,0 +1,154 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// Runs verbs on one CUDA stream. Everything is queued and nothing waits, except where a name says so.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <optional>
+
+#include <fastmoe/cuda/cuda_memory.cuh>
+#include <fastmoe/cuda/cuda_team.cuh>
+#include <fastmoe/exec/executor.hpp>
+
+namespace fastmoe::inline FASTMOE_ABI::inline FASTMOE_CUDA_ABI {
+
+/// The GPU executor: a stream of the device that is current when it is made, memory in the order of that stream, and a
+/// record of faults. Several live side by side, on streams and devices of their own; nothing is shared between them.
+///
+///     fastmoe::cuda_executor ex{stream};
+///     layer.infer(ex, x, weights, y, workspace);   // queued: capturable in a graph
+///     ex.synchronize();                            // waits, and throws what the work has found
+///
+/// Calls queue work and return; with the caller's workspace they neither allocate nor wait, so that a CUDA graph can capture
+/// them. Make the executor, and free it, outside of a capture. Sums have one order for one shape (see wide_team), so the
+/// same inputs give the same bits on every run; the host's order is another one. Threads may share an executor as they may
+/// share a stream: their work is queued in the order in which they call, and the faults of all are in one record.
+class cuda_executor {
+public:
+    /// @param stream  the caller's, and of the current device; outlives the executor. Null: the default stream
+    /// @param memory  null: a pool of the executor's own (cuda_memory). Must give memory of the device in the order of the
+    ///                stream, and outlive the executor
+    /// @throws cuda_error, out_of_memory
+    explicit cuda_executor(cudaStream_t stream = nullptr, memory_resource* memory = nullptr) : stream_(stream), memory_(memory)
+    {
+        detail::cuda_check(cudaGetDevice(&device_), "cudaGetDevice");
+        if (!memory_) memory_ = &pool_.emplace(stream);
+        void* pinned = nullptr;
+        detail::cuda_check(cudaMallocHost(&pinned, sizeof(fault_words)), "cudaMallocHost");
+        seen_.reset(static_cast<fault_words*>(pinned));
+        record_ = buffer<fault_words, cuda_executor>(*this, 1);
+        clear();
+    }
+    /// Waits for nothing: what was queued still runs. Faults that nobody asked for are lost.
+    ~cuda_executor() = default;
+    cuda_executor(const cuda_executor&) = delete;
+    cuda_executor& operator=(const cuda_executor&) = delete;
+
+    cudaStream_t stream() const noexcept { return stream_; }
+    int device() const noexcept { return device_; }
+
+    /// In the order of the stream. @throws out_of_memory, cuda_error
+    void* allocate(int64_t bytes)
+    {
+        const detail::on_device here(device_);
+        return memory_->allocate(bytes);
+    }
+    void deallocate(void* memory, int64_t bytes) noexcept
+    {
+        int before = device_; // without exceptions: a device that has failed gives its memory back on its own
+        (void)cudaGetDevice(&before);
+        if (before != device_) (void)cudaSetDevice(device_);
+        memory_->deallocate(memory, bytes);
+        if (before != device_) (void)cudaSetDevice(before);
+    }
+
+    /// Queues a copy between any two places that this device reaches; host memory that is not pinned may make it wait.
+    void copy(void* to, const void* from, int64_t bytes)
+    {
+        if (bytes <= 0) return;
+        const detail::on_device here(device_);
+        detail::cuda_check(cudaMemcpyAsync(to, from, static_cast<std::size_t>(bytes), cudaMemcpyDefault, stream_),
+                           "cudaMemcpyAsync");
+    }
+
+    template <class F>
+    void for_each(int64_t n, const F& f)
+    {
+        constexpr int64_t block = 256, each = 4 * block;
+        launch(detail::run_elements<F>, (n + each - 1) / each, static_cast<int>(block), 0, f, n);
+    }
+
+    template <class F>
+    void for_each_row(int64_t n, const F& f, row_hint hint)
+    {
+        const team_shape shape = team_shape::of(hint);
+        const int64_t shared = shape.teams * shape.scratch_bytes + (shape.teams == 1 ? detail::device_lanes::slot_bytes : 0);
+        launch(detail::run_rows<F>, (n + shape.teams - 1) / shape.teams, shape.teams * shape.lanes, shared, f, n, shape.lanes,
+               shape.scratch_bytes);
+    }
+
+    /// Where the work of this executor records faults: memory of the device.
+    fault_recorder faults() noexcept { return {record_.data()}; }
+    /// Nothing: the work has not ended yet. synchronize() throws.
+    void deliver_faults() const noexcept {}
+
+    /// Waits for all that was queued, throws what it has found, and forgets it. Not during a capture.
+    /// @throws invalid_argument for a fault, cuda_error for what the device reports
+    void synchronize()
+    {
+        if (const std::optional<fastmoe::fault> found = fault()) detail::raise_fault(*found);
+    }
+    /// The same without the exception: what was found, if anything. It is forgotten.
+    /// @throws cuda_error
+    std::optional<fastmoe::fault> fault()
+    {
+        const std::lock_guard lock(mutex_);
+        copy(seen_.get(), record_.data(), sizeof(fault_words));
+        detail::cuda_check(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
+        fastmoe::fault found;
+        if (!detail::first_fault(*seen_, found)) return std::nullopt;
+        clear();
+        return found;
+    }
+
+private:
+    void clear()
+    {
+        const detail::on_device here(device_);
+        detail::cuda_check(cudaMemsetAsync(record_.data(), 0xff, sizeof(fault_words), stream_), "cudaMemsetAsync");
+    }
+
+    template <class F, class... Sizes>
+    void launch(void (*kernel)(F, Sizes...), int64_t blocks, int threads, int64_t shared, const F& f,
+                type_identity_t<Sizes>... sizes)
+    {
+        static_assert(std::is_trivially_copyable_v<F>, "a functor is copied to the device byte by byte");
+        if (blocks <= 0) return;
+        const detail::on_device here(device_);
+        if (shared > team_scratch_bytes) // more than a kernel has without asking
+            detail::cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+                               "cudaFuncSetAttribute");
+        cudaLaunchConfig_t how{};
+        how.gridDim = dim3(static_cast<unsigned>(blocks < INT32_MAX ? blocks : INT32_MAX));
+        how.blockDim = dim3(static_cast<unsigned>(threads));
+        how.dynamicSmemBytes = static_cast<std::size_t>(shared);
+        how.stream = stream_;
+        detail::cuda_check(cudaLaunchKernelEx(&how, kernel, f, sizes...), "a kernel launch");
+    }
+
+    cudaStream_t stream_;
+    memory_resource* memory_;
+    int device_ = 0;
+    std::optional<cuda_memory> pool_;
+    buffer<fault_words, cuda_executor> record_;
+    std::mutex mutex_; // guards seen_
+    struct free_pinned {
+        void operator()(fault_words* words) const noexcept { (void)cudaFreeHost(words); }
+    };
+    std::unique_ptr<fault_words, free_pinned> seen_;
+};
+
+static_assert(executor<cuda_executor>);
+
+} // namespace fastmoe::inline FASTMOE_ABI::inline FASTMOE_CUDA_ABI

@@ -1,0 +1,143 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// What a layer's parts take on a GPU: medians of event times, as JSON into the file that is named. Ends with 77, skipped,
+/// where there is no GPU. Verbs that only move memory are given beside a device copy of the same run.
+///
+///     device_bench figures.json
+#include <algorithm>
+#include <cstdio>
+#include <string>
+#include <vector>
+
+#include <fastmoe/cuda.cuh>
+#include <fastmoe/cuda/cublaslt.cuh>
+
+namespace {
+
+namespace fm = fastmoe;
+using fm::bfloat16;
+using fm::int64_t;
+
+/// The median time of what body() queues, in milliseconds.
+template <class Body>
+double milliseconds_of(fm::cuda_executor& ex, int rounds, const Body& body)
+{
+    cudaEvent_t begin = nullptr, end = nullptr;
+    fm::detail::cuda_check(cudaEventCreate(&begin), "cudaEventCreate");
+    fm::detail::cuda_check(cudaEventCreate(&end), "cudaEventCreate");
+    std::vector<float> times;
+    for (int round = -3; round < rounds; ++round) { // three to warm up
+        fm::detail::cuda_check(cudaEventRecord(begin, ex.stream()), "cudaEventRecord");
+        body();
+        fm::detail::cuda_check(cudaEventRecord(end, ex.stream()), "cudaEventRecord");
+        ex.synchronize();
+        float took = 0;
+        fm::detail::cuda_check(cudaEventElapsedTime(&took, begin, end), "cudaEventElapsedTime");
+        if (round >= 0) times.push_back(took);
+    }
+    cudaEventDestroy(begin);
+    cudaEventDestroy(end);
+    std::sort(times.begin(), times.end());
+    return times[times.size() / 2];
+}
+
+struct figures {
+    std::string json;
+    void add(const std::string& name, double ms, double bytes = 0)
+    {
+        char line[256];
+        std::snprintf(line, sizeof line, "%s\n  {\"name\": \"%s\", \"ms\": %.6g, \"gb_per_s\": %.5g}", json.empty() ? "" : ",", name.c_str(), ms,
+                      bytes > 0 ? bytes / ms * 1e-6 : 0);
+        json += line;
+        std::printf("%-48s %10.4f ms %10.1f GB/s\n", name.c_str(), ms, bytes > 0 ? bytes / ms * 1e-6 : 0);
+    }
+};
+
+struct shape {
+    const char* name;
+    int64_t tokens, width, hidden, experts, k;
+    int rounds;
+};
+
+struct fill_values {
+    bfloat16* to;
+    FASTMOE_HOST_DEVICE void operator()(int64_t i) const
+    {
+        to[i] = bfloat16(static_cast<float>(fm::philox({{static_cast<std::uint32_t>(i), 0, 0, 7}}, 1).word[0]) * 4.6566129e-10f - 1.0f);
+    }
+};
+
+/// A layer's three passes, and what moves rows around its products.
+template <class Gemm>
+void layer(fm::cuda_executor& ex, figures& out, const shape& s, const std::string& label, const Gemm& gemm)
+{
+    using expert = fm::mlp<fm::swiglu, Gemm>;
+    const fm::moe_layer l{fm::top_k_gate<fm::softmax_score>{.experts = s.experts, .k = s.k}, expert{.width = s.width, .hidden = s.hidden, .gemm = gemm},
+                          fm::self{}};
+    const int64_t n = s.tokens * s.width;
+    const auto weights = fm::random_weights<bfloat16>(ex, l, 1);
+    const auto gradients = fm::zero_weights<bfloat16>(ex, l);
+    fm::buffer<bfloat16, fm::cuda_executor> x(ex, n), y(ex, n), dy(ex, n), dx(ex, n);
+    fm::for_each(ex, n, fill_values{x.data()});
+    fm::for_each(ex, n, fill_values{dy.data()});
+    fm::buffer<std::byte, fm::cuda_executor> kept(ex, l.template forward_bytes<bfloat16>(ex, s.tokens, s.width)),
+        lent(ex, l.template backward_bytes<bfloat16>(ex, s.tokens, s.width)), small(ex, l.template infer_bytes<bfloat16>(ex, s.tokens, s.width));
+    const auto matrix = [&](auto& m) { return m.matrix(s.tokens, s.width); };
+    const std::string name = std::string(s.name) + " " + label;
+    out.add(name + " infer", milliseconds_of(ex, s.rounds, [&] {
+                fm::arena a(small.view());
+                l.infer(ex, matrix(x), weights.view(), matrix(y), a);
+            }));
+    out.add(name + " forward", milliseconds_of(ex, s.rounds, [&] {
+                fm::arena a(kept.view());
+                l.forward(ex, matrix(x), weights.view(), matrix(y), a);
+            }));
+    fm::arena a(kept.view());
+    const auto saved = l.forward(ex, matrix(x), weights.view(), matrix(y), a);
+    out.add(name + " backward", milliseconds_of(ex, s.rounds, [&] {
+                fm::arena b(lent.view());
+                l.backward(ex, saved, matrix(dy), weights.view(), matrix(dx), gradients.view(), b);
+            }));
+    if (label != "portable") return;
+    const auto& plan = saved.plan();
+    fm::buffer<bfloat16, fm::cuda_executor> rows(ex, plan.slots * s.width);
+    const double moved = 2.0 * 2.0 * static_cast<double>(s.tokens * s.k * s.width);
+    out.add(name + " dispatch", milliseconds_of(ex, s.rounds, [&] { fm::dispatch(ex, matrix(x), plan, rows.matrix(plan.slots, s.width)); }), moved);
+}
+
+} // namespace
+
+int main(int count, char** arguments)
+{
+    int devices = 0;
+    if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
+        std::printf("skipped: no GPU\n");
+        return 77;
+    }
+    cudaStream_t stream = nullptr;
+    fm::detail::cuda_check(cudaStreamCreate(&stream), "cudaStreamCreate");
+    figures out;
+    {
+        fm::cuda_executor ex{stream};
+        fm::cublaslt_context context;
+        const int64_t bytes = int64_t{256} << 20;
+        fm::buffer<std::byte, fm::cuda_executor> a(ex, bytes), b(ex, bytes);
+        out.add("device copy of 256 MiB", milliseconds_of(ex, 20, [&] { ex.copy(b.data(), a.data(), bytes); }), 2.0 * static_cast<double>(bytes));
+        const shape small{"T 4096 D 1024 H 1024 E 16 K 2", 4096, 1024, 1024, 16, 2, 10};
+        layer(ex, out, small, "portable", fm::gemm::portable{});
+        layer(ex, out, small, "cublaslt", fm::gemm::cublaslt{&context});
+        layer(ex, out, {"T 32768 D 4096 H 2048 E 64 K 4", 32768, 4096, 2048, 64, 4, 10}, "cublaslt", fm::gemm::cublaslt{&context});
+        for (const int64_t tokens : {1, 8, 32, 128}) {
+            const std::string name = "T " + std::to_string(tokens) + " D 4096 H 14336 E 8 K 2";
+            layer(ex, out, {name.c_str(), tokens, 4096, 14336, 8, 2, 20}, "cublaslt", fm::gemm::cublaslt{&context});
+        }
+    }
+    cudaStreamDestroy(stream);
+    if (count > 1) {
+        std::FILE* file = std::fopen(arguments[1], "w");
+        if (!file) return 1;
+        std::fprintf(file, "[%s\n]\n", out.json.c_str());
+        std::fclose(file);
+    }
+    return 0;
+}
