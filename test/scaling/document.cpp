@@ -30,7 +30,8 @@ void stands_in(const std::string& text, const std::string& document)
 TEST_CASE("docs/scaling.md and its picture are what the measurements in the repository give, number by number")
 {
     scaling::measurements m;
-    scaling::read(root + "/benchmark/scaling/measured/threads.json", m);
+    for (const char* file : {"mpi-1", "mpi-2", "mpi-4", "threads"})
+        scaling::read(root + "/benchmark/scaling/measured/" + file + ".json", m);
     const auto document = support::read_file(root + "/docs/scaling.md");
     const auto all = scaling::predict_all(m);
     stands_in(all.text, document);
