@@ -195,3 +195,39 @@ TEST_CASE("a fault is thrown by whoever waits, once, and the executor goes on")
     CHECK_THROWS_WITH_AS(device.synchronize(), doctest::Contains("routing.experts(5) is 77"), invalid_argument);
     CHECK_NOTHROW(device.synchronize());
 }
+
+namespace {
+
+/// Captures a step, replays it on other tokens, and holds it to one that was not captured and to the layer of one rank.
+template <class Exchange>
+void capture_exchange(const Exchange& exchange)
+{
+    const auto plain = make_layer();
+    const expert_parallel ranks{self{}, self{}, round_robin_placement{}, exchange};
+    const moe_layer<top_k_gate<softmax_score>, mlp<swiglu>, std::remove_const_t<decltype(ranks)>> layer{plain.gate, plain.expert, ranks};
+    using type = std::remove_const_t<decltype(layer)>;
+    support::queued device;
+    step<float, type, support::queued> captured(layer, device), eager(layer, device);
+    step<float, layer_type, support::queued> one(plain, device);
+    captured.fill(13);
+    const auto graph = device.capture([&] { captured.run(); });
+    for (const std::uint64_t seed : {14, 15}) {
+        captured.fill(seed);
+        eager.fill(seed);
+        one.fill(seed);
+        device.replay(graph);
+        eager.run();
+        one.run();
+        const auto results = captured.results();
+        CHECK(difference(results, eager.results()) == 0);
+        CHECK(difference(results, one.results()) < bound<float>());
+    }
+}
+
+} // namespace
+
+TEST_CASE("exchanges whose counts the host does not learn are captured and replayed with other routing")
+{
+    capture_exchange(padded_exchange<>{.rows_per_rank = tokens});
+    capture_exchange(gathered_exchange<>{.most_tokens = tokens});
+}

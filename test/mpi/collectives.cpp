@@ -3,8 +3,10 @@
 /// Started by mpirun with 1, 2 and 4 ranks; every rank runs every case and checks what it has got.
 #include <doctest/doctest.h>
 
+#include <chrono>
 #include <cstdint>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include <fastmoe/comm/threads.hpp>
@@ -227,19 +229,6 @@ TEST_CASE("a communicator splits by color, ordered by key and then by rank, and 
     for (int i = 0; i < 500; ++i) c.split(me % 2, i).barrier(ex); // and they go again
 }
 
-TEST_CASE("who leaves a communicator is named to those who wait for him there, and everywhere else all goes on")
-{
-    const fm::mpi& c = support::mpi_world();
-    auto ex = support::executor_of_rank<fm::host_executor>();
-    if (c.size() == 1) return;
-    // Not in the session's own world, which must stay whole for MPI_Finalize: what has left is not broken.
-    {
-        const fm::mpi two = c.split(0, 0);
-        two.barrier(ex);
-    }
-    c.barrier(ex);
-}
-
 TEST_CASE("a caller's communicator is duplicated: his own messages and ours do not meet")
 {
     const fm::mpi& world = support::mpi_world();
@@ -266,6 +255,28 @@ TEST_CASE("a caller's communicator is duplicated: his own messages and ours do n
     MPI_Comm_free(&reversed);
 }
 
+TEST_CASE("a second call of a process while one is under way is refused, and the first goes on")
+{
+    const fm::mpi& c = support::mpi_world();
+    auto ex = support::executor_of_rank<fm::host_executor>();
+    if (c.size() == 1) return;
+    if (c.rank() == 0) {
+        std::thread first([&] {
+            auto own = support::executor_of_rank<fm::host_executor>();
+            CHECK_EQ(told([&] { c.barrier(own); }), "");
+        });
+        std::this_thread::sleep_for(std::chrono::milliseconds(100));
+        std::vector<float> v(3);
+        CHECK(support::has(told([&] { c.all_reduce(ex, fm::as_vector(v)); }),
+                           "all_reduce: this process is in barrier already; expected one call of a process at a time"));
+        first.join();
+    } else {
+        std::this_thread::sleep_for(std::chrono::milliseconds(300));
+        c.barrier(ex);
+    }
+    support::all_collectives<float>(c, ex, 5);
+}
+
 TEST_CASE("a session in a session neither initializes nor finalizes")
 {
     {
@@ -287,6 +298,15 @@ TEST_CASE("arguments that make no sense are refused by name")
         CHECK(support::has(got, text));
     };
     says([] { fm::mpi c(MPI_COMM_NULL); }, "comm is MPI_COMM_NULL; expected an intracommunicator");
+    if (support::mpi_world().size() > 1) {
+        const int me = support::mpi_world().rank();
+        MPI_Comm part = MPI_COMM_NULL, inter = MPI_COMM_NULL;
+        MPI_Comm_split(MPI_COMM_WORLD, me == 0 ? 0 : 1, 0, &part);
+        MPI_Intercomm_create(part, 0, MPI_COMM_WORLD, me == 0 ? 1 : 0, 5, &inter);
+        says([&] { fm::mpi c(inter); }, "comm is an intercommunicator; expected an intracommunicator");
+        MPI_Comm_free(&inter);
+        MPI_Comm_free(&part);
+    }
     says([] { fm::mpi c(MPI_COMM_WORLD, {.deadline = std::chrono::milliseconds(0)}); },
          "options.deadline is 0; expected 1 to 950400000 ms");
 }

@@ -55,6 +55,24 @@ void be_lost(const std::string& how, const fm::mpi& c, fm::host_executor& ex)
     if (how == "leaves") return;
 }
 
+/// Rank `lost` leaves a part that all are in, and the whole goes on.
+void leave_part(const fm::mpi& world, fm::host_executor& ex)
+{
+    const int me = world.rank();
+    {
+        const fm::mpi part = world.split(0, 0);
+        part.barrier(ex);
+        try {
+            if (me != lost) part.barrier(ex);
+        } catch (const fm::comm_error& e) {
+            say(me, e.what());
+        }
+    }
+    std::vector<int32_t> ones(2000, 1);
+    world.all_reduce(ex, fm::as_vector(ones));
+    say(me, "the whole adds up to " + std::to_string(ones.back()));
+}
+
 } // namespace
 
 /// doomed how milliseconds
@@ -68,6 +86,10 @@ int main(int argc, char** argv)
     say(me, "is process " + std::to_string(::getpid()));
     fm::host_executor ex({.threads = 1});
     world.barrier(ex);
+    if (how == "leaves_part") {
+        leave_part(world, ex);
+        return 0;
+    }
     // In a split, the ranks have other numbers there: 3 2 1 0.
     const bool split = how.rfind("split_", 0) == 0;
     const fm::mpi c = split ? world.split(0, -me) : world;

@@ -4,6 +4,9 @@
 /// that reach both threads.
 #include <doctest/doctest.h>
 
+#include <algorithm>
+#include <condition_variable>
+
 #include "support/ranked_layer.hpp"
 
 using namespace fastmoe;
@@ -47,6 +50,43 @@ TEST_CASE_TEMPLATE("with the caller's workspaces, and without an executor beside
     const auto batch = ranked::join<Cell>(rng, small_gate, small_expert, 14);
     const bool host = std::is_same_v<typename Cell::executor, host_executor>;
     batch.check({.cuts = {0, 8, 14}, .workspaces = host, .two_calls = true}, in_chunks(3, exact_exchange<>{}));
+}
+
+TEST_CASE("a piece comes in while the one before is worked on, and goes back while the next is")
+{
+    host_executor ex({.threads = 1});
+    std::mutex mutex;
+    std::condition_variable changed;
+    std::vector<std::string> log;
+    const auto note = [&](const std::string& what) {
+        const std::lock_guard lock(mutex);
+        log.push_back(what);
+        changed.notify_all();
+    };
+    const auto await = [&](const std::string& what) {
+        std::unique_lock lock(mutex);
+        return changed.wait_for(lock, std::chrono::seconds(20), [&] { return std::find(log.begin(), log.end(), what) != log.end(); });
+    };
+    std::atomic<int> met{0};
+    detail::overlap_pieces(
+        ex, 3,
+        [&](host_executor& other, int i) {
+            CHECK_NE(&other, &ex);
+            note("in " + std::to_string(i));
+            if (i > 0) met += await("work " + std::to_string(i - 1)); // would wait in vain if work came later
+        },
+        [&](host_executor& own, int i) {
+            CHECK_EQ(&own, &ex);
+            note("work " + std::to_string(i));
+            if (i < 2) met += await("in " + std::to_string(i + 1));
+            if (i > 0) met += await("out " + std::to_string(i - 1));
+        },
+        [&](host_executor&, int i) { note("out " + std::to_string(i)); });
+    CHECK_EQ(met, 6);
+    std::vector<std::string> transfers;
+    for (const auto& what : log)
+        if (what[0] != 'w') transfers.push_back(what);
+    CHECK_EQ(transfers, std::vector<std::string>{"in 0", "in 1", "out 0", "in 2", "out 1", "out 2"});
 }
 
 TEST_CASE("chunks give the same bits on every run")

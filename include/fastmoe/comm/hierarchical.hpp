@@ -240,13 +240,13 @@ private:
 
     /// Checks what is this rank's alone, then returns when all ranks are here and agree.
     template <class T, class Executor, class Check>
-    void agree(Executor& ex, verb what, int64_t count, int64_t root, const Check& check) const
+    void agree(Executor& ex, verb what, int64_t count, int64_t root, const Check& verify) const
     {
         static_assert(dtype_name<T> != nullptr || std::is_same_v<T, std::byte>, "an element type of communicator.hpp");
         own_->table.own = {.verb = static_cast<int64_t>(what), .type = detail::element_code<T>, .count = count,
                             .root = root};
         own_->announce([&] {
-            check();
+            verify();
             ex.synchronize(); // what is sent has been written
         });
     }

@@ -68,13 +68,13 @@ struct two_levels {
         hop([&](const pair& l) { f(l.second); }, "across nodes", place, table.ranks() - table.places + place, table.places);
     }
 
-    /// Returns when all ranks are here, check() has passed on each, and they agree; else throws on all.
+    /// Returns when all ranks are here, verify() has passed on each, and they agree; else throws on all.
     template <class Check>
-    void announce(const Check& check)
+    void announce(const Check& verify)
     {
 #if defined(__cpp_exceptions)
         try {
-            check();
+            verify();
         } catch (...) {
             table.own.refused = 1;
             try {
@@ -84,7 +84,7 @@ struct two_levels {
             throw;
         }
 #else
-        check();
+        verify();
 #endif
         tell();
         const std::string text = table.find_disagreement();

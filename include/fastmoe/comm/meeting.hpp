@@ -12,7 +12,7 @@
 #include <string>
 #include <string_view>
 
-#include <fastmoe/comm/agreement.hpp>
+#include <fastmoe/comm/post.hpp>
 #include <fastmoe/core/error.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI::detail {

@@ -22,18 +22,19 @@
 #include <type_traits>
 #include <utility>
 
-#include <fastmoe/comm/agreement.hpp>
 #include <fastmoe/comm/communicator.hpp>
 #include <fastmoe/comm/mpi_channel.hpp>
 #include <fastmoe/comm/mpi_link.hpp>
 #include <fastmoe/comm/mpi_mailbox.hpp>
 #include <fastmoe/comm/mpi_steps.hpp>
+#include <fastmoe/comm/post.hpp>
 #include <fastmoe/exec/executor.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI {
 
 struct mpi_options {
-    std::chrono::milliseconds deadline{60000}; ///< how long ranks wait for one that does not come; 1 ms to 11 days
+    /// How long ranks wait for one that does not come, or for the next GiB of what it sends; 1 ms to 11 days.
+    std::chrono::milliseconds deadline{60000};
 };
 
 /// One of R ranks. Copies are the same rank; when the last copy is gone, the rank has left, and others that wait for it

@@ -11,9 +11,9 @@
 #include <cstring>
 #include <utility>
 
-#include <fastmoe/comm/agreement.hpp>
 #include <fastmoe/comm/mpi_link.hpp>
 #include <fastmoe/comm/mpi_mailbox.hpp>
+#include <fastmoe/comm/post.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI::detail {
 
@@ -106,10 +106,17 @@ public:
         }
         meanwhile();
         if (bulk_.empty()) return;
+        finished_.resize(bulk_.size());
+        std::size_t left = bulk_.size();
         int64_t polls = 0;
         wait(verb, phase::bulk, [&] {
             if (++polls % 64 == 0) listen(verb, phase::bulk);
-            return are_done(verb, bulk_);
+            int done = 0;
+            expects_success(verb, MPI_Testsome(static_cast<int>(bulk_.size()), bulk_.data(), &done, finished_.data(),
+                                               MPI_STATUSES_IGNORE));
+            left -= at(done);
+            progress_ += done;
+            return left == 0;
         });
     }
 
@@ -237,7 +244,7 @@ private:
     void wait(const char* verb, phase now, const Ready& ready)
     {
         const auto how = now == phase::heads ? mpi_link::manner::resting : mpi_link::manner::busy;
-        if (link_.poll(how, ready, [&] { send_note(sign_of_life, mpi_head::alive, ""); })) return;
+        if (link_.poll(how, progress_, ready, [&] { send_note(sign_of_life, mpi_head::alive, ""); })) return;
         listen(verb, now);
         auto& requests = now == phase::sends ? sends_ : bulk_;
         const auto missing = [&](int r) {
@@ -292,7 +299,8 @@ private:
     std::vector<mpi_move> moves_;    // (R)
     std::vector<MPI_Request> sends_; // (R)    of heads
     std::vector<MPI_Request> bulk_;  // (pieces)  receives first
-    std::vector<int> bulk_peers_;    // (pieces)
+    std::vector<int> bulk_peers_, finished_; // (pieces)
+    int64_t progress_ = 0;                   ///< pieces that have moved
     std::size_t receives_ = 0;
     std::unique_ptr<std::byte[]> out_; // (R,capacity)
 };

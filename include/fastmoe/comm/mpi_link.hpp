@@ -53,12 +53,17 @@ public:
     {
         const int64_t wait = deadline.count();
         expects(wait >= 1 && wait <= 950400000, "options.deadline", wait, "1 to 950400000 ms");
+        int initialized = 0, is_inter = 1;
+        MPI_Initialized(&initialized);
+        expects(initialized && !is_finalized(), "MPI", "not running", "MPI_Init to come before, and MPI_Finalize after");
         expects(of != MPI_COMM_NULL, "comm", "MPI_COMM_NULL", "an intracommunicator");
+        MPI_Comm_test_inter(of, &is_inter);
+        expects(!is_inter, "comm", "an intercommunicator", "an intracommunicator");
         auto copy = std::make_unique<MPI_Comm>(MPI_COMM_NULL);
         MPI_Request request = MPI_REQUEST_NULL;
         int code = MPI_Comm_idup(of, copy.get(), &request), done = 0;
         const bool came = poll(
-            manner::resting,
+            manner::resting, 0,
             [&] {
                 if (code == MPI_SUCCESS) code = MPI_Test(&request, &done, MPI_STATUS_IGNORE);
                 return done != 0 || code != MPI_SUCCESS;
@@ -97,17 +102,20 @@ public:
     /// bulk only while it is polled.
     enum class manner : unsigned char { resting, busy };
 
-    /// Polls ready() until it holds or the deadline has passed; stalled() is called once, after half of that time.
+    /// Polls ready() until it holds, or the deadline has passed since `progress` last changed; stalled() is called once,
+    /// after half of that time.
     /// @returns whether ready() held
     template <class Ready, class Stalled>
-    bool poll(manner how, const Ready& ready, const Stalled& stalled) const
+    bool poll(manner how, const int64_t& progress, const Ready& ready, const Stalled& stalled) const
     {
         clock::time_point start{};
+        int64_t seen = progress;
         bool told = false, rests = false;
         for (int64_t polls = 1; !ready(); ++polls) {
             if (polls % 64 != 0 && !rests) continue;
             const auto now = clock::now();
-            if (start == clock::time_point{}) start = now;
+            if (start == clock::time_point{} || progress != seen) start = now;
+            seen = progress;
             const auto waited = now - start;
             if (waited > deadline_) return ready();
             if (waited > deadline_ / 2 && !told) {
@@ -163,7 +171,7 @@ public:
         in_turn([&] {
             if (last) last->leave();
             closed_ = true;
-            all = poll(manner::resting, [&] { return (sweep() && (!last || last->ended())) || !whole_; }, [] {});
+            all = poll(manner::resting, 0, [&] { return (sweep() && (!last || last->ended())) || !whole_; }, [] {});
         });
         if (!all || !whole_) return whole_ = false;
         MPI_Comm_free(&comm_);

@@ -132,7 +132,7 @@ protected:
         return code_;
     }
 
-    /// To every peer that is there, unless the last note of this kind is still on its way.
+    /// To every peer that listens, unless the last note of this kind is still on its way.
     void send_note(note which, mpi_head::kind_t kind, const char* text) noexcept
     {
         MPI_Request* requests = notes_.data() + which * at(ranks_);
@@ -147,8 +147,10 @@ protected:
         std::memset(to, 0, note_bytes);
         std::memcpy(to, &h, sizeof h);
         std::memcpy(to + sizeof h, text, std::strlen(text) < 320 ? std::strlen(text) : 319);
+        // Who has left waits for the last words of all; who has failed, for nothing.
+        const auto last = which == last_words ? peer::has_left : peer::here;
         for (int r = 0; r < ranks_; ++r)
-            if (r != rank_ && peers_[at(r)].is == peer::here)
+            if (r != rank_ && peers_[at(r)].is <= last)
                 MPI_Isend(to, static_cast<int>(note_bytes), MPI_BYTE, member(r), tag_, link_.comm(), &requests[r]);
     }
 

@@ -18,7 +18,9 @@ namespace fastmoe::inline FASTMOE_ABI {
 /// was.
 /// @tparam Gate          decides; see gate.hpp
 /// @tparam Expert        computes; see expert.hpp
-/// @tparam Communicator  ranks that share the experts; see communicator.hpp
+/// @tparam Communicator  self; or ranks that share the experts: a communicator, or an expert_parallel, which says how. All of
+///                       them call in the same order, a rank that fails is a comm_error on the others, and a call takes small
+///                       arrays of the host's heap besides its workspace
 template <states_experts Gate, states_weighing Expert, counts_ranks Communicator = self>
     requires states_choices<Gate>
 struct moe_layer {

@@ -26,7 +26,7 @@ struct post {
     int color = 0, key = 0;                ///< of split
 };
 
-inline std::string difference(const char* verb, const std::string& what, const std::string& is, const std::string& other)
+inline std::string posts_differ(const char* verb, const std::string& what, const std::string& is, const std::string& other)
 {
     std::string text = verb;
     text += ": " + what;
@@ -43,20 +43,20 @@ inline std::string disagreement_of(const post* posts, int ranks)
         const post& p = posts[r];
         const std::string of = " of rank " + std::to_string(r), zero = ", as on rank 0";
         if (std::string_view(p.verb) != first.verb)
-            return difference(first.verb, "the collective" + of, p.verb, first.verb + zero);
+            return posts_differ(first.verb, "the collective" + of, p.verb, first.verb + zero);
         if (std::string_view(p.type) != first.type)
-            return difference(first.verb, "the element type" + of, p.type, first.type + zero);
+            return posts_differ(first.verb, "the element type" + of, p.type, first.type + zero);
         if (p.count != first.count)
-            return difference(first.verb, first.shape + of, std::to_string(p.count), std::to_string(first.count) + zero);
+            return posts_differ(first.verb, first.shape + of, std::to_string(p.count), std::to_string(first.count) + zero);
         if (p.root != first.root)
-            return difference(first.verb, "root" + of, std::to_string(p.root), std::to_string(first.root) + zero);
+            return posts_differ(first.verb, "root" + of, std::to_string(p.root), std::to_string(first.root) + zero);
     }
     for (int to = 0; first.sent_rows && to < ranks; ++to)
         for (int from = 0; from < ranks; ++from) {
             const int64_t sent = posts[from].sent_rows[to], received = posts[to].received_rows[from];
             if (sent == received) continue;
             const std::string a = std::to_string(from), b = std::to_string(to);
-            return difference(first.verb, "received_rows(" + a + ") of rank " + b, std::to_string(received),
+            return posts_differ(first.verb, "received_rows(" + a + ") of rank " + b, std::to_string(received),
                               std::to_string(sent) + ", as sent_rows(" + b + ") of rank " + a);
         }
     return "";
