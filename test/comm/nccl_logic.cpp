@@ -54,35 +54,30 @@ void check_same_as_threads(int ranks, const Body& body, const nccl_options& opti
 
 TEST_CASE_TEMPLATE("every collective gives the bits that ranks of one process get", T, double, float, bfloat16, std::int32_t, int64_t)
 {
-    for (const int ranks : {1, 2, 3, 5, 8})
-        for (const int64_t n : {0, 1, 7, 200}) {
+    for (const int ranks : {1, 2, 3, 8})
+        for (const int64_t sum_bytes : {1, 400, 1 << 20}) { // of the scratch: pieces of R elements, of some, one piece
             CAPTURE(ranks);
-            CAPTURE(n);
-            for (const int64_t sum_bytes : {1, 400, 1 << 20})
-                check_same_as_threads<T>(
-                    ranks,
-                    [&](const auto& c, auto& ex) {
-                        auto v = numbers<T>(10 + c.rank(), n);
+            CAPTURE(sum_bytes);
+            check_same_as_threads<T>(
+                ranks,
+                [&](const auto& c, auto& ex) {
+                    std::vector<T> all;
+                    const auto keep = [&all](const std::vector<T>& v) { all.insert(all.end(), v.begin(), v.end()); };
+                    for (const int64_t n : {0, 1, 7, 200}) {
+                        auto v = numbers<T>(10 + c.rank(), n), root = numbers<T>(90 + c.rank(), n);
+                        const auto sent = numbers<T>(50 + c.rank(), n), blocks = numbers<T>(70 + c.rank(), ranks * n);
+                        std::vector<T> part(n), gathered(ranks * n), exchanged(ranks * n);
                         c.all_reduce(ex, as_vector(v));
-                        const auto sent = numbers<T>(30 + c.rank(), ranks * n);
-                        std::vector<T> part(n);
-                        c.template reduce_scatter<host_executor, T>(ex, as_vector(sent), as_vector(part));
-                        v.insert(v.end(), part.begin(), part.end());
-                        return v;
-                    },
-                    {.sum_bytes = sum_bytes});
-            check_same_as_threads<T>(ranks, [&](const auto& c, auto& ex) {
-                const auto sent = numbers<T>(50 + c.rank(), n), blocks = numbers<T>(70 + c.rank(), ranks * n);
-                std::vector<T> gathered(ranks * n), exchanged(ranks * n);
-                c.template all_gather<host_executor, T>(ex, as_vector(sent), as_vector(gathered));
-                c.template all_to_all<host_executor, T>(ex, as_vector(blocks), as_vector(exchanged));
-                auto root = numbers<T>(90 + c.rank(), n);
-                c.broadcast(ex, as_vector(root), ranks - 1);
-                c.barrier(ex);
-                gathered.insert(gathered.end(), exchanged.begin(), exchanged.end());
-                gathered.insert(gathered.end(), root.begin(), root.end());
-                return gathered;
-            });
+                        c.template reduce_scatter<host_executor, T>(ex, as_vector(blocks), as_vector(part));
+                        c.template all_gather<host_executor, T>(ex, as_vector(sent), as_vector(gathered));
+                        c.template all_to_all<host_executor, T>(ex, as_vector(blocks), as_vector(exchanged));
+                        c.broadcast(ex, as_vector(root), ranks - 1);
+                        for (const auto* each : {&v, &part, &gathered, &exchanged, &root}) keep(*each);
+                    }
+                    c.barrier(ex);
+                    return all;
+                },
+                {.sum_bytes = sum_bytes});
         }
 }
 

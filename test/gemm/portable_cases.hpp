@@ -50,7 +50,7 @@ struct record_row {
 };
 
 /// All instruction sets of this machine.
-std::vector<fm::instruction_set> levels()
+[[maybe_unused]] std::vector<fm::instruction_set> levels()
 {
     std::vector<fm::instruction_set> out;
     for (int i = 0; i <= static_cast<int>(fm::native_instruction_set()); ++i) out.push_back(static_cast<fm::instruction_set>(i));
