@@ -77,7 +77,8 @@ struct summarize {
         const int64_t n = x.extent(1), lane = team.lane();
         sums(row, lane) = team.reduce(n, int64_t{0}, plus{}, [&](int64_t i) { return x(row, i); });
         tops(row, lane) = team.reduce(n, INT64_MIN, larger{}, [&](int64_t i) { return x(row, i); });
-        const place none{-std::numeric_limits<float>::infinity(), std::numeric_limits<int32_t>::max()};
+        constexpr float least = -std::numeric_limits<float>::infinity(); // a constant: the call would be the host's
+        const place none{least, INT32_MAX};
         const auto at = [&](int64_t i) { return place{static_cast<float>(x(row, i)), static_cast<int32_t>(i)}; };
         where(row, lane) = team.reduce(n, none, better{}, at).id;
     }

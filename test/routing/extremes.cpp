@@ -74,7 +74,7 @@ TEST_CASE_TEMPLATE("a kept weight that is next to nothing grows to its token's s
             gate.experts = 4;
             gate.k = 2;
             gate.scale = scale;
-            gate.capacity = {.factor = 1, .weights = rescale}; // ceil(2 * 7 / 4) = 4 of expert 0
+            gate.capacity = fastmoe::capacity{.factor = 1, .weights = rescale}; // ceil(2 * 7 / 4) = 4 of expert 0
             const support::gate_run r(ex, gate, 7, logits, std::vector<Real>(14, Real(3)));
             CHECK_EQ(r.experts[12], -1);
             CHECK_EQ(r.experts[13], 2);
@@ -132,7 +132,7 @@ TEST_CASE("with a negative scale rescaled weights have the gradient of finite di
     const auto check = [&](auto gate) {
         gate.experts = 5;
         gate.k = 3;
-        gate.capacity = {.factor = 0.7, .weights = rescale};
+        gate.capacity = fastmoe::capacity{.factor = 0.7, .weights = rescale};
         for (double scale : {-1.0, -0.25, 2.0, 0.0}) {
             gate.scale = scale;
             const int64_t tokens = 8;

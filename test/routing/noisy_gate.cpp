@@ -73,7 +73,7 @@ struct noisy_case {
         in.logits = support::normal_vector<Real>(rng, tokens * g.experts, 1.5);
         in.dweights = support::normal_vector<Real>(rng, tokens * g.k);
         in.loss_scale = 0.5;
-        in.extras = {.seed_and_step = {rng.bits(), 7}, .first_token = rng.integer(0, 1000)};
+        in.extras = support::gate_extras{.seed_and_step = {rng.bits(), 7}, .first_token = rng.integer(0, 1000)};
         noise = support::normal_vector<Real>(rng, g.experts * width, 0.5);
         for (int64_t t = 0; masks && t < tokens; ++t) in.mask.push_back(rng.coin(0.8));
     }
