@@ -72,6 +72,14 @@ public:
                            "cudaMemcpyAsync");
     }
 
+    /// Waits until the bytes are on the host. Not during a capture.
+    void copy_to_host(void* to, const void* from, int64_t bytes)
+    {
+        copy(to, from, bytes);
+        const detail::on_device here(device_);
+        detail::cuda_check(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
+    }
+
     template <class F>
     void for_each(int64_t n, const F& f)
     {
