@@ -25,8 +25,8 @@ TEST_CASE("a map that was made for other experts or other groups is refused befo
         });
     };
     CHECK_EQ(text({0, 0, 0, 0}, 1), "nothing was thrown");
-    CHECK_NE(text({0, 0}, 1), "nothing was thrown");       // two experts, the gate has four
-    CHECK_NE(text({0, 1, 0, 1}, 2), "nothing was thrown"); // two groups, the layer has one
+    CHECK(support::has(text({0, 0}, 1), "placement.place_of (E) is of shape (2); expected (4)"));
+    CHECK(support::has(text({0, 1, 0, 1}, 2), "placement.place_of (E) is 1; expected a group: 0 to 0"));
 }
 
 TEST_CASE("the sizes that a rank with the most tokens asks are enough for all, where chunks are uneven too")
@@ -54,8 +54,60 @@ TEST_CASE("chunks move no more rows than one piece where the most tokens of a ra
     });
 }
 
+namespace {
+/// States two choices a token and reserves one.
+struct short_gate : top_k_gate<> {
+    template <class Real>
+    auto reserve(arena& memory, int64_t tokens) const
+    {
+        auto state = top_k_gate<>::reserve<Real>(memory, tokens);
+        state.routing.experts = memory.vector<int32_t>(tokens);
+        return state;
+    }
+    template <class Executor, class T, class C, class State>
+    void route(Executor&, const gate_input<T>&, const C&, const State&, arena&) const
+    {
+    }
+};
+} // namespace
+
+TEST_CASE("a gate whose routing is too short is refused before it is read, a budget of nothing before tokens are lost")
+{
+    host_executor ex({.threads = 1});
+    std::vector<float> x(10 * 16), y(10 * 16);
+    const auto text = [&](const auto& gate, const auto& exchange) {
+        const moe_layer layer{gate, small_expert, expert_parallel{self{}, self{}, block_placement{}, exchange}};
+        const auto w = random_weights<float>(ex, layer, 1);
+        return support::message_of<invalid_argument>([&] { layer.infer(ex, as_matrix(x, 10, 16), w.view(), as_matrix(y, 10, 16)); });
+    };
+    CHECK(support::has(text(short_gate{small_gate}, exact_exchange<>{}), "routing.experts (C) is 10; expected T * K = 20"));
+    CHECK(support::has(text(small_gate, padded_exchange<>{}), "exchange.rows_per_rank is 0; expected 1 or more"));
+}
+
+TEST_CASE("slices of a hidden width begin with weights as large as those of the whole")
+{
+    const auto largest = [](int ranks) {
+        std::vector<double> most(static_cast<std::size_t>(ranks));
+        run_ranks(ranks, [&](const threads& c) {
+            host_executor ex({.threads = 1});
+            const moe_layer layer{small_gate, mlp<swiglu>{.width = 16, .hidden = 64 / ranks},
+                                  expert_parallel{c, c, block_placement{}, exact_exchange<>{}, ranks}};
+            const auto w = random_weights<double>(ex, layer, 1);
+            const auto& down = w.view().expert.down;
+            for (int64_t i = 0; i < down.experts * down.out * down.in; ++i)
+                most[c.rank()] = std::max(most[c.rank()], std::fabs(down.data[i]));
+        });
+        return *std::max_element(most.begin(), most.end());
+    };
+    for (const int ranks : {1, 4}) {
+        CHECK_LE(largest(ranks), 0.125); // 1 / sqrt(64)
+        CHECK_GT(largest(ranks), 0.12);
+    }
+}
+
 TEST_CASE_TEMPLATE("every exchange of the library is one, as the concepts say", X, exact_exchange<>, padded_exchange<>, gathered_exchange<>)
 {
     CHECK((reserves_exchange<X, float>));
     CHECK((announces<X, host_executor, self, float>));
+    CHECK((exchange_policy<X, host_executor, threads, bfloat16, mapped_placement>));
 }

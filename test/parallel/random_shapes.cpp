@@ -41,20 +41,20 @@ TEST_CASE("sixty random scenes give the joined batch's outputs and gradients")
         gate.k = rng.integer(1, std::min<int64_t>(gate.experts, 4));
         if (rng.coin(0.4)) gate.capacity = {.factor = 0.5 + double(rng.integer(0, 10)) / 10, .over = rng.coin(0.5) ? capacity_scope::all_ranks : capacity_scope::one_rank};
         const mlp<swiglu> expert{.width = rng.integer(1, 20), .hidden = slices * rng.integer(1, 6), .biases = rng.coin(0.5),
-                                 .weigh = rng.coin(0.6) ? weigh_at::output : weigh_at::input};
+                                 .weigh = rng.coin(0.5) ? weigh_at::output : (rng.coin(0.5) ? weigh_at::input : weigh_at::activation)};
         const int64_t tokens = rng.integer(0, 50);
         const auto batch = ranked::join<Cell>(rng, gate, expert, tokens, rng.coin(0.3));
-        const ranked::division d{.cuts = ranked::random_cuts(rng, ranks, tokens), .slices = slices, .two_calls = rng.coin(0.5)};
+        const ranked::division d{.cuts = ranked::random_cuts(rng, ranks, tokens), .slices = slices, .workspaces = rng.coin(0.5), .two_calls = rng.coin(0.5)};
         const random_placement map(rng, gate.experts, ranks / slices);
         const auto rows = rng.coin(0.5) ? received_rows::keep : received_rows::fetch_again;
-        const int chunks = static_cast<int>(rng.integer(1, 3)), kind = static_cast<int>(rng.integer(0, 2));
+        const int chunks = static_cast<int>(rng.coin(0.5) ? 1 : rng.integer(2, 8)), kind = static_cast<int>(rng.integer(0, 2));
         INFO("scene ", scene, ", ranks ", ranks, ", slices ", slices, ", experts ", gate.experts, ", k ", gate.k, ", tokens ", tokens,
              ", width ", expert.width, ", hidden ", expert.hidden, ", chunks ", chunks, ", exchange ", kind);
         const auto with = [&](const auto& exchange) {
             batch.check(d, [&](const threads& c) { return expert_parallel{c, c, map.view(), exchange, slices, rows, chunks}; });
         };
         if (kind == 0) with(exact_exchange<>{});
-        else if (kind == 1) with(padded_exchange<>{.rows_per_rank = tokens});
+        else if (kind == 1) with(padded_exchange<>{.rows_per_rank = tokens + 1});
         else with(gathered_exchange<>{});
     }
 }

@@ -53,17 +53,19 @@ inline std::uint64_t seed_of_part(std::uint64_t seed, std::uint32_t which) noexc
 /// Uniform in +-1/sqrt(in), the upper bound included. The values depend on (seed, which, expert, row, column), not on
 /// strides or the executor.
 /// @param which    tells apart the matrices that one seed fills
+/// @param fan_in   instead of in, where a matrix holds some columns of a whole one; 0: in
 /// @param numbers  which expert each is, where ranks hold a part of them; empty: 0, 1, 2, ...   // (E)
 /// @throws invalid_argument if the matrices have no memory or overlap
 template <executor Executor, class T>
 void fill_uniform(Executor& ex, const weight_view<T>& w, std::uint64_t seed, std::uint32_t which,
-                  vector_view<const int32_t> numbers = {})
+                  vector_view<const int32_t> numbers = {}, int64_t fan_in = 0)
 {
     if (numbers.extent(0) > 0) expects_shape(numbers, "numbers (E)", w.experts);
     detail::expects_memory(w, "w (E,out,in)");
     detail::expects_pointers<Executor>(w, "w (E,out,in)");
     detail::expects_apart(w, "w (E,out,in)");
-    const float bound = w.in > 0 ? 1.0f / std::sqrt(static_cast<float>(w.in)) : 0.0f;
+    if (fan_in == 0) fan_in = w.in;
+    const float bound = fan_in > 0 ? 1.0f / std::sqrt(static_cast<float>(fan_in)) : 0.0f;
     for_each(ex, w.experts * w.out * w.in, detail::draw_uniform<T>{w, numbers, seed, which, bound});
 }
 

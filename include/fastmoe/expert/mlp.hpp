@@ -78,11 +78,13 @@ struct mlp {
         return w;
     }
     /// Uniform in +-1/sqrt(fan in); biases zero. For numbers see fill_uniform().
+    /// @param slices  into which the experts' hidden width is cut, of which this mlp is one
     template <class Executor, class T>
-    void initialize(Executor& ex, const mlp_weights<T>& w, std::uint64_t seed, vector_view<const int32_t> numbers = {}) const
+    void initialize(Executor& ex, const mlp_weights<T>& w, std::uint64_t seed, vector_view<const int32_t> numbers = {},
+                    int slices = 1) const
     {
         fill_uniform(ex, w.up, seed, 0, numbers);
-        fill_uniform(ex, w.down, seed, 1, numbers);
+        fill_uniform(ex, w.down, seed, 1, numbers, hidden * slices);
         fill_zero(ex, w.up_bias);
         fill_zero(ex, w.down_bias);
     }

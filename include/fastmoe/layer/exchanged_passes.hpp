@@ -68,6 +68,7 @@ void reserve_own(const Layer& layer, arena& keep, typename Layer::template parts
     if constexpr (gate_reads_logits<gate_type>) p.logits = keep.matrix<accumulate_t<T>>(tokens, layer.gate.experts);
     p.gate = reserve_gate<accumulate_t<T>>(layer.gate, keep, tokens);
     const auto& parallel = parallel_of(layer.communicator);
+    const auto exchange = exchange_of_chunk(parallel);
     const auto place = placed(layer.communicator, layer.gate.experts);
     const int64_t chunks = parallel.chunks;
     expects(chunks >= 1 && chunks <= 1024, "chunks", chunks, "1 to 1024");
@@ -75,9 +76,10 @@ void reserve_own(const Layer& layer, arena& keep, typename Layer::template parts
     p.pieces.resize(static_cast<std::size_t>(chunks));
     for (int64_t i = 0; i < chunks; ++i) {
         auto& piece = p.pieces[static_cast<std::size_t>(i)];
-        piece.first = tokens * i / chunks;
-        piece.tokens = tokens * (i + 1) / chunks - piece.first;
-        piece.state = parallel.exchange.template reserve<accumulate_t<T>>(
+        const int64_t each = tokens / chunks, more = tokens % chunks; // no chunk grows where the tokens get fewer
+        piece.first = i * each + (i < more ? i : more);
+        piece.tokens = each + (i < more ? 1 : 0);
+        piece.state = exchange.template reserve<accumulate_t<T>>(
             keep, part_of(p.gate.routing, piece.first, piece.tokens), place);
     }
 }
@@ -87,9 +89,10 @@ template <gate_mode Mode, class T, class Layer>
 void reserve_received(const Layer& layer, arena& keep, typename Layer::template parts<T>& p, int64_t width)
 {
     const auto& parallel = parallel_of(layer.communicator);
+    const auto exchange = exchange_of_chunk(parallel);
     const auto place = placed(layer.communicator, layer.gate.experts);
     for (auto& piece : p.pieces) {
-        piece.received = parallel.exchange.template reserve_received<accumulate_t<T>>(keep, piece.state, place);
+        piece.received = exchange.template reserve_received<accumulate_t<T>>(keep, piece.state, place);
         const auto& r = piece.received;
         piece.slots = reserve_plan(keep, r.tokens, r.choices(), r.total_experts);
         if (Mode == gate_mode::training && parallel.rows == received_rows::keep) piece.rows = keep.matrix<T>(r.tokens, width);
@@ -166,9 +169,11 @@ void run_announce(const Layer& layer, Executor& ex, typename Layer::template par
     reserve_own<T>(layer, keep, p, p.x.extent(0));
     const arena::scope lent(lend);
     run_gate<T>(layer, ex, p, w, mode, lend);
+    if (!lend.measuring()) expects_routing(p.gate.routing);
     const auto& parallel = parallel_of(layer.communicator);
+    const auto exchange = exchange_of_chunk(parallel);
     for (auto& piece : p.pieces)
-        parallel.exchange.announce(ex, parallel.group, part_of(p.gate.routing, piece.first, piece.tokens),
+        exchange.announce(ex, parallel.group, part_of(p.gate.routing, piece.first, piece.tokens),
                                    placed(layer.communicator, layer.gate.experts), piece.state, lend);
 }
 
@@ -182,6 +187,7 @@ void run_received(const Layer& layer, Executor& ex, typename Layer::template par
     using partial_type = partial_of<T, Layer>;
     const int64_t width = y.extent(1);
     const auto& parallel = parallel_of(layer.communicator);
+    const auto exchange = exchange_of_chunk(parallel);
     const auto place = placed(layer.communicator, layer.gate.experts);
     const auto experts = views_of_slice(layer, w.expert);
     reserve_received<Mode, T>(layer, keep, p, width);
@@ -198,9 +204,9 @@ void run_received(const Layer& layer, Executor& ex, typename Layer::template par
     const auto at = [](auto& all, int i) -> auto& { return all[static_cast<std::size_t>(i)]; };
     const auto in = [&](auto& e, int i, arena& scratch) {
         const auto& piece = at(p.pieces, i);
-        parallel.exchange.send_choices(e, parallel.group, part_of(p.gate.routing, piece.first, piece.tokens), place, piece.state,
+        exchange.send_choices(e, parallel.group, part_of(p.gate.routing, piece.first, piece.tokens), place, piece.state,
                                        piece.received, scratch);
-        parallel.exchange.send_rows(e, parallel.group, piece.state, part_of(p.x, piece.first, piece.tokens),
+        exchange.send_rows(e, parallel.group, piece.state, part_of(p.x, piece.first, piece.tokens),
                                     at(stages, i).rows, scratch);
         make_plan(e, piece.received, piece.slots, scratch);
     };
@@ -223,7 +229,7 @@ void run_received(const Layer& layer, Executor& ex, typename Layer::template par
     const auto out = [&](auto& e, int i, arena& scratch) {
         const arena::scope taken(scratch);
         const auto& piece = at(p.pieces, i);
-        const auto back = parallel.exchange.template bring_rows_back<real>(
+        const auto back = exchange.template bring_rows_back<real>(
             e, parallel.group, part_of(p.gate.routing, piece.first, piece.tokens), piece.state, at(stages, i).partial, scratch);
         if (!scratch.measuring()) sum_returned(e, back, part_of(y, piece.first, piece.tokens));
     };
@@ -239,6 +245,7 @@ auto run_backward_input(const Layer& layer, Executor& ex, const typename Layer::
     using partial_type = partial_of<T, Layer>;
     const int64_t tokens = p.x.extent(0), width = p.x.extent(1);
     const auto& parallel = parallel_of(layer.communicator);
+    const auto exchange = exchange_of_chunk(parallel);
     const auto experts = views_of_slice(layer, w.expert);
     const auto& route = p.gate.routing;
     const bool one = p.pieces.size() == 1;
@@ -260,10 +267,10 @@ auto run_backward_input(const Layer& layer, Executor& ex, const typename Layer::
     const auto in = [&](auto& e, int i, arena& scratch) {
         const auto& piece = at(p.pieces, i);
         const auto& left = at(pending.pieces, i);
-        parallel.exchange.send_rows(e, parallel.group, piece.state, part_of(dy, piece.first, piece.tokens),
+        exchange.send_rows(e, parallel.group, piece.state, part_of(dy, piece.first, piece.tokens),
                                     writable(left.dy.data), scratch);
         if (parallel.rows == received_rows::fetch_again)
-            parallel.exchange.send_rows(e, parallel.group, piece.state, part_of(p.x, piece.first, piece.tokens),
+            exchange.send_rows(e, parallel.group, piece.state, part_of(p.x, piece.first, piece.tokens),
                                         writable(left.x), scratch);
     };
     const auto work = [&](auto& e, int i, arena& scratch) {
@@ -279,7 +286,7 @@ auto run_backward_input(const Layer& layer, Executor& ex, const typename Layer::
     };
     const auto return_rows = [&](auto& e, int i, arena& scratch) {
         const auto& piece = at(p.pieces, i);
-        return parallel.exchange.template bring_rows_back<real>(e, parallel.group, part_of(route, piece.first, piece.tokens),
+        return exchange.template bring_rows_back<real>(e, parallel.group, part_of(route, piece.first, piece.tokens),
                                                                 piece.state, at(stages, i).partial, scratch);
     };
     const auto out = [&](auto& e, int i, arena& scratch) {
@@ -287,7 +294,7 @@ auto run_backward_input(const Layer& layer, Executor& ex, const typename Layer::
         const auto& piece = at(p.pieces, i);
         const auto own = part_of(routing<real>{route.tokens, 0, route.k, route.experts, dweights, route.first}, piece.first,
                                  piece.tokens).weights;
-        parallel.exchange.bring_back(e, parallel.group, piece.state, at(stages, i).dchoices, own, scratch);
+        exchange.bring_back(e, parallel.group, piece.state, at(stages, i).dchoices, own, scratch);
         if (one) return;
         const auto back = return_rows(e, i, scratch);
         if (!scratch.measuring()) sum_returned(e, back, part_of(sums, piece.first, piece.tokens));

@@ -14,8 +14,8 @@
 namespace fastmoe::inline FASTMOE_ABI {
 
 /// Every view is checked before anything is written, so that what does not fit leaves all outputs as they were; only a gate
-/// or an expert of the caller's own that throws later may leave them half written. Whatever throws, the workspace is as it
-/// was.
+/// or an expert of the caller's own that throws later, or another rank that fails, may leave them half written. Whatever
+/// throws, the workspace is as it was.
 /// @tparam Gate          decides; see gate.hpp
 /// @tparam Expert        computes; see expert.hpp
 /// @tparam Communicator  self; or ranks that share the experts: a communicator, or an expert_parallel, which says how. All of
@@ -267,6 +267,11 @@ private:
         static_assert(sums_over_ranks<ranks, Executor, double>, "the communicator lacks what gates ask; see communicator.hpp");
         static_assert(inference_gate<Gate, Executor, T, ranks>, "the gate lacks what inference asks; see gate.hpp");
         static_assert(expert_policy<Expert, Executor, T>, "the expert lacks what inference asks; see expert.hpp");
+        if constexpr (detail::exchanging<moe_layer>) {
+            using p = detail::parallel_t<Communicator>;
+            static_assert(exchange_policy<decltype(p::exchange), Executor, decltype(p::group), T, decltype(p::placement)>,
+                          "the exchange lacks a verb, or the communicator what it asks; see exchange.hpp");
+        }
     }
     template <class Executor, class T>
     static void check_training()

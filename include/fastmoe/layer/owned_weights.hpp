@@ -79,7 +79,9 @@ void initialize_experts(Executor& ex, const Layer& layer, const Views& w, std::u
             buffer<int32_t, Executor> numbers(ex, place.local_experts());
             for_each(ex, numbers.size(), number_experts<std::remove_const_t<decltype(place)>>{place, numbers.view()});
             if (place.slices > 1) seed = seed_of_part(seed, static_cast<std::uint32_t>(place.slice()));
-            layer.expert.initialize(ex, w, seed, numbers.view());
+            if constexpr (requires { layer.expert.initialize(ex, w, seed, numbers.view(), place.slices); })
+                layer.expert.initialize(ex, w, seed, numbers.view(), place.slices);
+            else layer.expert.initialize(ex, w, seed, numbers.view());
         } else {
             layer.expert.initialize(ex, w, seed_of_part(seed, static_cast<std::uint32_t>(place.rank)));
         }

@@ -60,21 +60,47 @@ struct returned_rows {
     token_lists<Real> lists;
 };
 
-/// Reserves its state and the received routing, and knows the sizes: of an announced exchange as they are, before that the
-/// most that they can be while no rank has more tokens than this one.
+/// Names its state and what partial rows travel in, reserves both that and the received routing, and knows the sizes: of an
+/// announced exchange as they are, before that the most that they can be while no rank has more tokens than this one.
+/// Optional: of_chunk(n), the exchange of one of n chunks, where something is said of a rank's tokens.
 template <class X, class Real, class Rule = block_placement>
-concept reserves_exchange = requires(const X& x, arena& memory, const routing<Real>& route, const placed_experts<Rule>& place) {
-    { x.sizes(x.template reserve<Real>(memory, route, place)) } -> std::same_as<exchange_sizes>;
-    { x.template reserve_received<Real>(memory, x.template reserve<Real>(memory, route, place), place) }
-        -> std::same_as<routing<Real>>;
+concept reserves_exchange = requires(const X& x, arena& memory, const routing<Real>& route, const placed_experts<Rule>& place,
+                                     typename X::template state<Real>& state) {
+    typename X::partials::template type<float>;
+    { x.template reserve<Real>(memory, route, place) } -> std::same_as<typename X::template state<Real>>;
+    { x.sizes(state) } -> std::same_as<exchange_sizes>;
+    { x.template reserve_received<Real>(memory, state, place) } -> std::same_as<routing<Real>>;
 };
 
 /// Decides what goes where and tells the other ranks.
 template <class X, class Executor, class C, class Real, class Rule = block_placement>
 concept announces = requires(const X& x, Executor& ex, const C& c, arena& memory, const routing<Real>& route,
-                             const placed_experts<Rule>& place, exchange_sizes sizes) {
-    x.announce(ex, c, route, place, x.template reserve<Real>(memory, route, place), memory);
+                             const placed_experts<Rule>& place, typename X::template state<Real>& state) {
+    x.announce(ex, c, route, place, state, memory);
 };
+
+/// Moves choices and tokens to the ranks of their experts.
+template <class X, class Executor, class C, class T, class Rule = block_placement>
+concept sends_tokens = requires(const X& x, Executor& ex, const C& c, arena& memory, const routing<accumulate_t<T>>& route,
+                                const placed_experts<Rule>& place, const typename X::template state<accumulate_t<T>>& state,
+                                matrix_view<const T> tokens, matrix_view<T> rows) {
+    x.send_choices(ex, c, route, place, state, route, memory);
+    x.send_rows(ex, c, state, tokens, rows, memory);
+};
+
+/// Moves partial rows and gradients of weights home.
+template <class X, class Executor, class C, class T>
+concept brings_back = requires(const X& x, Executor& ex, const C& c, arena& memory, const routing<accumulate_t<T>>& route,
+                               const typename X::template state<accumulate_t<T>>& state,
+                               matrix_view<typename X::partials::template type<T>> partial, vector_view<accumulate_t<T>> values) {
+    x.template bring_rows_back<accumulate_t<T>>(ex, c, route, state, partial, memory);
+    x.bring_back(ex, c, state, values, values, memory);
+};
+
+/// All of it.
+template <class X, class Executor, class C, class T, class Rule = block_placement>
+concept exchange_policy = reserves_exchange<X, accumulate_t<T>, Rule> && announces<X, Executor, C, accumulate_t<T>, Rule> &&
+                          sends_tokens<X, Executor, C, T, Rule> && brings_back<X, Executor, C, T>;
 
 namespace detail {
 

@@ -22,6 +22,7 @@ enum class received_rows : std::uint8_t { keep, fetch_again };
 /// @tparam Exchange  exact_exchange, padded_exchange, gathered_exchange, or one of the caller's
 template <counts_ranks Group, counts_ranks World = Group, places_experts Rule = block_placement,
           class Exchange = exact_exchange<>>
+    requires reserves_exchange<Exchange, float, Rule>
 struct expert_parallel {
     Group group;
     World world;
@@ -88,12 +89,21 @@ const auto& gate_ranks(const C& c)
 template <class C>
 using gate_ranks_t = std::remove_cvref_t<decltype(gate_ranks(std::declval<const C&>()))>;
 
+/// The exchange of one chunk: what is said of a rank is shared by its chunks.
+template <class Parallel>
+auto exchange_of_chunk(const Parallel& parallel)
+{
+    if constexpr (requires { parallel.exchange.of_chunk(parallel.chunks); }) return parallel.exchange.of_chunk(parallel.chunks);
+    else return parallel.exchange;
+}
+
 template <class C>
 auto placed(const C& c, int64_t experts)
 {
     const auto& p = parallel_of(c);
     using rule = std::remove_cvref_t<decltype(p.placement)>;
     expects(p.slices >= 1 && p.size() % p.slices == 0, "slices", p.slices, "a divisor of the group's ", p.size(), " ranks");
+    if constexpr (requires { p.placement.check(experts, int64_t{}); }) p.placement.check(experts, p.size() / p.slices);
     return placed_experts<rule>{p.placement, experts, p.size() / p.slices, p.slices, p.rank()};
 }
 

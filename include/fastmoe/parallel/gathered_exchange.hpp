@@ -124,6 +124,8 @@ struct gathered_exchange {
     template <class Real>
     using state = detail::gathered_state;
 
+    gathered_exchange of_chunk(int chunks) const noexcept { return {(most_tokens + chunks - 1) / chunks}; }
+
     /// @throws invalid_argument if there are more tokens than most_tokens, or it is given and choices are ragged
     template <class Real, class Rule>
     detail::gathered_state reserve(arena& memory, const routing<Real>& route, const placed_experts<Rule>& place) const

@@ -100,20 +100,24 @@ struct unpack_padded_choices {
 
 } // namespace detail
 
-/// For gates whose tokens all have K choices. What did not fit stands in saved.exchange().overflow.
+/// For gates whose tokens all have K choices. What did not fit stands in saved.exchange(chunk).overflow.
 template <class Partials = accumulated_partials>
 struct padded_exchange {
-    int64_t rows_per_rank = 0; ///< the budget: tokens that a rank sends to another; the same on all ranks
+    /// The budget: tokens that a rank sends to another; the same on all ranks. Chunks have equal shares of it, rounded up.
+    int64_t rows_per_rank = 0;
 
     using partials = Partials;
     template <class Real>
     using state = detail::padded_state;
 
-    /// @throws invalid_argument if choices are ragged or the budget is negative
+    padded_exchange of_chunk(int chunks) const noexcept { return {(rows_per_rank + chunks - 1) / chunks}; }
+
+    /// @throws invalid_argument if choices are ragged, or the budget is negative, or zero though there are tokens
     template <class Real, class Rule>
     detail::padded_state reserve(arena& memory, const routing<Real>& route, const placed_experts<Rule>& place) const
     {
         expects(!route.ragged(), "routing", "ragged", "K choices for every token, which the padded exchange has room for");
+        expects(rows_per_rank > 0 || route.tokens == 0, "exchange.rows_per_rank", rows_per_rank, "1 or more");
         expects(rows_per_rank >= 0 && rows_per_rank <= INT32_MAX / place.ranks() / (route.k > 0 ? route.k : 1),
                 "exchange.rows_per_rank", rows_per_rank, "0 or more, and fewer than 2^31 choices in all");
         const int64_t rows = place.ranks() * rows_per_rank;

@@ -66,6 +66,14 @@ struct round_robin_placement {
 struct mapped_placement {
     vector_view<const expert_place> place_of; // (E)
 
+    /// @throws invalid_argument if it is not of these experts, or names a group that there is not
+    void check(int64_t experts, int64_t groups) const
+    {
+        expects_shape(place_of, "placement.place_of (E)", experts);
+        for (int64_t e = 0; e < experts; ++e)
+            expects(place_of(e).group >= 0 && place_of(e).group < groups, "placement.place_of (E)", place_of(e).group,
+                    "a group: 0 to ", groups - 1);
+    }
     FASTMOE_HOST_DEVICE expert_place of(int64_t e, int64_t, int64_t) const noexcept { return place_of(e); }
     FASTMOE_HOST_DEVICE int64_t count(int64_t group, int64_t, int64_t) const noexcept
     {
