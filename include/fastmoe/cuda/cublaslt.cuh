@@ -9,6 +9,7 @@
 
 #include <fastmoe/cuda/cublaslt_context.cuh>
 #include <fastmoe/cuda/cuda_executor.cuh>
+#include <fastmoe/exec/scratch.hpp>
 #include <fastmoe/gemm/portable.hpp>
 #include <fastmoe/ops/rows.hpp>
 
