@@ -17,12 +17,15 @@
 
 namespace train_gpt {
 
-/// A tensor of the run in host memory: a parameter or one of its moments, e.g. "blocks.0.query" and "blocks.0.query/m".
+/// A tensor of the run in host memory: a parameter or one of its moments, e.g. "blocks.0.query" and "blocks.0.query/m". Of
+/// experts' tensors a rank may have some: rows [first, first + shape[0]) along the first axis, which has `whole` in all.
 struct named_tensor {
     std::string name;
     fastmoe::io::element_type type;
     std::vector<std::int64_t> shape;
     void* data;
+    std::int64_t whole = -1; ///< -1: no experts' tensor, and all of it
+    std::int64_t first = 0;
 };
 
 /// A named_tensor over a view of any rank.
@@ -30,7 +33,7 @@ template <class T, class Shape>
 named_tensor named(std::string name, ::cuda::std::mdspan<T, Shape> v)
 {
     auto t = fastmoe::io::as_safetensor(v);
-    return {std::move(name), t.type, std::move(t.shape), v.data_handle()};
+    return {std::move(name), t.type, std::move(t.shape), v.data_handle(), -1, 0};
 }
 
 /// The place in the run: with the tensors, all that is needed to go on as if never stopped.
@@ -142,7 +145,7 @@ public:
 
     const run_state& state() const { return state_; }
 
-    /// Copies every tensor into the caller's memory. Names, dtypes and shapes are compared first, so nothing is written
+    /// Copies every tensor, or the caller's part of it, into the caller's memory. Names, dtypes and shapes are compared first, so nothing is written
     /// unless everything fits.
     /// @throws format_error that names the tensor, what the file has and what the model expects
     void load(const std::vector<named_tensor>& into) const
@@ -150,9 +153,11 @@ public:
         using namespace fastmoe::io;
         for (const named_tensor& t : into) {
             const safetensor& mine = file_->at(t.name);
-            if (mine.type != t.type || mine.shape != t.shape)
+            std::vector<std::int64_t> expected = t.shape;
+            if (t.whole >= 0) expected[0] = t.whole;
+            if (mine.type != t.type || mine.shape != expected)
                 refuse("tensor '" + t.name + "' is " + facts(mine.type, mine.shape) + "; expected " +
-                       facts(t.type, t.shape));
+                       facts(t.type, expected));
         }
         for (const auto& [name, t] : file_->tensors()) {
             bool known = false;
@@ -161,7 +166,9 @@ public:
         }
         for (const named_tensor& t : into) {
             const safetensor& mine = file_->at(t.name);
-            if (mine.bytes() > 0) std::memcpy(t.data, mine.data, static_cast<std::size_t>(mine.bytes()));
+            const std::int64_t bytes = safetensor{t.type, t.shape, nullptr}.bytes();
+            const std::int64_t skipped = t.whole > 0 ? mine.bytes() / t.whole * t.first : 0;
+            if (bytes > 0) std::memcpy(t.data, mine.data + skipped, static_cast<std::size_t>(bytes));
         }
     }
 

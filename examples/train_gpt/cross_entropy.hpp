@@ -42,7 +42,7 @@ template <class Real>
 struct mean_of {
     using vectorized = void;
     const Real* values; // (N)
-    int64_t count;
+    int64_t count, divisor;
     Real* out; // (1)
 
     template <class Team>
@@ -50,32 +50,35 @@ struct mean_of {
     {
         const Real* v = values;
         const Real total = team.reduce(count, Real(0), plus{}, [v](int64_t i) { return v[i]; });
-        if (team.lane() == 0) out[0] = total / Real(count);
+        if (team.lane() == 0) out[0] = total / Real(divisor);
     }
 };
 
 } // namespace detail
 
-/// loss = mean over tokens of -log softmax(logits)[target].
+/// loss = sum over tokens of -log softmax(logits)[target], divided by a number of tokens: these, or those of all ranks that
+/// have some of a batch, so that ranks' losses and gradients add up to the joined batch's.
 /// @param targets  in [0, V)                                              // (T)
 /// @param losses   overwritten: each token's                              // (T)
 /// @param loss     overwritten                                            // (1)
 /// @param dlogits  overwritten with the gradient of loss, unless without memory  // (T,V)
+/// @param mean_over  0: the tokens that are here
 template <class T, class Executor, class Real = accumulate_t<T>>
 void cross_entropy(Executor& ex, matrix_view<const type_identity_t<Real>> logits, vector_view<const int32_t> targets,
                    vector_view<type_identity_t<Real>> losses, vector_view<type_identity_t<Real>> loss,
-                   matrix_view<T> dlogits)
+                   matrix_view<T> dlogits, int64_t mean_over = 0)
 {
-    const int64_t tokens = logits.extent(0), vocabulary = logits.extent(1);
+    const int64_t tokens = logits.extent(0), vocabulary = logits.extent(1), divisor = mean_over > 0 ? mean_over : tokens;
     fm::expects_shape(targets, "targets (T)", tokens);
     fm::expects_shape(losses, "losses (T)", tokens);
     fm::expects_shape(loss, "loss (1)", 1);
     fm::for_each_row(ex, tokens,
                      detail::cross_entropy<T, Real>{vocabulary, logits.data_handle(), targets.data_handle(),
-                                                    Real(1) / Real(tokens), losses.data_handle(),
+                                                    Real(1) / Real(divisor), losses.data_handle(),
                                                     dlogits.data_handle()},
                      {.width = 4 * vocabulary});
-    fm::for_each_row(ex, 1, detail::mean_of<Real>{losses.data_handle(), tokens, loss.data_handle()}, {.width = tokens});
+    fm::for_each_row(ex, 1, detail::mean_of<Real>{losses.data_handle(), tokens, divisor, loss.data_handle()},
+                     {.width = tokens});
 }
 
 } // namespace train_gpt

@@ -22,27 +22,38 @@ enum class pass : std::uint8_t { inference, training };
 /// @tparam T     type of weights and activations; the residual stream, gradients and the optimizer's copy are in
 ///               accumulate_t<T>
 /// @tparam Gemm  the library's policy for all products
-template <class T, class Executor, class Gemm>
+/// @tparam Parallel  fm::self, or how ranks share the experts: then each rank has a share of a batch's sequences, perhaps
+///                   none, and holds its own experts; all ranks call the same functions in the same order
+template <class T, class Executor, class Gemm, class Parallel = fm::self>
 class gpt {
 public:
     using real = accumulate_t<T>;
-    using layer_type = layer_of<Gemm>;
+    using layer_type = layer_of<Gemm, Parallel>;
     using expert_type = expert_of<Gemm>;
-    using moe_saved = fm::moe_saved<T, decltype(layer_type::gate), expert_type, Executor>;
+    using moe_saved = fm::moe_saved<T, decltype(layer_type::gate), expert_type, Executor, Parallel>;
 
     /// The executor must outlive the model.
     gpt(Executor& ex, const gpt_config& config, std::uint64_t seed)
-        : ex_(&ex), config_((config.check(), config)), layer_(make_layer<Gemm>(config))
+        requires std::is_same_v<Parallel, fm::self>
+        : gpt(ex, config, seed, fm::self{})
+    {
+    }
+    /// The weights that the seed gives to the experts which this rank holds; those of the others are elsewhere.
+    gpt(Executor& ex, const gpt_config& config, std::uint64_t seed, const Parallel& parallel)
+        : ex_(&ex),
+          config_((config.check(), config)),
+          layer_(make_layer<Gemm>(config, parallel)),
+          own_(expert_range::of<Gemm, Parallel>(layer_))
     {
         fm::arena measure;
-        reserve_tensors<real, Gemm>(measure, config_);
+        reserve_tensors<real, Gemm, Parallel>(measure, config_, layer_);
         master_storage_ = storage(measure.bytes());
         gradient_storage_ = storage(measure.bytes());
         master_ = place<real>(master_storage_);
         gradient_ = place<real>(gradient_storage_);
         if constexpr (!std::is_same_v<T, real>) {
             fm::arena rounded;
-            reserve_tensors<T, Gemm>(rounded, config_);
+            reserve_tensors<T, Gemm, Parallel>(rounded, config_, layer_);
             rounded_storage_ = storage(rounded.bytes());
             rounded_ = place<T>(rounded_storage_);
         }
@@ -57,12 +68,17 @@ public:
     vector_view<real> parameters() noexcept { return flat(master_storage_); }
     vector_view<real> gradients() noexcept { return flat(gradient_storage_); }
     const gpt_tensors<real, Gemm>& tensors() const noexcept { return master_; }
+    /// What tensors() has, by name, and the gradients in the same order.
+    std::vector<tensor_entry<real>> named_tensors() const { return named(master_); }
+    std::vector<tensor_entry<real>> named_gradients() const { return named(gradient_); }
+    const layer_type& layer() const noexcept { return layer_; }
     int64_t decayed() const noexcept { return master_.decayed; }
 
+    /// Of the whole model, whoever holds them.
     int64_t total_params() const
     {
         int64_t n = 0;
-        for (const auto& e : entries<real, Gemm>(master_)) n += e.size();
+        for (const auto& e : named(master_)) n += e.whole_size();
         return n;
     }
     /// Those that take part in the computation of one token.
@@ -75,14 +91,14 @@ public:
     void parameters_changed()
     {
         if constexpr (!std::is_same_v<T, real>) {
-            const auto from = entries<real, Gemm>(master_);
-            const auto to = entries<T, Gemm>(rounded_);
+            const auto from = named(master_);
+            const auto to = named(rounded_);
             for (std::size_t i = 0; i < from.size(); ++i)
                 fm::for_each(*ex_, from[i].size(), detail::round_elements<T, real>{from[i].data, to[i].data});
         }
     }
 
-    /// Bytes of workspace for gradient() and loss() of this many sequences.
+    /// Bytes of workspace for gradient() and loss() of this many sequences, if no rank has more.
     int64_t training_bytes(int64_t batch, int64_t length) const
     {
         fm::arena measure;
@@ -92,7 +108,7 @@ public:
         backward(kept, ids, dlogits, measure);
         return measure.bytes();
     }
-    /// Bytes of workspace for logits() of this many sequences.
+    /// Bytes of workspace for logits() of this many sequences, if no rank has more.
     int64_t inference_bytes(int64_t batch, int64_t length) const
     {
         fm::arena measure;
@@ -100,26 +116,29 @@ public:
         return measure.bytes();
     }
 
-    /// The mean loss of a batch and its gradient with respect to all parameters, that of the balance losses included.
+    /// The mean loss of a batch and its gradient with respect to all parameters, that of the balance losses included. Over
+    /// ranks: this rank's part of the cross entropy and of the gradient, to be summed, and the gates' losses in whole.
     /// @param ids      sequences of `length` tokens                                     // (T)
     /// @param targets  the token after each                                             // (T)
     /// @param loss     overwritten: the cross entropy in nats; the sum of the gates' own losses  // (2)
-    /// @param counts   overwritten with the choices that each expert got, unless without memory  // (layers,E)
+    /// @param counts   overwritten with the choices that each expert got, unless without memory; over ranks those that this
+    ///                 rank's experts got, zero for the others                              // (layers,E)
+    /// @param mean_over  tokens of the joined batch; 0: there are no others
     void gradient(vector_view<const int32_t> ids, vector_view<const int32_t> targets, int64_t length,
-                  vector_view<real> loss, matrix_view<int32_t> counts, fm::arena memory)
+                  vector_view<real> loss, matrix_view<int32_t> counts, fm::arena memory, int64_t mean_over = 0)
     {
         memory.require(training_bytes(ids.extent(0) / length, length));
         auto kept = forward(shape(ids.extent(0) / length, length), ids, pass::training, memory);
-        const auto dlogits = head_loss<true>(kept, targets, loss, memory);
+        const auto dlogits = head_loss<true>(kept, targets, loss, memory, mean_over);
         report_gates(kept, loss, counts);
         backward(kept, ids, dlogits, memory);
     }
     /// The loss alone; counts as above.
     void loss(vector_view<const int32_t> ids, vector_view<const int32_t> targets, int64_t length,
-              vector_view<real> loss, matrix_view<int32_t> counts, fm::arena memory)
+              vector_view<real> loss, matrix_view<int32_t> counts, fm::arena memory, int64_t mean_over = 0)
     {
         auto kept = forward(shape(ids.extent(0) / length, length), ids, pass::training, memory);
-        head_loss<false>(kept, targets, loss, memory);
+        head_loss<false>(kept, targets, loss, memory, mean_over);
         report_gates(kept, loss, counts);
     }
     /// Logits of the next token after each position; they stay in the workspace.                     // (T,V)
@@ -228,13 +247,13 @@ private:
 
     template <bool WithGradient>
     matrix_view<T> head_loss(const kept_pass& p, vector_view<const int32_t> targets, vector_view<real> loss,
-                             fm::arena& memory) const
+                             fm::arena& memory, int64_t mean_over = 0) const
     {
         matrix_view<T> dlogits;
         if (WithGradient) dlogits = memory.matrix<T>(p.logits.extent(0), p.logits.extent(1));
         const auto losses = memory.vector<real>(p.logits.extent(0));
         if (!memory.measuring())
-            cross_entropy<T>(*ex_, p.logits, targets, losses, fm::slice(loss, 0, 1), dlogits);
+            cross_entropy<T>(*ex_, p.logits, targets, losses, fm::slice(loss, 0, 1), dlogits, mean_over);
         return dlogits;
     }
 
@@ -291,14 +310,37 @@ private:
         fm::expects_shape(loss, "loss (2)", 2);
         if (counts.data_handle()) fm::expects_shape(counts, "counts (layers,E)", config_.layers, config_.experts);
         fm::for_each(*ex_, 1, detail::set_elements<real>{loss.data_handle() + 1, real(0)});
+        if (counts.data_handle())
+            fm::for_each(*ex_, config_.layers * config_.experts, detail::clear_counts{counts.data_handle()});
         for (int64_t i = 0; i < config_.layers; ++i) {
             const auto& moe = *p.blocks[static_cast<std::size_t>(i)].moe;
             fm::for_each(*ex_, 1, detail::add_losses<real>{moe.losses(), loss.data_handle() + 1});
-            if (counts.data_handle())
-                fm::for_each(*ex_, config_.experts,
-                             detail::copy_counts{moe.plan().counts.data_handle(),
-                                                 counts.data_handle() + i * config_.experts});
+            if (!counts.data_handle()) continue;
+            for (int piece = 0; piece < pieces(); ++piece) {
+                const auto chosen = plan_of(moe, piece).counts;
+                fm::for_each(*ex_, chosen.extent(0),
+                             detail::add_counts{chosen.data_handle(),
+                                                counts.data_handle() + i * config_.experts + own_.first});
+            }
         }
+    }
+
+    /// In how many parts a layer's experts work, and what each part counted.
+    int pieces() const noexcept
+    {
+        if constexpr (std::is_same_v<Parallel, fm::self>) return 1;
+        else return layer_.communicator.chunks;
+    }
+    static const fm::plan& plan_of(const moe_saved& moe, int piece) noexcept
+    {
+        if constexpr (std::is_same_v<Parallel, fm::self>) return moe.plan();
+        else return moe.plan(piece);
+    }
+
+    template <class W>
+    std::vector<tensor_entry<W>> named(const gpt_tensors<W, Gemm>& t) const
+    {
+        return entries<W, Gemm>(t, config_.experts, own_);
     }
 
     /// The weights that the products read.
@@ -315,9 +357,10 @@ private:
         to_executor<Executor, std::uint64_t>(*ex_, words, seed_and_step.view());
         const fm::random_source source{seed_and_step.data(), fm::random_stream::weights};
         std::uint64_t first = 0;
-        for (const auto& e : entries<real, Gemm>(master_)) {
-            fm::for_each(*ex_, e.size(), detail::start_tensor<real>{e.data, e.size(), e.deviation, source, first});
-            first += static_cast<std::uint64_t>(e.size());
+        for (const auto& e : named(master_)) { // an expert has its draws wherever it is
+            const auto begin = first + static_cast<std::uint64_t>(e.begin());
+            fm::for_each(*ex_, e.size(), detail::start_tensor<real>{e.data, e.size(), e.deviation, source, begin});
+            first += static_cast<std::uint64_t>(e.whole_size());
         }
         ex_->synchronize();
         parameters_changed();
@@ -329,7 +372,7 @@ private:
     gpt_tensors<W, Gemm> place(bytes& memory) const
     {
         fm::arena a(memory.view());
-        return reserve_tensors<W, Gemm>(a, config_);
+        return reserve_tensors<W, Gemm, Parallel>(a, config_, layer_);
     }
     static vector_view<real> flat(bytes& memory) noexcept
     {
@@ -339,6 +382,7 @@ private:
     Executor* ex_;
     gpt_config config_;
     layer_type layer_;
+    expert_range own_; // of each layer's experts
     Gemm gemm_{};
     bytes master_storage_, gradient_storage_, rounded_storage_;
     gpt_tensors<real, Gemm> master_, gradient_;

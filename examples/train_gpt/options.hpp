@@ -9,6 +9,7 @@
 
 #include <CLI/CLI.hpp>
 
+#include "train_gpt/launch.hpp"
 #include "train_gpt/program.hpp"
 
 namespace train_gpt {
@@ -46,7 +47,8 @@ inline std::map<std::string, CLI::Option*> add_config(CLI::App& app, run_config&
 } // namespace detail
 
 /// Reads the command line. @return the exit status where there is nothing left to do (help, a wrong option)
-inline std::optional<int> parse_options(int argc, char** argv, program_options& o)
+/// @param place  what mpirun says, if it has started this process: rank 0 prints
+inline std::optional<int> parse_options(int argc, char** argv, program_options& o, const std::optional<launched>& place)
 {
     CLI::App app("Trains a small GPT, whose MLPs are mixtures of experts, on bytes of text.");
     app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast)->group("Model, text and training");
@@ -58,7 +60,7 @@ inline std::optional<int> parse_options(int argc, char** argv, program_options& 
     std::string path;
     auto* resume = app.add_option("--resume", path,
                                   "Go on from a checkpoint, by default the folder's, bit for bit as if "
-                                  "never stopped")
+                                  "never stopped. It may be of any number of ranks")
                        ->expected(0, 1);
     app.add_option("--checkpoint-every", o.loop.checkpoint_every, "Steps; 0: at the end only")->capture_default_str();
     app.add_option("--validate-every", o.loop.validate_every, "Steps; 0: at the end only")->capture_default_str();
@@ -69,7 +71,19 @@ inline std::optional<int> parse_options(int argc, char** argv, program_options& 
     app.add_option("--stop-at", o.loop.stop_at, "Stop after this step as if interrupted");
     auto* seconds = app.add_option("--seconds", o.loop.seconds, "Stop as if interrupted when the steps have taken this "
                                                                 "long; 0: never. For the demo: each model, 120");
-    app.add_option("--threads", o.threads, "Threads; 0: all. The numbers do not depend on it")->capture_default_str();
+    app.add_option("--threads", o.threads, "Threads of a rank; 0: all that the machine has. The numbers do not depend on it")->capture_default_str();
+
+    app.option_defaults()->group("Ranks");
+    auto* ranks = app.add_option("--ranks", o.parallel.ranks,
+                                 "Train over this many ranks, threads of this process. Under mpirun, its processes are the "
+                                 "ranks. The numbers are those of one rank but for rounding")
+                      ->check(CLI::Range(1, 64));
+    app.add_option("--expert-parallel", o.parallel.expert_parallel,
+                   "Ranks that share the experts of a layer, a divisor of all; the others are replicas. 0: all")
+        ->capture_default_str();
+    app.add_option("--chunks", o.parallel.chunks,
+                   "Pieces of the tokens' exchange: one travels while another is worked on")
+        ->capture_default_str();
 
     app.option_defaults()->group("Text from the model");
     std::string prompt;
@@ -83,14 +97,18 @@ inline std::optional<int> parse_options(int argc, char** argv, program_options& 
     try {
         app.parse(argc, argv);
     } catch (const CLI::ParseError& e) {
-        return app.exit(e);
+        if (!place || place->rank == 0) return app.exit(e);
+        return static_cast<int>(e.get_exit_code());
     }
+    fm::expects(!place || ranks->count() == 0, "--ranks", "given under mpirun", "none: the ranks are its processes");
+    o.parallel.ranks = place ? place->size : std::max(1, o.parallel.ranks);
+    o.parallel.check(o.parallel.ranks);
     o.demo = demo->parsed();
     if (o.demo && seconds->count() == 0) o.loop.seconds = 120;
     if (sample->count() > 0) o.prompt = prompt;
     if (resume->count() > 0) {
         fm::expects(!o.demo, "--resume", "given to the demo", "a run of one model");
-        o.resume.emplace(path.empty() ? o.loop.checkpoint_path() : path);
+        o.resume.emplace(path.empty() ? saved_run::newest(o.loop.checkpoint_path(), o.loop.parts_path()) : path);
         detail::resume_config(o.config, options, o.resume->state());
     } else if (o.config.text.empty()) {
         o.config.text = default_text_path();

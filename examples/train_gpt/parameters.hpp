@@ -56,15 +56,32 @@ template <class Gemm>
 using expert_of = fm::mlp<fm::gelu, Gemm>;
 
 /// The MLP of every block.
-template <class Gemm>
-auto make_layer(const gpt_config& c)
+/// @tparam Parallel  fm::self, or how ranks share the experts
+template <class Gemm, class Parallel = fm::self>
+using layer_of = fm::moe_layer<gpt_gate, expert_of<Gemm>, Parallel>;
+
+template <class Gemm, class Parallel>
+layer_of<Gemm, Parallel> make_layer(const gpt_config& c, const Parallel& parallel)
 {
-    return fm::moe_layer{gpt_gate{.experts = c.experts, .k = c.k, .balance = c.balance},
-                         expert_of<Gemm>{.width = c.width, .hidden = c.hidden}, fm::self{}};
+    return {gpt_gate{.experts = c.experts, .k = c.k, .balance = c.balance},
+            expert_of<Gemm>{.width = c.width, .hidden = c.hidden}, parallel};
 }
 
-template <class Gemm>
-using layer_of = decltype(make_layer<Gemm>(gpt_config{}));
+/// Which of a layer's experts a rank holds: [first, first + count), as block_placement gives them.
+struct expert_range {
+    int64_t first = 0, count = 0;
+
+    template <class Gemm, class Parallel>
+    static expert_range of(const layer_of<Gemm, Parallel>& layer)
+    {
+        if constexpr (std::is_same_v<Parallel, fm::self>) return {0, layer.gate.experts};
+        else {
+            const auto& p = layer.communicator;
+            static_assert(std::is_same_v<std::remove_cvref_t<decltype(p.placement)>, fm::block_placement>);
+            return {p.placement.expert(p.rank(), 0, layer.gate.experts, p.size()), layer.local_experts()};
+        }
+    }
+};
 
 /// One block: x += out(attention(qkv(norm1(x)))), then x += moe(norm2(x)).
 template <class W, class Gemm>
@@ -83,11 +100,10 @@ struct gpt_tensors {
     int64_t decayed = 0;      ///< elements before this one decay: all matrices but the positions
 };
 
-template <class W, class Gemm>
-gpt_tensors<W, Gemm> reserve_tensors(fm::arena& memory, const gpt_config& c)
+template <class W, class Gemm, class Parallel>
+gpt_tensors<W, Gemm> reserve_tensors(fm::arena& memory, const gpt_config& c, const layer_of<Gemm, Parallel>& layer)
 {
     gpt_tensors<W, Gemm> t;
-    const auto layer = make_layer<Gemm>(c);
     t.tokens = memory.matrix<W>(c.vocabulary, c.width);
     for (int64_t i = 0; i < c.layers; ++i) {
         block_tensors<W, Gemm> b;
@@ -113,6 +129,9 @@ struct tensor_entry {
     std::vector<int64_t> shape;
     W* data;
     double deviation; ///< below 0: a norm
+    /// Of experts' tensors: E of the whole model, and which of them these are. 0: every rank has the whole tensor.
+    int64_t all_experts = 0;
+    expert_range own{};
 
     int64_t size() const
     {
@@ -120,18 +139,25 @@ struct tensor_entry {
         for (const int64_t extent : shape) n *= extent;
         return n;
     }
+    /// Elements of the model's tensor, and where this part of it begins.
+    int64_t whole_size() const { return all_experts == 0 ? size() : all_experts * each(); }
+    int64_t begin() const { return all_experts == 0 ? 0 : own.first * each(); }
+
+private:
+    int64_t each() const { return shape[1] * shape[2]; }
 };
 
 /// All tensors by name, in the order of memory's first appearance in the model.
+/// @param all, own  the model's experts, and those that are here
 template <class W, class Gemm>
-std::vector<tensor_entry<W>> entries(const gpt_tensors<W, Gemm>& t)
+std::vector<tensor_entry<W>> entries(const gpt_tensors<W, Gemm>& t, int64_t all, expert_range own)
 {
     std::vector<tensor_entry<W>> out;
     const auto matrix = [&](std::string name, matrix_view<W> m, double deviation) {
-        out.push_back({std::move(name), {m.extent(0), m.extent(1)}, m.data_handle(), deviation});
+        out.push_back({std::move(name), {m.extent(0), m.extent(1)}, m.data_handle(), deviation, 0, {}});
     };
     const auto stack = [&](std::string name, fm::weight_view<W> w, double deviation) {
-        out.push_back({std::move(name), {w.experts, w.out, w.in}, w.data, deviation});
+        out.push_back({std::move(name), {w.experts, w.out, w.in}, w.data, deviation, all, own});
     };
     // Branches start smaller the more of them are summed, so that the stream's size does not grow with depth.
     const double branch = 1 / std::sqrt(2.0 * double(t.blocks.size()));
@@ -161,7 +187,7 @@ struct start_tensor {
     int64_t size;
     double deviation;
     fm::random_source source;
-    std::uint64_t first;
+    std::uint64_t first; ///< number of the draw for data[0]
 
     FASTMOE_HOST_DEVICE void operator()(int64_t i) const
     {
@@ -179,11 +205,17 @@ struct round_elements {
     FASTMOE_HOST_DEVICE void operator()(int64_t i) const { to[i] = T(from[i]); }
 };
 
-struct copy_counts {
-    const int32_t* from; // (E)
-    int32_t* to;         // (E)
+struct add_counts {
+    const int32_t* from; // (L)
+    int32_t* to;         // (L)
 
-    FASTMOE_HOST_DEVICE void operator()(int64_t e) const { to[e] = from[e]; }
+    FASTMOE_HOST_DEVICE void operator()(int64_t e) const { to[e] += from[e]; }
+};
+
+struct clear_counts {
+    int32_t* counts; // (N)
+
+    FASTMOE_HOST_DEVICE void operator()(int64_t i) const { counts[i] = 0; }
 };
 
 /// total += the losses, in their order; of one element.

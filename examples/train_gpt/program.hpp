@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The FastMoE authors
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-/// What the program was asked to do, and its two bodies, one for each type of the model: a file for each, so that they
-/// compile side by side.
+/// What the program was asked to do, and its bodies, two for each type of the model, on one rank and on many: a file for
+/// each, so that they compile side by side.
 #pragma once
 
 #include <filesystem>
@@ -10,9 +10,10 @@
 
 #include <fastmoe/exec/host_executor.hpp>
 
-#include "train_gpt/checkpoint.hpp"
 #include "train_gpt/corpus.hpp"
+#include "train_gpt/rank_team.hpp"
 #include "train_gpt/run_config.hpp"
+#include "train_gpt/saved_run.hpp"
 
 namespace train_gpt {
 
@@ -26,6 +27,8 @@ struct loop_options {
     int64_t stop_at = 0;               ///< stop after this step, as if interrupted; 0: do not
     double seconds = 0;                ///< stop when this much time went into steps; 0: do not
 
+    /// Of a run on one rank, a file; of one over many ranks, a folder.
+    std::string parts_path() const { return (std::filesystem::path(out) / "checkpoint").string(); }
     std::string checkpoint_path() const { return (std::filesystem::path(out) / "checkpoint.safetensors").string(); }
     std::string log_path() const { return log.empty() ? (std::filesystem::path(out) / "log.csv").string() : log; }
 };
@@ -41,7 +44,8 @@ struct program_options {
     loop_options loop;
     bool demo = false;
     int threads = 0;
-    std::optional<checkpoint> resume;     ///< opened and verified
+    rank_options parallel;
+    std::optional<saved_run> resume;
     std::optional<std::string> prompt;    ///< to be continued at the end
     sample_options sample;
 };
@@ -49,5 +53,9 @@ struct program_options {
 /// Trains, or runs the demo, with weights and activations of one type. @return the exit status
 int run_float32(fm::host_executor& ex, program_options& o, const corpus& text);
 int run_bfloat16(fm::host_executor& ex, program_options& o, const corpus& text);
+
+/// The same as one rank of many. Collective over world.
+int run_team_float32(fm::host_executor& ex, program_options o, const corpus& text, const any_ranks& world);
+int run_team_bfloat16(fm::host_executor& ex, program_options o, const corpus& text, const any_ranks& world);
 
 } // namespace train_gpt

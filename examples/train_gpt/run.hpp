@@ -22,36 +22,39 @@ using products = fm::gemm::portable;
 #endif
 
 /// Trains one model, from the start or from a checkpoint.
-template <class T>
-int run_training(fm::host_executor& ex, program_options& o, const corpus& text)
+template <class T, class Ranks>
+int run_training(fm::host_executor& ex, program_options& o, const corpus& text, const Ranks& ranks)
 {
-    trainer<T, fm::host_executor, products> t(ex, o.config, text);
+    trainer<T, fm::host_executor, products, Ranks> t(ex, o.config, text, ranks);
     introduce(t, o.config.dense ? "dense" : "MoE");
     if (o.resume) {
         t.load(*o.resume);
         o.resume.reset(); // it is as large as the model
-        std::printf("resumed after step %lld\n", static_cast<long long>(t.steps_done()));
+        if (ranks.speaks()) std::printf("resumed after step %lld\n", static_cast<long long>(t.steps_done()));
     }
-    train(t, o.loop);
-    if (caught_signal != 0 || !t.finished())
+    const int signal = train(t, o.loop).signal;
+    if (ranks.speaks() && (signal != 0 || !t.finished()))
         std::printf("stopped after step %lld of %lld; --resume goes on\n", static_cast<long long>(t.steps_done()),
                     static_cast<long long>(o.config.steps));
-    if (caught_signal != 0) return 128 + caught_signal;
+    if (signal != 0) return 128 + signal;
     const auto measured = t.validate(8 * o.loop.validation_windows);
-    std::printf("validation loss %.4f nats per byte\n", measured.loss);
-    if (!o.config.dense) std::printf("%s", load_bars(measured.load).c_str());
-    if (o.prompt)
-        std::printf("----\n%s%s\n----\n", printable(*o.prompt).c_str(),
-                    printable(generate(ex, t.model(), *o.prompt, o.sample)).c_str());
+    if (ranks.speaks()) {
+        std::printf("validation loss %.4f nats per byte\n", measured.loss);
+        if (!o.config.dense) std::printf("%s", load_bars(measured.load).c_str());
+    }
+    if (!o.prompt) return 0;
+    const std::string more = generate(ex, t.model(), *o.prompt, o.sample, ranks);
+    if (ranks.speaks())
+        std::printf("----\n%s%s\n----\n", printable(*o.prompt).c_str(), printable(more).c_str());
     return 0;
 }
 
 /// @return the exit status
-template <class T>
-int run(fm::host_executor& ex, program_options& o, const corpus& text)
+template <class T, class Ranks>
+int run(fm::host_executor& ex, program_options& o, const corpus& text, const Ranks& ranks)
 {
-    catch_signals();
-    return o.demo ? run_demo<T, products>(ex, std::move(o), text) : run_training<T>(ex, o, text);
+    if (o.demo) return run_demo<T, products>(ex, o, text, ranks);
+    return o.config.dense ? run_training<T>(ex, o, text, ranks.without_experts()) : run_training<T>(ex, o, text, ranks);
 }
 
 } // namespace train_gpt

@@ -4,5 +4,5 @@
 
 int train_gpt::run_bfloat16(fm::host_executor& ex, program_options& o, const corpus& text)
 {
-    return run<fm::bfloat16>(ex, o, text);
+    return run<fm::bfloat16>(ex, o, text, one_rank{});
 }

@@ -4,5 +4,5 @@
 
 int train_gpt::run_float32(fm::host_executor& ex, program_options& o, const corpus& text)
 {
-    return run<float>(ex, o, text);
+    return run<float>(ex, o, text, one_rank{});
 }

@@ -34,9 +34,11 @@ int draw_byte(const std::vector<Real>& logits, double temperature, double unifor
 }
 
 /// Continues the prompt until the length is reached or the model ends its file (a zero byte). The model sees the last
-/// `context` bytes; each byte costs one pass over them.
-template <class T, class Executor, class Gemm>
-std::string generate(Executor& ex, gpt<T, Executor, Gemm>& model, const std::string& prompt, const sample_options& o)
+/// `context` bytes; each byte costs one pass over them. Over ranks, rank 0 has the text and the others their experts.
+/// Collective.
+template <class T, class Executor, class Gemm, class Parallel, class Ranks>
+std::string generate(Executor& ex, gpt<T, Executor, Gemm, Parallel>& model, const std::string& prompt,
+                     const sample_options& o, const Ranks& ranks)
 {
     const int64_t context = model.config().context;
     fm::buffer<std::byte, Executor> workspace(ex, model.inference_bytes(1, context));
@@ -47,10 +49,13 @@ std::string generate(Executor& ex, gpt<T, Executor, Gemm>& model, const std::str
     for (int64_t i = 0; i < o.length; ++i) {
         const int64_t n = std::ssize(text) < context ? std::ssize(text) : context;
         to_executor<Executor, int32_t>(ex, text.data() + std::ssize(text) - n, fm::slice(ids.view(), 0, n));
-        const auto seen = vector_view<const int32_t>(ids.data(), n);
-        const auto last = fm::row(model.logits(seen, n, fm::arena(workspace.view())), n - 1);
+        const auto seen = vector_view<const int32_t>(ids.data(), ranks.speaks() ? n : 0);
+        const auto logits = model.logits(seen, n, fm::arena(workspace.view()));
         const auto word = fm::philox({{static_cast<std::uint32_t>(i), 0, 0, 0}}, o.seed).word[0];
-        const int byte = draw_byte(to_host(ex, last), o.temperature, double(word) * 0x1p-32);
+        const auto draw = [&] {
+            return draw_byte(to_host(ex, fm::row(logits, n - 1)), o.temperature, double(word) * 0x1p-32);
+        };
+        const int byte = ranks.from_first(ex, ranks.speaks() ? draw() : 0);
         if (byte == 0) break;
         text.push_back(byte);
         out += static_cast<char>(byte);

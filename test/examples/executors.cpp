@@ -84,7 +84,7 @@ TEST_CASE("six steps of a tiny model are the same on lanes as on the host, but f
     CHECK(distance(parameters_of(host, one), parameters_of(lanes, other)) < 1e-7);
 
     other.save(folder / "checkpoint");
-    one.load(checkpoint(folder / "checkpoint"));
+    one.load(saved_run(folder / "checkpoint"));
     CHECK(parameters_of(host, one) == parameters_of(lanes, other));
     while (!one.finished()) CHECK(std::abs(one.step().loss - other.step().loss) < 1e-9);
     CHECK(other.finished());

@@ -1,0 +1,214 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// Any communicator behind one type: the model over many ranks is compiled once, whether they are threads or processes.
+/// A call more costs nothing beside the meeting of ranks that every collective is.
+#pragma once
+
+#include <memory>
+#include <utility>
+
+#include <fastmoe/comm/communicator.hpp>
+#include <fastmoe/core/dtype.hpp>
+#include <fastmoe/exec/host_executor.hpp>
+
+namespace train_gpt {
+
+namespace fm = fastmoe;
+
+namespace detail {
+
+/// The element types of communicator.hpp that this program moves, as values.
+enum class element : std::uint8_t { float64, float32, bfloat16, int32, int64, byte };
+
+template <class T>
+inline constexpr element element_of = element::byte;
+template <>
+inline constexpr element element_of<double> = element::float64;
+template <>
+inline constexpr element element_of<float> = element::float32;
+template <>
+inline constexpr element element_of<fm::bfloat16> = element::bfloat16;
+template <>
+inline constexpr element element_of<fm::int32_t> = element::int32;
+template <>
+inline constexpr element element_of<fm::int64_t> = element::int64;
+
+/// f(T{}) for the type that the value names.
+template <class F>
+void with_element(element e, const F& f)
+{
+    switch (e) {
+    case element::float64: return f(double{});
+    case element::float32: return f(float{});
+    case element::bfloat16: return f(fm::bfloat16{});
+    case element::int32: return f(fm::int32_t{});
+    case element::int64: return f(fm::int64_t{});
+    default: return f(std::byte{});
+    }
+}
+
+/// Elements of a type that a value names.
+template <class Pointer>
+struct elements {
+    element type;
+    Pointer data;
+    fm::int64_t rows, width = 1;
+
+    template <class T>
+    auto vector() const
+    {
+        using value = std::conditional_t<std::is_same_v<Pointer, const void*>, const T, T>;
+        return fm::vector_view<value>(static_cast<value*>(data), rows);
+    }
+    template <class T>
+    auto matrix() const
+    {
+        using value = std::conditional_t<std::is_same_v<Pointer, const void*>, const T, T>;
+        return fm::matrix_view<value>(static_cast<value*>(data), rows, width);
+    }
+};
+
+template <class T>
+elements<void*> to_receive(fm::vector_view<T> v)
+{
+    return {element_of<T>, v.data_handle(), v.extent(0)};
+}
+template <class T>
+elements<const void*> to_send(fm::vector_view<const T> v)
+{
+    return {element_of<T>, v.data_handle(), v.extent(0)};
+}
+
+} // namespace detail
+
+/// One of R ranks; a communicator for host_executor. Copies are the same rank. Errors are those of the communicator inside.
+class any_ranks {
+    using executor = fm::host_executor;
+    using counts = fm::vector_view<const fm::int64_t>;
+    using in = detail::elements<const void*>;
+    using out = detail::elements<void*>;
+
+public:
+    template <class Communicator>
+    explicit any_ranks(const Communicator& c) : own_(std::make_shared<const holder<Communicator>>(c))
+    {
+    }
+
+    int rank() const noexcept { return own_->rank(); }
+    int size() const noexcept { return own_->size(); }
+
+    template <class T>
+    void all_reduce(executor& ex, fm::vector_view<T> values) const // (N)
+    {
+        own_->all_reduce(ex, detail::to_receive(values));
+    }
+    template <class T>
+    void reduce_scatter(executor& ex, fm::type_identity_t<fm::vector_view<const T>> sent, fm::vector_view<T> received) const
+    {
+        own_->reduce_scatter(ex, detail::to_send<T>(sent), detail::to_receive(received));
+    }
+    template <class T>
+    void all_gather(executor& ex, fm::type_identity_t<fm::vector_view<const T>> sent, fm::vector_view<T> received) const
+    {
+        own_->all_gather(ex, detail::to_send<T>(sent), detail::to_receive(received));
+    }
+    template <class T>
+    void all_to_all(executor& ex, fm::type_identity_t<fm::vector_view<const T>> sent, fm::vector_view<T> received) const
+    {
+        own_->all_to_all(ex, detail::to_send<T>(sent), detail::to_receive(received));
+    }
+    template <class T>
+    void all_to_all_v(executor& ex, fm::type_identity_t<fm::matrix_view<const T>> sent, counts sent_rows,
+                      fm::matrix_view<T> received, counts received_rows) const
+    {
+        own_->all_to_all_v(ex, {detail::element_of<T>, sent.data_handle(), sent.extent(0), sent.extent(1)}, sent_rows,
+                           {detail::element_of<T>, received.data_handle(), received.extent(0), received.extent(1)},
+                           received_rows);
+    }
+    template <class T>
+    void broadcast(executor& ex, fm::vector_view<T> values, int root) const // (N)
+    {
+        own_->broadcast(ex, detail::to_receive(values), root);
+    }
+    void barrier(executor& ex) const { own_->barrier(ex); }
+    any_ranks split(int color, int key) const { return own_->split(color, key); }
+
+private:
+    struct collectives {
+        virtual ~collectives() = default;
+        virtual int rank() const = 0;
+        virtual int size() const = 0;
+        virtual void all_reduce(executor& ex, out values) const = 0;
+        virtual void reduce_scatter(executor& ex, in sent, out received) const = 0;
+        virtual void all_gather(executor& ex, in sent, out received) const = 0;
+        virtual void all_to_all(executor& ex, in sent, out received) const = 0;
+        virtual void all_to_all_v(executor& ex, in sent, counts sent_rows, out received, counts received_rows) const = 0;
+        virtual void broadcast(executor& ex, out values, int root) const = 0;
+        virtual void barrier(executor& ex) const = 0;
+        virtual any_ranks split(int color, int key) const = 0;
+    };
+
+    template <class Communicator>
+    struct holder final : collectives {
+        Communicator c;
+
+        explicit holder(const Communicator& from) : c(from) {}
+        int rank() const override { return c.rank(); }
+        int size() const override { return c.size(); }
+        void all_reduce(executor& ex, out values) const override
+        {
+            with_sum(values, [&](auto zero) { c.all_reduce(ex, values.template vector<decltype(zero)>()); });
+        }
+        void reduce_scatter(executor& ex, in sent, out received) const override
+        {
+            with_sum(received, [&](auto zero) {
+                using T = decltype(zero);
+                c.template reduce_scatter<executor, T>(ex, sent.template vector<T>(), received.template vector<T>());
+            });
+        }
+        void all_gather(executor& ex, in sent, out received) const override
+        {
+            detail::with_element(received.type, [&](auto zero) {
+                using T = decltype(zero);
+                c.template all_gather<executor, T>(ex, sent.template vector<T>(), received.template vector<T>());
+            });
+        }
+        void all_to_all(executor& ex, in sent, out received) const override
+        {
+            detail::with_element(received.type, [&](auto zero) {
+                using T = decltype(zero);
+                c.template all_to_all<executor, T>(ex, sent.template vector<T>(), received.template vector<T>());
+            });
+        }
+        void all_to_all_v(executor& ex, in sent, counts sent_rows, out received, counts received_rows) const override
+        {
+            detail::with_element(received.type, [&](auto zero) {
+                using T = decltype(zero);
+                c.template all_to_all_v<executor, T>(ex, sent.template matrix<T>(), sent_rows,
+                                                     received.template matrix<T>(), received_rows);
+            });
+        }
+        void broadcast(executor& ex, out values, int root) const override
+        {
+            detail::with_element(values.type,
+                                 [&](auto zero) { c.broadcast(ex, values.template vector<decltype(zero)>(), root); });
+        }
+        void barrier(executor& ex) const override { c.barrier(ex); }
+        any_ranks split(int color, int key) const override { return any_ranks(c.split(color, key)); }
+
+        template <class F>
+        static void with_sum(const out& values, const F& f)
+        {
+            detail::with_element(values.type, [&](auto zero) {
+                if constexpr (!std::is_same_v<decltype(zero), std::byte>) f(zero);
+                else fm::expects(false, "values (N)", "bytes", "numbers: bytes have no sum");
+            });
+        }
+    };
+
+    std::shared_ptr<const collectives> own_;
+};
+
+static_assert(fm::communicator<any_ranks, fm::host_executor>);
+
+} // namespace train_gpt

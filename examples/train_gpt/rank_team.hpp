@@ -1,0 +1,100 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// R ranks as groups that share the experts, and replicas of these groups: expert parallelism times data parallelism.
+#pragma once
+
+#include <fastmoe/parallel/expert_parallel.hpp>
+
+#include "train_gpt/any_ranks.hpp"
+#include "train_gpt/ranks.hpp"
+
+namespace train_gpt {
+
+/// How a run over ranks is cut.
+struct rank_options {
+    int ranks = 0;           ///< threads of this process; 0: not asked for
+    int expert_parallel = 0; ///< M, ranks of a group that shares the experts; 0: all
+    int chunks = 1;          ///< pieces of an exchange: one travels while another is worked on
+
+    /// @param size  R
+    /// @throws invalid_argument if an option is out of range
+    void check(int size) const
+    {
+        fm::expects(expert_parallel >= 0 && (expert_parallel == 0 || size % expert_parallel == 0), "--expert-parallel",
+                    expert_parallel, "a divisor of the number of ranks, ", size);
+        fm::expects(chunks >= 1 && chunks <= 1024, "--chunks", chunks, "1 to 1024");
+    }
+};
+
+/// A rank of R: member rank mod M of group rank / M. The r-th members of all groups hold the same experts.
+class rank_team {
+public:
+    static constexpr bool many = true;
+    using parallel_type = fm::expert_parallel<any_ranks, any_ranks>;
+
+    /// Collective: two splits of the world.
+    rank_team(const any_ranks& world, const rank_options& o)
+        : world_(world),
+          chunks_((o.check(world.size()), o.chunks)),
+          experts_(o.expert_parallel == 0 ? world.size() : o.expert_parallel),
+          group_(world.split(world.rank() / experts_, world.rank())),
+          data_(world.split(world.rank() % experts_, world.rank()))
+    {
+    }
+
+    int rank() const noexcept { return world_.rank(); }
+    int size() const noexcept { return world_.size(); }
+    /// Whether this rank prints, logs and reports.
+    bool speaks() const noexcept { return rank() == 0; }
+    int expert_parallel() const noexcept { return experts_; }
+
+    const any_ranks& world() const noexcept { return world_; }
+    const any_ranks& group() const noexcept { return group_; }
+    /// The ranks that hold the same experts.
+    const any_ranks& data() const noexcept { return data_; }
+    parallel_type parallel() const { return {group_, world_, {}, {}, 1, fm::received_rows::keep, chunks_}; }
+    /// The same ranks for a model whose MLP all of them hold. Collective.
+    rank_team without_experts() const { return {world_, {.expert_parallel = 1}}; }
+
+    /// values = their sum over all ranks.                                               // (N)
+    template <class Executor, class T>
+    void sum(Executor& ex, vector_view<T> values) const
+    {
+        world_.all_reduce(ex, values);
+    }
+
+    /// The number that rank 0 has. Collective.
+    template <class Executor>
+    int from_first(Executor& ex, int number) const
+    {
+        fm::buffer<int32_t, Executor> shared(ex, 1);
+        to_executor<Executor, int32_t>(ex, &number, shared.view());
+        world_.broadcast(ex, shared.view(), 0);
+        return to_host(ex, shared.view())[0];
+    }
+
+    /// What the ranks know of signals, and whether rank 0 has reason to stop, becomes what all know. Collective.
+    template <class Executor>
+    step_end agree(Executor& ex, bool stops) const
+    {
+        const int caught = caught_signal;
+        const int signals[] = {SIGINT, SIGTERM, SIGUSR1};
+        int64_t facts[4] = {caught == SIGINT, caught == SIGTERM, caught == SIGUSR1, speaks() && stops};
+        fm::buffer<int64_t, Executor> shared(ex, 4);
+        to_executor<Executor, int64_t>(ex, facts, shared.view());
+        world_.all_reduce(ex, shared.view());
+        const auto all = to_host(ex, shared.view());
+        step_end out;
+        for (int i = 0; i < 3; ++i)
+            if (all[static_cast<std::size_t>(i)] > 0) out.signal = signals[i];
+        out.stops = out.signal != 0 || all[3] > 0;
+        return out;
+    }
+
+private:
+    any_ranks world_;
+    int chunks_, experts_;
+    any_ranks group_, data_;
+};
+
+} // namespace train_gpt
