@@ -97,8 +97,9 @@ inline std::optional<int> parse_options(int argc, char** argv, program_options& 
     try {
         app.parse(argc, argv);
     } catch (const CLI::ParseError& e) {
-        if (!place || place->rank == 0) return app.exit(e);
-        return static_cast<int>(e.get_exit_code());
+        // Help is for one to print; what is wrong is said by all, since mpirun ends the others when the first has ended.
+        if (place && place->rank > 0 && e.get_exit_code() == 0) return 0;
+        return app.exit(e);
     }
     fm::expects(!place || ranks->count() == 0, "--ranks", "given under mpirun", "none: the ranks are its processes");
     o.parallel.ranks = place ? place->size : std::max(1, o.parallel.ranks);
