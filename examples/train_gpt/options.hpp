@@ -81,6 +81,12 @@ inline std::optional<int> parse_options(int argc, char** argv, program_options& 
     app.add_option("--expert-parallel", o.parallel.expert_parallel,
                    "Ranks that share the experts of a layer, a divisor of all; the others are replicas. 0: all")
         ->capture_default_str();
+    app.add_option("--exchange", o.parallel.exchange,
+                   "How tokens travel: exact (counts first), padded (room for all, no counts) or gathered (all to all)")
+        ->transform(CLI::CheckedTransformer(std::map<std::string, exchange_kind>{{"exact", exchange_kind::exact},
+                                                                                 {"padded", exchange_kind::padded},
+                                                                                 {"gathered", exchange_kind::gathered}}))
+        ->default_str("exact");
     app.add_option("--chunks", o.parallel.chunks,
                    "Pieces of the tokens' exchange: one travels while another is worked on")
         ->capture_default_str();

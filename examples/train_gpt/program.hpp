@@ -10,8 +10,9 @@
 
 #include <fastmoe/exec/host_executor.hpp>
 
+#include "train_gpt/any_ranks.hpp"
 #include "train_gpt/corpus.hpp"
-#include "train_gpt/rank_team.hpp"
+#include "train_gpt/rank_options.hpp"
 #include "train_gpt/run_config.hpp"
 #include "train_gpt/saved_run.hpp"
 

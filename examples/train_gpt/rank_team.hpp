@@ -6,36 +6,21 @@
 #include <fastmoe/parallel/expert_parallel.hpp>
 
 #include "train_gpt/any_ranks.hpp"
+#include "train_gpt/chosen_exchange.hpp"
 #include "train_gpt/ranks.hpp"
 
 namespace train_gpt {
-
-/// How a run over ranks is cut.
-struct rank_options {
-    int ranks = 0;           ///< threads of this process; 0: not asked for
-    int expert_parallel = 0; ///< M, ranks of a group that shares the experts; 0: all
-    int chunks = 1;          ///< pieces of an exchange: one travels while another is worked on
-
-    /// @param size  R
-    /// @throws invalid_argument if an option is out of range
-    void check(int size) const
-    {
-        fm::expects(expert_parallel >= 0 && (expert_parallel == 0 || size % expert_parallel == 0), "--expert-parallel",
-                    expert_parallel, "a divisor of the number of ranks, ", size);
-        fm::expects(chunks >= 1 && chunks <= 1024, "--chunks", chunks, "1 to 1024");
-    }
-};
 
 /// A rank of R: member rank mod M of group rank / M. The r-th members of all groups hold the same experts.
 class rank_team {
 public:
     static constexpr bool many = true;
-    using parallel_type = fm::expert_parallel<any_ranks, any_ranks>;
+    using parallel_type = fm::expert_parallel<any_ranks, any_ranks, fm::block_placement, chosen_exchange>;
 
     /// Collective: two splits of the world.
     rank_team(const any_ranks& world, const rank_options& o)
         : world_(world),
-          chunks_((o.check(world.size()), o.chunks)),
+          options_((o.check(world.size()), o)),
           experts_(o.expert_parallel == 0 ? world.size() : o.expert_parallel),
           group_(world.split(world.rank() / experts_, world.rank())),
           data_(world.split(world.rank() % experts_, world.rank()))
@@ -52,7 +37,13 @@ public:
     const any_ranks& group() const noexcept { return group_; }
     /// The ranks that hold the same experts.
     const any_ranks& data() const noexcept { return data_; }
-    parallel_type parallel() const { return {group_, world_, {}, {}, 1, fm::received_rows::keep, chunks_}; }
+    /// What its layers take for their communicator.
+    /// @param tokens  the most that a rank has in a call
+    parallel_type parallel(int64_t tokens) const
+    {
+        const int64_t budget = (tokens + options_.chunks - 1) / options_.chunks; // of a chunk
+        return {group_, world_, {}, {options_.exchange, budget}, 1, fm::received_rows::keep, options_.chunks};
+    }
     /// The same ranks for a model whose MLP all of them hold. Collective.
     rank_team without_experts() const { return {world_, {.expert_parallel = 1}}; }
 
@@ -93,7 +84,8 @@ public:
 
 private:
     any_ranks world_;
-    int chunks_, experts_;
+    rank_options options_;
+    int experts_;
     any_ranks group_, data_;
 };
 

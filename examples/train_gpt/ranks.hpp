@@ -40,7 +40,7 @@ struct one_rank {
     static constexpr int size() noexcept { return 1; }
     static constexpr bool speaks() noexcept { return true; }
     /// What its layers take for their communicator.
-    static constexpr fm::self parallel() noexcept { return {}; }
+    static constexpr fm::self parallel(int64_t) noexcept { return {}; }
     /// The ranks for the dense twin.
     static constexpr one_rank without_experts() noexcept { return {}; }
 

@@ -35,7 +35,7 @@ public:
           config_((config.check(), config)),
           text_(text),
           data_(text, config.batch, config.model.context, config.seed),
-          model_(ex, config.shape(), config.seed, ranks.parallel()),
+          model_(ex, config.shape(), config.seed, ranks.parallel(most_sequences() * config.model.context)),
           first_(ex, model_.parameters().extent(0)),
           second_(ex, model_.parameters().extent(0)),
           ids_(ex, most_sequences() * config.model.context),

@@ -60,7 +60,9 @@ TEST_CASE("R ranks have the losses, gradient norms and counts of one rank, whate
     const auto one = numbers(p.at("whole/log.csv"));
     REQUIRE(one.size() == 5);
     for (const words& how : {over(1), over(2), over(3), over(4), over(4, 2), over(3, 1), over(2) + words{"--chunks", "3"},
-                             over(4, 2) + words{"--chunks", "2"}, over(7)}) { // more ranks than experts
+                             over(4, 2) + words{"--chunks", "2"}, over(3) + words{"--exchange", "padded"},
+                             over(4, 2) + words{"--exchange", "padded", "--chunks", "2"},
+                             over(4) + words{"--exchange", "gathered"}, over(7)}) { // more ranks than experts
         const std::string shown = text_of(how);
         CAPTURE(shown);
         REQUIRE(run(p, tiny(p, "parts") + options + how) == 0);
@@ -232,6 +234,7 @@ TEST_CASE("wrong options about ranks are refused by name, and a damaged part of 
     CHECK(run(p, tiny(p, "parts") + over(2) + words{"--chunks", "0"}) == 1);
     CHECK(p.bytes("stderr").find("--chunks is 0") != std::string::npos);
     CHECK(run(p, tiny(p, "parts") + words{"--ranks", "65"}) != 0);
+    CHECK(run(p, tiny(p, "parts") + over(2) + words{"--exchange", "none"}) != 0);
     CHECK(!fs::exists(p.folder / "parts"));
     REQUIRE(run(p, tiny(p, "parts") + over(2) + words{"--stop-at", "1"}) == 0);
     CHECK(run(p, {"--out", p.at("parts"), "--resume", "--width", "32"}) == 1);

@@ -156,7 +156,7 @@ TEST_CASE("wrong options and help end at once, without a run")
     CHECK(run(p, {"--help"}) == 0);
     for (const char* option : {"--text", "--width", "--layers", "--heads", "--experts", "--k", "--hidden", "--batch",
                                "--context", "--steps", "--learning-rate", "--balance", "--seed", "--threads", "--dtype",
-                               "--dense", "--resume", "--sample", "--out", "--log", "demo"})
+                               "--dense", "--resume", "--ranks", "--expert-parallel", "--exchange", "--chunks", "--sample", "--out", "--log", "demo"})
         CHECK_MESSAGE(p.bytes("stdout").find(option) != std::string::npos, option);
     CHECK(run(p, {"--no-such-option"}) != 0);
     CHECK(run(p, p.tiny("parts") + words{"--heads", "3"}) == 1);
