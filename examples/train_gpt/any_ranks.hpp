@@ -4,7 +4,10 @@
 /// A call more costs nothing beside the meeting of ranks that every collective is.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
 #include <memory>
+#include <type_traits>
 #include <utility>
 
 #include <fastmoe/comm/communicator.hpp>
@@ -17,21 +20,25 @@ namespace fm = fastmoe;
 
 namespace detail {
 
-/// The element types of communicator.hpp that this program moves, as values.
-enum class element : std::uint8_t { float64, float32, bfloat16, int32, int64, byte };
+/// The element types of communicator.hpp, as values.
+enum class element : std::uint8_t { float64, float32, bfloat16, float16, int32, int64, byte };
 
 template <class T>
-inline constexpr element element_of = element::byte;
-template <>
-inline constexpr element element_of<double> = element::float64;
-template <>
-inline constexpr element element_of<float> = element::float32;
-template <>
-inline constexpr element element_of<fm::bfloat16> = element::bfloat16;
-template <>
-inline constexpr element element_of<fm::int32_t> = element::int32;
-template <>
-inline constexpr element element_of<fm::int64_t> = element::int64;
+consteval element find_element()
+{
+    if constexpr (std::is_same_v<T, double>) return element::float64;
+    else if constexpr (std::is_same_v<T, float>) return element::float32;
+    else if constexpr (std::is_same_v<T, fm::bfloat16>) return element::bfloat16;
+    else if constexpr (std::is_same_v<T, fm::half>) return element::float16;
+    else if constexpr (std::is_same_v<T, fm::int32_t>) return element::int32;
+    else if constexpr (std::is_same_v<T, fm::int64_t>) return element::int64;
+    else {
+        static_assert(std::is_same_v<T, std::byte>, "not one of the element types of communicator.hpp");
+        return element::byte;
+    }
+}
+template <class T>
+inline constexpr element element_of = find_element<T>();
 
 /// f(T{}) for the type that the value names.
 template <class F>
@@ -41,6 +48,7 @@ void with_element(element e, const F& f)
     case element::float64: return f(double{});
     case element::float32: return f(float{});
     case element::bfloat16: return f(fm::bfloat16{});
+    case element::float16: return f(fm::half{});
     case element::int32: return f(fm::int32_t{});
     case element::int64: return f(fm::int64_t{});
     default: return f(std::byte{});

@@ -10,6 +10,7 @@
 #include "train_gpt/copies.hpp"
 #include "train_gpt/cross_entropy.hpp"
 #include "train_gpt/embedding.hpp"
+#include "train_gpt/gate_report.hpp"
 #include "train_gpt/layer_norm.hpp"
 #include "train_gpt/linear.hpp"
 #include "train_gpt/parameters.hpp"
@@ -60,7 +61,8 @@ public:
         // Blocks of an arena end on a boundary: what lies between them stays zero.
         for (const auto& flat : {parameters(), gradients()})
             fm::for_each(ex, flat.extent(0), detail::set_elements<real>{flat.data_handle(), real(0)});
-        start(seed);
+        start_tensors(ex, named(master_), seed);
+        parameters_changed();
     }
 
     const gpt_config& config() const noexcept { return config_; }
@@ -71,7 +73,6 @@ public:
     /// What tensors() has, by name, and the gradients in the same order.
     std::vector<tensor_entry<real>> named_tensors() const { return named(master_); }
     std::vector<tensor_entry<real>> named_gradients() const { return named(gradient_); }
-    const layer_type& layer() const noexcept { return layer_; }
     int64_t decayed() const noexcept { return master_.decayed; }
 
     /// Of the whole model, whoever holds them.
@@ -121,8 +122,7 @@ public:
     /// @param ids      sequences of `length` tokens                                     // (T)
     /// @param targets  the token after each                                             // (T)
     /// @param loss     overwritten: the cross entropy in nats; the sum of the gates' own losses  // (2)
-    /// @param counts   overwritten with the choices that each expert got, unless without memory; over ranks those that this
-    ///                 rank's experts got, zero for the others                              // (layers,E)
+    /// @param counts   overwritten with the choices that each expert here got, unless without memory // (layers,E)
     /// @param mean_over  tokens of the joined batch; 0: there are no others
     void gradient(vector_view<const int32_t> ids, vector_view<const int32_t> targets, int64_t length,
                   vector_view<real> loss, matrix_view<int32_t> counts, fm::arena memory, int64_t mean_over = 0)
@@ -309,61 +309,19 @@ private:
     {
         fm::expects_shape(loss, "loss (2)", 2);
         if (counts.data_handle()) fm::expects_shape(counts, "counts (layers,E)", config_.layers, config_.experts);
-        fm::for_each(*ex_, 1, detail::set_elements<real>{loss.data_handle() + 1, real(0)});
-        if (counts.data_handle())
-            fm::for_each(*ex_, config_.layers * config_.experts, detail::clear_counts{counts.data_handle()});
-        for (int64_t i = 0; i < config_.layers; ++i) {
-            const auto& moe = *p.blocks[static_cast<std::size_t>(i)].moe;
-            fm::for_each(*ex_, 1, detail::add_losses<real>{moe.losses(), loss.data_handle() + 1});
-            if (!counts.data_handle()) continue;
-            for (int piece = 0; piece < pieces(); ++piece) {
-                const auto chosen = plan_of(moe, piece).counts;
-                fm::for_each(*ex_, chosen.extent(0),
-                             detail::add_counts{chosen.data_handle(),
-                                                counts.data_handle() + i * config_.experts + own_.first});
-            }
-        }
+        clear_report(*ex_, fm::slice(loss, 1, 1), counts);
+        for (std::size_t i = 0; i < p.blocks.size(); ++i)
+            add_report(*ex_, layer_, *p.blocks[i].moe, fm::slice(loss, 1, 1),
+                       counts.data_handle() ? fm::row(counts, static_cast<int64_t>(i)) : vector_view<int32_t>{}, own_);
     }
 
-    /// In how many parts a layer's experts work, and what each part counted.
-    int pieces() const noexcept
-    {
-        if constexpr (std::is_same_v<Parallel, fm::self>) return 1;
-        else return layer_.communicator.chunks;
-    }
-    static const fm::plan& plan_of(const moe_saved& moe, int piece) noexcept
-    {
-        if constexpr (std::is_same_v<Parallel, fm::self>) return moe.plan();
-        else return moe.plan(piece);
-    }
-
-    template <class W>
-    std::vector<tensor_entry<W>> named(const gpt_tensors<W, Gemm>& t) const
-    {
-        return entries<W, Gemm>(t, config_.experts, own_);
-    }
+    auto named(const auto& tensors) const { return entries(tensors, config_.experts, own_); }
 
     /// The weights that the products read.
     const auto& weights() const noexcept
     {
         if constexpr (std::is_same_v<T, real>) return master_;
         else return rounded_;
-    }
-
-    void start(std::uint64_t seed)
-    {
-        fm::buffer<std::uint64_t, Executor> seed_and_step(*ex_, 2);
-        const std::uint64_t words[] = {seed, 0};
-        to_executor<Executor, std::uint64_t>(*ex_, words, seed_and_step.view());
-        const fm::random_source source{seed_and_step.data(), fm::random_stream::weights};
-        std::uint64_t first = 0;
-        for (const auto& e : named(master_)) { // an expert has its draws wherever it is
-            const auto begin = first + static_cast<std::uint64_t>(e.begin());
-            fm::for_each(*ex_, e.size(), detail::start_tensor<real>{e.data, e.size(), e.deviation, source, begin});
-            first += static_cast<std::uint64_t>(e.whole_size());
-        }
-        ex_->synchronize();
-        parameters_changed();
     }
 
     using bytes = fm::buffer<std::byte, Executor>;

@@ -51,6 +51,7 @@ inline std::map<std::string, CLI::Option*> add_config(CLI::App& app, run_config&
 inline std::optional<int> parse_options(int argc, char** argv, program_options& o, const std::optional<launched>& place)
 {
     CLI::App app("Trains a small GPT, whose MLPs are mixtures of experts, on bytes of text.");
+    app.footer("SIGINT, SIGTERM or SIGUSR1 (which mpirun passes on) saves a checkpoint and stops after the step.");
     app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast)->group("Model, text and training");
     const auto options = detail::add_config(app, o.config);
 

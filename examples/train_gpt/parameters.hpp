@@ -12,8 +12,8 @@
 #include <fastmoe/layer/moe_layer.hpp>
 #include <fastmoe/routing/top_k_gate.hpp>
 
+#include "train_gpt/copies.hpp"
 #include "train_gpt/gpt_config.hpp"
-#include "train_gpt/team_math.hpp"
 
 namespace train_gpt {
 
@@ -205,31 +205,6 @@ struct round_elements {
     FASTMOE_HOST_DEVICE void operator()(int64_t i) const { to[i] = T(from[i]); }
 };
 
-struct add_counts {
-    const int32_t* from; // (L)
-    int32_t* to;         // (L)
-
-    FASTMOE_HOST_DEVICE void operator()(int64_t e) const { to[e] += from[e]; }
-};
-
-struct clear_counts {
-    int32_t* counts; // (N)
-
-    FASTMOE_HOST_DEVICE void operator()(int64_t i) const { counts[i] = 0; }
-};
-
-/// total += the losses, in their order; of one element.
-template <class Real>
-struct add_losses {
-    vector_view<const Real> losses; // (any)
-    Real* total;                    // (1)
-
-    FASTMOE_HOST_DEVICE void operator()(int64_t) const
-    {
-        for (int64_t i = 0; i < losses.extent(0); ++i) *total += losses(i);
-    }
-};
-
 template <class Real>
 struct set_elements {
     using vectorized = void;
@@ -240,5 +215,22 @@ struct set_elements {
 };
 
 } // namespace detail
+
+/// Draws all weights. An expert has its draws wherever it is.
+template <class Executor, class W>
+void start_tensors(Executor& ex, const std::vector<tensor_entry<W>>& all, std::uint64_t seed)
+{
+    fm::buffer<std::uint64_t, Executor> seed_and_step(ex, 2);
+    const std::uint64_t words[] = {seed, 0};
+    to_executor<Executor, std::uint64_t>(ex, words, seed_and_step.view());
+    const fm::random_source source{seed_and_step.data(), fm::random_stream::weights};
+    std::uint64_t first = 0;
+    for (const auto& e : all) {
+        const auto begin = first + static_cast<std::uint64_t>(e.begin());
+        fm::for_each(ex, e.size(), detail::start_tensor<W>{e.data, e.size(), e.deviation, source, begin});
+        first += static_cast<std::uint64_t>(e.whole_size());
+    }
+    ex.synchronize();
+}
 
 } // namespace train_gpt

@@ -89,8 +89,8 @@ void disturb(support::random& draw, model<T>& m)
 template <class To>
 void copy_parameters(model<double>& from, To& to)
 {
-    const auto a = entries(from.tensors());
-    const auto b = entries(to.tensors());
+    const auto a = from.named_tensors();
+    const auto b = to.named_tensors();
     for (std::size_t i = 0; i < a.size(); ++i)
         for (std::int64_t j = 0; j < a[i].size(); ++j) b[i].data[j] = static_cast<float>(a[i].data[j]);
     to.parameters_changed();
@@ -101,8 +101,8 @@ template <class Narrow>
 double relative_error(Narrow& narrow, model<double>& wide)
 {
     double error = 0, norm = 0;
-    const auto a = entries(wide.tensors());
-    const auto b = entries(narrow.tensors());
+    const auto a = wide.named_tensors();
+    const auto b = narrow.named_tensors();
     for (std::size_t i = 0; i < a.size(); ++i)
         for (std::int64_t j = 0; j < a[i].size(); ++j) {
             const double expected = wide.gradients()(a[i].data - wide.parameters().data_handle() + j);
@@ -151,7 +151,7 @@ TEST_CASE("every parameter has one name, and all of them together are the parame
     model<float> m(ex, tiny(), 7);
     std::vector<int> seen(static_cast<std::size_t>(m.parameters().extent(0)));
     std::int64_t total = 0;
-    for (const auto& e : entries(m.tensors())) {
+    for (const auto& e : m.named_tensors()) {
         total += e.size();
         for (std::int64_t i = 0; i < e.size(); ++i)
             ++seen[static_cast<std::size_t>(e.data - m.parameters().data_handle() + i)];
