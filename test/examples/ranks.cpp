@@ -99,7 +99,9 @@ TEST_CASE("ranks begin with one rank's weights to the bit, each expert under its
         REQUIRE(run(p, tiny(p, "parts") + still + how) == 0);
         fastmoe::io::sharded_checkpoint folder(p.at(manifest));
         int compared = 0;
-        for (const auto& [name, t] : file.tensors()) {
+        for (const auto& entry : file.tensors()) {
+            const std::string& name = entry.first;
+            const auto& t = entry.second;
             if (name.find('/') != std::string::npos) continue; // a moment, which is of the gradient
             CAPTURE(name);
             const auto theirs = stored(folder, name, t.shape);
