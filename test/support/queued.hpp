@@ -84,6 +84,14 @@ public:
         if (any) fastmoe::detail::raise_fault(found);
     }
 
+    /// Waits, as a copy from a device does; in a capture nobody may.
+    void copy_to_host(void* to, const void* from, int64_t bytes)
+    {
+        refuse_in_capture("copy_to_host");
+        run(queue_);
+        queue_.clear();
+        touch([&] { std::memcpy(to, from, static_cast<std::size_t>(bytes)); });
+    }
     /// f() may touch the memory.
     template <class F>
     void touch(const F& f)
