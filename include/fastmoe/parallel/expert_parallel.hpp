@@ -103,7 +103,7 @@ auto placed(const C& c, int64_t experts)
     const auto& p = parallel_of(c);
     using rule = std::remove_cvref_t<decltype(p.placement)>;
     expects(p.slices >= 1 && p.size() % p.slices == 0, "slices", p.slices, "a divisor of the group's ", p.size(), " ranks");
-    if constexpr (requires { p.placement.check(experts, int64_t{}); }) p.placement.check(experts, p.size() / p.slices);
+    if constexpr (requires { p.placement.verify(experts, int64_t{}); }) p.placement.verify(experts, p.size() / p.slices);
     return placed_experts<rule>{p.placement, experts, p.size() / p.slices, p.slices, p.rank()};
 }
 

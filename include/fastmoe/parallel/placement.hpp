@@ -67,7 +67,7 @@ struct mapped_placement {
     vector_view<const expert_place> place_of; // (E)
 
     /// @throws invalid_argument if it is not of these experts, or names a group that there is not
-    void check(int64_t experts, int64_t groups) const
+    void verify(int64_t experts, int64_t groups) const
     {
         expects_shape(place_of, "placement.place_of (E)", experts);
         for (int64_t e = 0; e < experts; ++e)
