@@ -37,10 +37,10 @@ public:
     explicit patience(milliseconds wait) : end_(clock::now() + wait) {}
     milliseconds left() const
     {
-        const auto rest = std::chrono::duration_cast<milliseconds>(end_ - clock::now());
+        const auto rest = std::chrono::ceil<milliseconds>(end_ - clock::now()); // a deadline is not over before its end
         return rest.count() > 0 ? rest : milliseconds(0);
     }
-    bool over() const { return left().count() == 0; }
+    bool over() const { return clock::now() >= end_; }
 
 private:
     using clock = std::chrono::steady_clock;
