@@ -287,7 +287,7 @@ TEST_CASE("200 exchanges in a row with random counts lose nothing: every row arr
                 const auto count = draw_counts(shared, ranks, 9);
                 const own_counts n(count, me);
                 const auto value = [&](int from, int to, int64_t i) {
-                    return support::random(seed ^ static_cast<std::uint64_t>(((round * 64 + from) * 64 + to) * 4096 + i)).bits();
+                    return support::random(seed ^ static_cast<std::uint64_t>(((int64_t{round} * 64 + from) * 64 + to) * 4096 + i)).bits();
                 };
                 std::vector<int64_t> sent, received(n.received * 2), sums(2);
                 for (int to = 0; to < ranks; ++to)
