@@ -175,13 +175,10 @@ struct padded_exchange {
     void send_rows(Executor& ex, const C& c, const detail::padded_state& s, matrix_view<const T> x, matrix_view<T> rows,
                    arena& scratch) const
     {
-        using scale = unit_scale<accumulate_t<T>>;
         const arena::scope lent(scratch);
         const auto out = scratch.matrix<T>(s.sizes.sent_rows, x.extent(1));
         if (scratch.measuring()) return;
-        for_each_row(ex, out.extent(0),
-                     detail::gather_rows<accumulate_t<T>, T, scale>{{x, s.lists.token_of}, out, scale{}},
-                     {.width = x.extent(1)});
+        detail::gather_sent(ex, x, s.lists, out);
         c.all_to_all(ex, vector_view<const T>(detail::flat(out)), detail::flat(rows));
     }
 

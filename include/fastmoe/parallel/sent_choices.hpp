@@ -82,7 +82,16 @@ void with_grouped_choices(Executor& ex, const routing<Real>& route, const placed
     });
 }
 
-/// Sums (T,D) (+)= of what came back.
+/// The rows that are sent; zeros where there is none.                                             // (T,D) -> (N,D)
+template <class Executor, class T>
+void gather_sent(Executor& ex, matrix_view<const T> x, const sent_choices& lists, matrix_view<T> rows)
+{
+    using scale = unit_scale<accumulate_t<T>>;
+    for_each_row(ex, rows.extent(0), gather_rows<accumulate_t<T>, T, scale>{{x, lists.token_of}, rows, scale{}},
+                 {.width = x.extent(1)});
+}
+
+/// y (T,D) = the sums of what came back.
 template <class Executor, class P, class Real, class Y>
 void sum_returned(Executor& ex, const returned_rows<P, Real>& back, matrix_view<Y> y)
 {
