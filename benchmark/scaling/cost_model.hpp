@@ -131,13 +131,16 @@ inline double known_seconds(const shape& s, const load& l, const rates& r)
     return exchanges_seconds(s, l, r) + router_seconds(s, r);
 }
 
-/// The other terms, with a coefficient each that is fitted: the paper's, and what its equations leave out.
-inline constexpr int terms = 4;
-inline constexpr const char* term_names[terms] = {"3 compute", "a step", "elements moved B D", "activations B H"};
+/// The other terms, with a coefficient each that is fitted: the paper's, and what its equations leave out. A rank's weights
+/// come from memory and their gradients go there, whatever the number of rows: the rates of `throughput` are one expert's.
+inline constexpr int terms = 6;
+inline constexpr const char* term_names[terms] = {"3 compute",         "a step",              "elements moved B D",
+                                                  "activations B H", "weights E/R D H", "experts of a rank E/R"};
 inline std::vector<double> terms_of(const shape& s, const load& l, const rates& r)
 {
     const auto d = static_cast<double>(s.width), h = static_cast<double>(s.hidden);
-    return {3 * compute_seconds(s, l, r), 1, l.choices * d, l.choices * h};
+    const double experts = static_cast<double>(s.experts) / l.ranks;
+    return {3 * compute_seconds(s, l, r), 1, l.choices * d, l.choices * h, experts * d * h, experts};
 }
 
 inline double predict(const std::vector<double>& coefficients, const std::vector<double>& values)

@@ -39,7 +39,7 @@ void on_threads(int ranks, F f)
 
 int measure(const std::string& file)
 {
-    constexpr int sessions = 2, rounds = 8;
+    constexpr int sessions = 4, rounds = 8;
     const std::vector<shape> shapes = drawn_shapes(36);
     measurements m;
     m.cores = static_cast<int>(std::thread::hardware_concurrency());

@@ -25,7 +25,7 @@ int main(int argc, char** argv)
     const fm::mpi_session session;
     try {
         const fm::mpi& c = session.world();
-        constexpr int sessions = 2, rounds = 8;
+        constexpr int sessions = 4, rounds = 8;
         std::vector<std::vector<sample>> messages;
         std::vector<step_time> steps;
         const double load = load_average();

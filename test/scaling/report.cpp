@@ -44,7 +44,7 @@ measurements model_machine(const std::vector<double>& coefficients, double noise
 TEST_CASE("on a machine that follows the model the fit finds its coefficients, and every unseen step")
 {
     FASTMOE_SEEDED(rng, 92);
-    const std::vector<double> truth{1.2, 3e-4, 2e-9, 4e-9};
+    const std::vector<double> truth{1.2, 3e-4, 2e-9, 4e-9, 8e-10, 5e-6};
     const predictor p(model_machine(truth, 0, rng));
     for (std::size_t i = 0; i < truth.size(); ++i) CHECK_EQ(p.coefficients()[i], Approx(truth[i]).epsilon(1e-3));
     CHECK(p.score_fitted(false).linear > 1 - 1e-6);
@@ -58,7 +58,7 @@ TEST_CASE("on a machine that follows the model the fit finds its coefficients, a
 TEST_CASE("fit and score use different shapes, each at both rank counts, and together all of them")
 {
     FASTMOE_SEEDED(rng, 93);
-    const predictor p(model_machine({1, 1e-4, 0, 0}, 0, rng));
+    const predictor p(model_machine({1, 1e-4, 0, 0, 0, 0}, 0, rng));
     const auto key = [](const point& q) {
         return std::tuple(q.sizes.tokens, q.sizes.width, q.sizes.hidden, q.sizes.experts, q.sizes.k);
     };
@@ -89,7 +89,7 @@ TEST_CASE("measurements survive their file, and what is no such file is refused 
     FASTMOE_SEEDED(rng, 94);
     const support::temporary_folder folder;
     const std::string file = folder / "m.json";
-    measurements m = model_machine({1, 1e-4, 0, 0}, 0.1, rng), back;
+    measurements m = model_machine({1, 1e-4, 0, 0, 0, 0}, 0.1, rng), back;
     m.weak.push_back(m.shapes[3]);
     write(file, m);
     read(file, back);
@@ -103,7 +103,7 @@ TEST_CASE("measurements survive their file, and what is no such file is refused 
 TEST_CASE("weak scaling is predicted to 1,024 ranks, and its exchanges take longer with every doubling")
 {
     FASTMOE_SEEDED(rng, 95);
-    const measurements m = model_machine({1, 0, 0, 0}, 0, rng);
+    const measurements m = model_machine({1, 0, 0, 0, 0, 0}, 0, rng);
     const predictor p(m);
     const auto all = predict_weak(p, m, "threads", 1024);
     REQUIRE_EQ(all.size(), 11);
