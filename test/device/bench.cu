@@ -126,9 +126,12 @@ int main(int count, char** arguments)
         const shape small{"T 4096 D 1024 H 1024 E 16 K 2", 4096, 1024, 1024, 16, 2, 10};
         layer(ex, out, small, "portable", fm::gemm::portable{});
         layer(ex, out, small, "cublaslt", fm::gemm::cublaslt{&context});
-        layer(ex, out, {"T 32768 D 4096 H 2048 E 64 K 4", 32768, 4096, 2048, 64, 4, 10}, "cublaslt", fm::gemm::cublaslt{&context});
+        const shape large{"T 32768 D 4096 H 2048 E 64 K 4", 32768, 4096, 2048, 64, 4, 10};
+        layer(ex, out, large, "portable", fm::gemm::portable{});
+        layer(ex, out, large, "cublaslt", fm::gemm::cublaslt{&context});
         for (const int64_t tokens : {1, 8, 32, 128}) {
             const std::string name = "T " + std::to_string(tokens) + " D 4096 H 14336 E 8 K 2";
+            layer(ex, out, {name.c_str(), tokens, 4096, 14336, 8, 2, 20}, "portable", fm::gemm::portable{});
             layer(ex, out, {name.c_str(), tokens, 4096, 14336, 8, 2, 20}, "cublaslt", fm::gemm::cublaslt{&context});
         }
     }

@@ -9,6 +9,7 @@ import sys
 HOT = {
     "multiply_row", "multiply_weight_row", "gather_rows", "sum_row_lists", "sum_group_columns", "finish_rows", "choose_row",
     "weigh_row_backward", "place_choices", "bucket_count", "bucket_rank", "check_choices", "count_up", "fill",
+    "multiply_row_tiles", "multiply_gradient_tiles",
 }  # fmt: skip
 # Bytes that hot kernels may spill: what they spilled when this was written. Lower it when that is mended; never raise it.
 KNOWN = {("multiply_row", "sm_80"): 44}
@@ -26,7 +27,7 @@ def is_double(kernel):
 
 def functor_of(kernel):
     """choose_row of ...8run_rowsIN7fastmoe4v0_16detail10choose_rowI...; names have their length before them."""
-    found = re.search(r"run_(?:rows|elements)IN?(?:S\w*?_)?(.*)", kernel)
+    found = re.search(r"run_(?:rows|elements|blocks)IN?(?:S\w*?_)?(.*)", kernel)
     rest, names = found[1] if found else kernel, []
     while length := re.match(r"\d+", rest):
         end = length.end() + int(length[0])

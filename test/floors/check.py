@@ -28,6 +28,7 @@ FLOORS = {
 TWINS = {
     "cuda_check": "exec",
     "cuda_memory": "exec",
+    "cuda_block": "exec",
     "cuda_team": "exec",
     "cuda_executor": "exec",
     "bucket": "ops",

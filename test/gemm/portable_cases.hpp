@@ -298,7 +298,7 @@ void check_wgrad(support::random& r, const shape& c, weight_storage storage)
 }
 
 /// Shapes around the sizes at which something is cut: lanes, tiles, panels, blocks of rows, columns and depth.
-std::vector<shape> shapes(support::random& r)
+[[maybe_unused]] std::vector<shape> shapes(support::random& r)
 {
     std::vector<shape> out;
     for (int i = 0; i < 3; ++i)

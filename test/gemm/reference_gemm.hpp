@@ -132,22 +132,25 @@ bool near(T actual, double expected, double magnitude, int64_t length)
 
 enum class weight_storage { stacked, padded, transposed, pointers };
 
+/// Where memory begins: an element after a place that 16 bytes divide, or at one, with gaps that keep it so.
+enum class start { odd, aligned };
+
 /// The experts' matrices in one of the layouts that a weight_view describes. Memory starts as poison, gaps stay poison,
-/// and no pointer is aligned to more than an element.
+/// and no pointer is aligned to more than an element unless asked for.
 template <class T>
 class test_weights {
 public:
-    test_weights(weight_storage storage, int64_t experts, int64_t out, int64_t in)
-        : view_{nullptr, nullptr, experts, out, in, 0, in, 1}
+    test_weights(weight_storage storage, int64_t experts, int64_t out, int64_t in, start begin = start::odd)
+        : first_(begin == start::odd ? 1 : 8), view_{nullptr, nullptr, experts, out, in, 0, in, 1}
     {
-        const int64_t gap = storage == weight_storage::stacked ? 0 : 3;
+        const int64_t gap = storage == weight_storage::stacked ? 0 : begin == start::odd ? 3 : 8;
         if (storage == weight_storage::transposed) view_.row_stride = 1, view_.col_stride = out + gap;
         else view_.row_stride = in + gap;
         view_.expert_stride = (storage == weight_storage::transposed ? in * (out + gap) : out * (in + gap)) + gap;
         if (storage == weight_storage::stacked) view_.expert_stride = out * in;
-        memory_.resize(static_cast<std::size_t>(experts * view_.expert_stride + 1));
+        memory_.resize(static_cast<std::size_t>(experts * view_.expert_stride + first_));
         poison(fastmoe::as_vector(memory_));
-        view_.data = memory_.data() + 1;
+        view_.data = memory_.data() + first_;
         if (storage != weight_storage::pointers) return;
         for (int64_t e = 0; e < experts; ++e) pointers_.push_back(view_.data + (experts - 1 - e) * view_.expert_stride);
         view_.pointers = pointers_.data();
@@ -175,7 +178,7 @@ public:
         });
         const int64_t gaps = poisoned(fastmoe::as_vector(memory_));
         memory_ = copy;
-        view_.data = view_.pointers ? nullptr : memory_.data() + 1;
+        view_.data = view_.pointers ? nullptr : memory_.data() + first_;
         return gaps + elements;
     }
 
@@ -188,6 +191,7 @@ private:
                 for (int64_t i = 0; i < view_.in; ++i) f(view_(e, o, i));
     }
 
+    int64_t first_;
     std::vector<T> memory_;
     std::vector<T*> pointers_;
     fastmoe::weight_view<T> view_;
@@ -197,19 +201,20 @@ private:
 template <class T>
 class test_rows {
 public:
-    test_rows(random& r, const ragged& g, int64_t width) : width_(width), plain_(g.slots * width + 1)
+    test_rows(random& r, const ragged& g, int64_t width, start begin = start::odd)
+        : width_(width), first_(begin == start::odd ? 1 : 8), plain_(g.slots * width + first_)
     {
         poison(fastmoe::as_vector(plain_));
         const int64_t sources = g.slots + 3;
-        data_.resize(sources * width + 1);
+        data_.resize(sources * width + first_);
         poison(fastmoe::as_vector(data_));
         for (int64_t s = 0; s < g.slots; ++s) {
             const bool inside = g.expert_of(s) >= 0;
             index_.push_back(inside ? static_cast<int32_t>(r.coin(0.1) ? -1 : r.integer(0, sources - 1)) : INT32_MAX);
             if (inside)
-                for (int64_t i = 0; i < width; ++i) plain_[1 + s * width + i] = narrow<T>(r.normal());
+                for (int64_t i = 0; i < width; ++i) plain_[first_ + s * width + i] = narrow<T>(r.normal());
             if (inside && index_[s] >= 0)
-                for (int64_t i = 0; i < width; ++i) data_[1 + index_[s] * width + i] = narrow<T>(r.normal());
+                for (int64_t i = 0; i < width; ++i) data_[first_ + index_[s] * width + i] = narrow<T>(r.normal());
         }
         plain_wide_ = widened(plain_);
         data_wide_ = widened(data_);
@@ -218,24 +223,24 @@ public:
 
     fastmoe::plain_rows<T> plain() const
     {
-        return {fastmoe::matrix_view<const T>(plain_.data() + 1, static_cast<int64_t>(index_.size()), width_)};
+        return {fastmoe::matrix_view<const T>(plain_.data() + first_, static_cast<int64_t>(index_.size()), width_)};
     }
     fastmoe::indexed_rows<T> indexed() const
     {
-        return {fastmoe::matrix_view<const T>(data_.data() + 1, static_cast<int64_t>(index_.size()) + 3, width_),
+        return {fastmoe::matrix_view<const T>(data_.data() + first_, static_cast<int64_t>(index_.size()) + 3, width_),
                 fastmoe::as_vector(index_)};
     }
     reference_rows plain_reference() const
     {
-        return [this](int64_t s) { return plain_wide_.data() + 1 + s * width_; };
+        return [this](int64_t s) { return plain_wide_.data() + first_ + s * width_; };
     }
     reference_rows indexed_reference() const
     {
-        return [this](int64_t s) { return index_[s] < 0 ? nullptr : data_wide_.data() + 1 + index_[s] * width_; };
+        return [this](int64_t s) { return index_[s] < 0 ? nullptr : data_wide_.data() + first_ + index_[s] * width_; };
     }
 
 private:
-    int64_t width_;
+    int64_t width_, first_;
     std::vector<T> plain_, data_;
     std::vector<int32_t> index_;
     std::vector<double> plain_wide_, data_wide_;

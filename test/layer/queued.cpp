@@ -7,8 +7,10 @@
 
 #include <doctest/doctest.h>
 
+#include <fastmoe/gemm/block_products.hpp>
 #include <fastmoe/moe.hpp>
 
+#include "support/fiber_blocks.hpp"
 #include "support/queued.hpp"
 #include "support/random.hpp"
 
@@ -152,6 +154,33 @@ TEST_CASE_TEMPLATE("a captured step is replayed with other routing, and equals t
         CHECK(results != before);
         before = results;
     }
+}
+
+TEST_CASE_TEMPLATE("with the products of blocks a layer computes what it computes on the host, and what is captured is replayed", T,
+                   float, bfloat16, fastmoe::half)
+{
+    using blocks = support::fiber_blocks<support::queued>;
+    const auto layer = make_layer();
+    blocks device;
+    host_executor host({.threads = 2});
+    step<T, layer_type, blocks> captured(layer, device), eager(layer, device);
+    step<T, layer_type, host_executor> expected(layer, host);
+    captured.fill(16);
+    const auto graph = device.capture([&] { captured.run(); });
+    for (const std::uint64_t seed : {17, 18}) {
+        captured.fill(seed);
+        eager.fill(seed);
+        expected.fill(seed);
+        device.replay(graph);
+        eager.run();
+        expected.run();
+        const auto results = captured.results();
+        CHECK(results == eager.results());
+        CHECK(difference(results, expected.results()) < bound<T>());
+    }
+    CHECK((device.products > 1000) == (sizeof(T) == 2)); // tensor cores
+    CHECK(device.lines > 1000);
+    CHECK(device.bank_conflicts == 0);
 }
 
 TEST_CASE("other gates wait for nothing either; a replay draws what its step says")

@@ -114,6 +114,13 @@ public:
     }
     void replay(const graph& g) { queue_.insert(queue_.end(), g.begin(), g.end()); }
 
+protected:
+    template <class F>
+    void queue(const F& f)
+    {
+        queue_.push_back(f);
+    }
+
 private:
     struct block {
         void* memory;

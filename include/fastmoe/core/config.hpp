@@ -17,6 +17,16 @@
 #define FASTMOE_HOST_DEVICE
 #endif
 
+#if defined(__CUDA_ARCH__)
+#define FASTMOE_UNROLL _Pragma("unroll")
+#define FASTMOE_KEEP_LOOP _Pragma("unroll 1")
+#else
+/// Before a loop whose arrays are to live in registers of a GPU's thread, and before one whose steps are not to meet there;
+/// empty elsewhere.
+#define FASTMOE_UNROLL
+#define FASTMOE_KEEP_LOOP
+#endif
+
 #if !defined(FASTMOE_ABI)
 /// The versioned inline namespace, so that two versions of the library can live in one program.
 #define FASTMOE_ABI v0_1

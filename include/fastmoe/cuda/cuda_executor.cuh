@@ -7,6 +7,7 @@
 #include <mutex>
 #include <optional>
 
+#include <fastmoe/cuda/cuda_block.cuh>
 #include <fastmoe/cuda/cuda_memory.cuh>
 #include <fastmoe/cuda/cuda_team.cuh>
 #include <fastmoe/exec/executor.hpp>
@@ -33,6 +34,10 @@ public:
     explicit cuda_executor(cudaStream_t stream = nullptr, memory_resource* memory = nullptr) : stream_(stream), memory_(memory)
     {
         detail::cuda_check(cudaGetDevice(&device_), "cudaGetDevice");
+        int major = 0;
+        detail::cuda_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_), "cudaDeviceGetAttribute");
+        detail::cuda_check(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device_), "cudaDeviceGetAttribute");
+        has_blocks_ = major >= 8;
         if (!memory_) memory_ = &pool_.emplace(stream);
         void* pinned = nullptr;
         detail::cuda_check(cudaMallocHost(&pinned, sizeof(fault_words)), "cudaMallocHost");
@@ -96,6 +101,17 @@ public:
                shape.scratch_bytes);
     }
 
+    /// As runs_blocks says: all that can run at one time, or fewer.
+    template <class F>
+    void for_each_block(int64_t tasks, const F& f, int64_t shared_bytes)
+    {
+        const int64_t most = F::resident * int64_t{multiprocessors_};
+        launch(detail::run_blocks<F>, tasks < most ? tasks : most, block_threads, shared_bytes, f);
+    }
+    /// Whether the device is of compute capability 8.0 or later. Compiled for no other, there is no code for others.
+    bool has_blocks() const noexcept { return has_blocks_; }
+    static constexpr bool always_has_blocks = detail::compiled_for_blocks();
+
     /// Where the work of this executor records faults: memory of the device.
     fault_recorder faults() noexcept { return {record_.data()}; }
     /// Nothing: the work has not ended yet. synchronize() throws.
@@ -147,7 +163,8 @@ private:
 
     cudaStream_t stream_;
     memory_resource* memory_;
-    int device_ = 0;
+    int device_ = 0, multiprocessors_ = 0;
+    bool has_blocks_ = false;
     std::optional<cuda_memory> pool_;
     buffer<fault_words, cuda_executor> record_;
     std::mutex mutex_; // guards seen_
@@ -157,6 +174,6 @@ private:
     std::unique_ptr<fault_words, free_pinned> seen_;
 };
 
-static_assert(executor<cuda_executor>);
+static_assert(executor<cuda_executor> && runs_blocks<cuda_executor>);
 
 } // namespace fastmoe::inline FASTMOE_ABI::inline FASTMOE_CUDA_ABI

@@ -227,7 +227,8 @@ concept multiplies_weight_gradients = requires(const G& g, Executor& ex, row_gro
 };
 
 /// gathers_rows: reads indexed_rows without a copy. fuses_epilogue: runs the epilogue while the row is in cache.
-/// needs_host_counts: reads counts and offsets on the host, so it cannot be captured in a graph.
+/// needs_host_counts: reads counts and offsets on the host even where that has to wait for the executor, so it cannot be
+/// captured in a graph.
 template <class G>
 concept states_abilities = requires {
     { G::gathers_rows } -> std::convertible_to<bool>;

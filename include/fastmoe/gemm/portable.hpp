@@ -1,137 +1,19 @@
 // SPDX-FileCopyrightText: The FastMoE authors
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-/// The grouped GEMM that needs no library and runs on every executor: the default of the experts. The functors here are
-/// its plain source, one row a team; on the host, tiles for the machine's instruction set replace them.
+/// The grouped GEMM that needs no library and runs on every executor: the default of the experts. portable_plain.hpp is its
+/// plain source, one row a team; on the host, tiles for the machine's instruction set replace it, on a GPU those of
+/// block_products.hpp.
 #pragma once
 
 #include <fastmoe/gemm/grouped_gemm.hpp>
 #include <fastmoe/gemm/portable_host.hpp>
+#include <fastmoe/gemm/portable_plain.hpp>
 #include <fastmoe/gemm/portable_wgrad.hpp>
+#if defined(__CUDACC__) // no other compiler has executors with blocks, but for a test that includes the header itself
+#include <fastmoe/gemm/block_products.hpp>
+#endif
 
 namespace fastmoe::inline FASTMOE_ABI {
-
-namespace verbs {
-struct multiply_rows;
-struct multiply_weight_gradients;
-} // namespace verbs
-
-namespace detail::portable {
-
-/// Calls the epilogue for the rows of groups and passes over padding.
-FASTMOE_HOST_DEVICE constexpr int64_t expert_of_row(const row_groups& groups, int64_t row) noexcept
-{
-    int64_t low = 0, high = groups.experts(); // offsets(low) <= row, if any group holds the row
-    while (high - low > 1) {
-        const int64_t middle = (low + high) / 2;
-        (groups.offsets(middle) <= row ? low : high) = middle;
-    }
-    const bool inside = high > 0 && row >= groups.offsets(low) && row - groups.offsets(low) < groups.counts(low);
-    return inside ? low : -1;
-}
-
-/// The epilogue alone, of products that are complete.
-template <class Epilogue>
-struct end_row {
-    row_groups groups;
-    Epilogue epilogue;
-
-    template <class Team>
-    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t row) const
-    {
-        const int64_t e = expert_of_row(groups, row);
-        if (e >= 0) epilogue(team, e, row);
-    }
-};
-
-template <class Rows, class W, class B, class Y, class Epilogue>
-struct multiply_row {
-    using Real = product_total_t<row_element_t<Rows>, W>;
-    row_groups groups;
-    Rows x;                    // (S,K)
-    weight_view<const W> w;    // (E,N,K)
-    matrix_view<const B> bias; // (E,N), or no memory
-    matrix_view<Y> y;          // (S,N)
-    Epilogue epilogue;
-
-    template <class Team>
-    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t row) const
-    {
-        const int64_t e = expert_of_row(groups, row);
-        if (e < 0) return;
-        const auto* from = x.row(row);
-        const auto& self = *this;
-        team.for_each(y.extent(1), [&self, from, e, row](int64_t n) {
-            Real sum = self.bias.data_handle() ? static_cast<Real>(self.bias(e, n)) : Real(0);
-            for (int64_t k = 0; from && k < self.w.in; ++k)
-                sum += static_cast<Real>(from[k]) * static_cast<Real>(self.w(e, n, k));
-            self.y(row, n) = static_cast<Y>(sum);
-        });
-        team.sync();
-        epilogue(team, e, row);
-    }
-};
-
-template <class DyRows, class XRows, class G>
-struct multiply_weight_row {
-    using Real = product_total_t<row_element_t<DyRows>, row_element_t<XRows>>;
-    row_groups groups;
-    DyRows dy;         // (S,O)
-    XRows x;           // (S,I)
-    weight_view<G> dw; // (E,O,I)
-    write_mode mode;
-    fault_recorder faults;
-
-    template <class Team>
-    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t task) const
-    {
-        const int64_t e = task / dw.out, o = task % dw.out;
-        if (!is_group_inside(groups.counts, groups.offsets, e, groups.slots)) {
-            if (team.lane() == 0) faults.record(fault_kind::group_out_of_range, e, groups.counts(e));
-            return;
-        }
-        const int64_t begin = groups.offsets(e), end = begin + groups.counts(e);
-        if (begin == end && mode == write_mode::accumulate) return;
-        const auto& self = *this;
-        team.for_each(dw.in, [&self, e, o, begin, end](int64_t i) {
-            Real sum = 0;
-            for (int64_t s = begin; s < end; ++s) {
-                const auto* dy_row = self.dy.row(s);
-                const auto* x_row = self.x.row(s);
-                if (dy_row && x_row) sum += static_cast<Real>(dy_row[o]) * static_cast<Real>(x_row[i]);
-            }
-            G& to = self.dw(e, o, i);
-            to = static_cast<G>(self.mode == write_mode::accumulate ? static_cast<wider_t<Real, G>>(to) + sum : sum);
-        });
-    }
-};
-
-} // namespace detail::portable
-
-template <class Executor>
-struct implementation<verbs::multiply_rows, Executor> {
-    template <class Rows, class W, class B, class Y, class Epilogue>
-    static void run(Executor& ex, const row_groups& groups, const Rows& x, const weight_view<const W>& w,
-                    matrix_view<const B> bias, matrix_view<Y> y, const Epilogue& epilogue, arena& memory)
-    {
-        if (memory.measuring()) return;
-        for_each_row(ex, groups.slots, detail::portable::multiply_row<Rows, W, B, Y, Epilogue>{groups, x, w, bias, y, epilogue},
-                     {.width = w.out});
-    }
-};
-
-template <class Executor>
-struct implementation<verbs::multiply_weight_gradients, Executor> {
-    template <class DyRows, class XRows, class G>
-    static void run(Executor& ex, const row_groups& groups, const DyRows& dy, const XRows& x, const weight_view<G>& dw,
-                    write_mode mode, arena& memory)
-    {
-        if (memory.measuring()) return;
-        for_each_row(ex, groups.experts() * dw.out,
-                     detail::portable::multiply_weight_row<DyRows, XRows, G>{groups, dy, x, dw, mode, ex.faults()},
-                     {.width = dw.in});
-        ex.deliver_faults();
-    }
-};
 
 template <>
 struct implementation<verbs::multiply_rows, host_executor> {
@@ -229,10 +111,12 @@ namespace gemm {
 /// The grouped GEMM without dependencies. Sums in fp32, in double if an operand is double, and rounds once; fp32 is fp32.
 /// On the host two bfloat16 operands meet in the machine's bfloat16 dot product where it has one, which takes subnormal
 /// numbers as zeros. Forward and dgrad take scratch for each thread, a plan of at most E + 1 numbers, and nothing else.
+/// On a GPU from compute capability 8.0 on, bfloat16 and half meet in tensor cores and float in multiply-adds, never in TF32;
+/// mixed operands are converted to float, and double is summed an element a thread.
 struct portable {
     static constexpr bool gathers_rows = true;
     static constexpr bool fuses_epilogue = true;
-    static constexpr bool needs_host_counts = true;
+    static constexpr bool needs_host_counts = false;
 
     /// Y[s] = X[s] W[e(s)]^T + bias[e(s)] for the rows of groups, then epilogue(team, e, s).
     /// @param x       plain_rows or indexed_rows                        // (S,in)

@@ -6,6 +6,7 @@
 #include <fastmoe/exec/host_executor.hpp>
 #include <fastmoe/gemm/grouped_gemm.hpp>
 #include <fastmoe/gemm/portable_dot.hpp>
+#include <fastmoe/gemm/portable_plain.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI::detail::portable {
 
@@ -28,23 +29,9 @@ struct host_blocks {
 };
 inline constexpr host_blocks blocks_of_host{};
 
-template <class Rows>
-using row_element_t = std::remove_cvref_t<decltype(*std::declval<const Rows&>().row(0))>;
-
-/// The products are summed in double if an operand is double, in float otherwise.
-template <class A, class B>
-using product_total_t = wider_t<A, B>;
-
 /// Whether operands may meet in pairs, in the bfloat16 dot product: nothing else is ever compiled for pairs.
 template <class A, class B>
 inline constexpr bool meet_in_pairs = FASTMOE_X86_DISPATCH && std::is_same_v<A, bfloat16> && std::is_same_v<B, bfloat16>;
-
-/// The same matrices with the roles of their two sides swapped.
-template <class T>
-constexpr weight_view<T> transposed(weight_view<T> w) noexcept
-{
-    return {w.data, w.pointers, w.experts, w.in, w.out, w.expert_stride, w.col_stride, w.row_stride};
-}
 
 /// An epilogue of the rows of one expert, as a row functor that keeps the epilogue's mark for vectorization.
 template <class Epilogue>

@@ -1,0 +1,268 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// The products of gemm::portable on executors with blocks: tensor cores for bfloat16 and half, multiply-adds for float.
+/// Sizes are read where the work runs: nothing waits, and a captured step multiplies whatever is routed when it is replayed.
+#pragma once
+
+#include <fastmoe/gemm/block_tile.hpp>
+#include <fastmoe/gemm/portable_plain.hpp>
+
+namespace fastmoe::inline FASTMOE_ABI {
+
+namespace detail::block {
+
+/// What operands are in shared memory: 16-bit elements of one type as they are, all else as float.
+template <class A, class B>
+using staged_t = std::conditional_t<std::is_same_v<A, B> && sizeof(A) == 2, A, float>;
+
+FASTMOE_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) noexcept { return (a + b - 1) / b; }
+
+/// The rows of a group that lie inside of all rows: none of a group that a fault has put elsewhere.
+struct row_range {
+    int64_t first, count;
+
+    static FASTMOE_HOST_DEVICE constexpr row_range of(const row_groups& g, int64_t e) noexcept
+    {
+        const int64_t first = g.offsets(e), count = g.counts(e);
+        if (count <= 0 || first >= g.slots || first <= -count) return {0, 0};
+        const int64_t begin = first > 0 ? first : 0, end = first + count < g.slots ? first + count : g.slots;
+        return {begin, end - begin};
+    }
+};
+
+/// One team counts the tiles of rows before each expert.
+struct count_row_tiles {
+    row_groups groups;
+    vector_view<int64_t> before; // (E+1)
+
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t) const
+    {
+        const auto& self = *this;
+        const int64_t all = team.scan(
+            groups.experts(), int64_t{0}, [](int64_t a, int64_t b) { return a + b; },
+            [&self](int64_t e) { return ceil_div(row_range::of(self.groups, e).count, tile_rows); },
+            [&self](int64_t e, int64_t tiles) { self.before(e) = tiles; });
+        if (team.lane() == 0) before(groups.experts()) = all;
+    }
+};
+
+/// Stores two neighbouring sums, in one access where they allow it.
+template <class T>
+FASTMOE_HOST_DEVICE void store_pair(T* to, T first, T second)
+{
+    struct alignas(2 * sizeof(T)) pair {
+        T values[2];
+    };
+    if (reinterpret_cast<std::uintptr_t>(to) % sizeof(pair) == 0) {
+        *reinterpret_cast<pair*>(to) = {{first, second}};
+    } else {
+        to[0] = first;
+        to[1] = second;
+    }
+}
+
+/// Y[s] = X[s] W[e(s)]^T + bias[e(s)]: blocks take tiles of 128 rows of one expert by 128 columns.
+template <lie how_w, class Rows, class W, class B, class Y>
+struct multiply_row_tiles {
+    using X = portable::row_element_t<Rows>;
+    using E = staged_t<X, W>;
+    static constexpr int resident = arithmetic<E>::resident;
+    row_groups groups;
+    Rows x;                            // (S,K)
+    weight_view<const W> w;            // (E,N,K)
+    matrix_view<const B> bias;         // (E,N), or no memory
+    matrix_view<Y> y;                  // (S,N)
+    vector_view<const int64_t> before; // (E+1)
+
+    template <thread_block Block>
+    FASTMOE_HOST_DEVICE void operator()(Block& block) const
+    {
+        const int64_t across = ceil_div(w.out, tile_columns), down = before(groups.experts());
+        for (int64_t t = block.index(); t < across * down; t += block.count()) {
+            // Bands of 8 tiles across: what runs at one time shares rows of X and columns of W.
+            constexpr int64_t band = 8;
+            const int64_t left = t / (down * band) * band, width = across - left < band ? across - left : band;
+            const int64_t inside = t - left * down;
+            tile(block, inside / width, (left + inside % width) * tile_columns);
+        }
+    }
+
+private:
+    template <thread_block Block>
+    FASTMOE_HOST_DEVICE void tile(Block& block, int64_t number, int64_t column) const
+    {
+        int64_t e = 0, high = groups.experts(); // before(e) <= number < before(high)
+        while (high - e > 1) {
+            const int64_t middle = (e + high) / 2;
+            (before(middle) <= number ? e : high) = middle;
+        }
+        const row_range group = row_range::of(groups, e);
+        const int64_t above = (number - before(e)) * tile_rows;
+        const int64_t first = group.first + above, count = group.count - above, columns = w.out - column;
+        const deep_operand<E, X> a(block.thread(), w.in, [&](int r) { return r < count ? x.row(first + r) : nullptr; });
+        sums c;
+        const W* matrix = w.base(e);
+        if constexpr (how_w == lie::deep) {
+            const deep_operand<E, W> b(block.thread(), w.in, [&](int n) {
+                return n < columns ? matrix + (column + n) * w.row_stride : nullptr;
+            });
+            sum_tile<E>(block, a, b, w.in, c);
+        } else {
+            const auto line = [from = matrix + column, step = w.col_stride](int64_t k) { return from + k * step; };
+            sum_tile<E>(block, a, wide_operand<E, W, decltype(line)>{line, w.in, columns}, w.in, c);
+        }
+        store(block.thread(), e, first, count, column, columns, c);
+    }
+
+    FASTMOE_HOST_DEVICE void store(int thread, int64_t e, int64_t first, int64_t count, int64_t column, int64_t columns,
+                                   const sums& c) const
+    {
+        const B* plus = bias.data_handle() ? bias.data_handle() + e * w.out + column : nullptr;
+        FASTMOE_UNROLL
+        for (int i = 0; i < 4; ++i)
+            FASTMOE_UNROLL
+            for (int v = 0; v < 4; v += 2) {
+                const int r = sum_row(thread, i, v);
+                if (r >= count) continue;
+                Y* to = y.data_handle() + (first + r) * w.out + column;
+                FASTMOE_UNROLL
+                for (int j = 0; j < 4; ++j) {
+                    const int n0 = arithmetic<E>::sum_column(thread, j, v), n1 = arithmetic<E>::sum_column(thread, j, v + 1);
+                    const auto value = [&](int n, int u) {
+                        return static_cast<Y>(c.of[i][j][u] + (plus ? static_cast<float>(plus[n]) : 0.0f));
+                    };
+                    if (arithmetic<E>::pairs && n1 < columns) {
+                        store_pair(to + n0, value(n0, v), value(n1, v + 1));
+                    } else {
+                        if (n0 < columns) to[n0] = value(n0, v);
+                        if (n1 < columns) to[n1] = value(n1, v + 1);
+                    }
+                }
+            }
+    }
+};
+
+/// dW[e] (+)= dY_e^T X_e: blocks take tiles of 128 by 128 of one expert, over all of its rows.
+template <class DyRows, class XRows, class G>
+struct multiply_gradient_tiles {
+    using D = portable::row_element_t<DyRows>;
+    using X = portable::row_element_t<XRows>;
+    using E = staged_t<D, X>;
+    static constexpr int resident = arithmetic<E>::resident;
+    row_groups groups;
+    DyRows dy;         // (S,O)
+    XRows x;           // (S,I)
+    weight_view<G> dw; // (E,O,I)
+    write_mode mode;
+    fault_recorder faults;
+
+    FASTMOE_HOST_DEVICE int64_t tasks() const noexcept
+    {
+        return groups.experts() * ceil_div(dw.out, tile_rows) * ceil_div(dw.in, tile_columns);
+    }
+    template <thread_block Block>
+    FASTMOE_HOST_DEVICE void operator()(Block& block) const
+    {
+        const int64_t across = ceil_div(dw.in, tile_columns), down = ceil_div(dw.out, tile_rows);
+        for (int64_t t = block.index(); t < tasks(); t += block.count())
+            tile(block, t / (across * down), t / across % down * tile_rows, t % across * tile_columns);
+    }
+
+private:
+    template <thread_block Block>
+    FASTMOE_HOST_DEVICE void tile(Block& block, int64_t e, int64_t o, int64_t i) const
+    {
+        if (!is_group_inside(groups.counts, groups.offsets, e, groups.slots)) {
+            if (block.thread() == 0) faults.record(fault_kind::group_out_of_range, e, groups.counts(e));
+            return;
+        }
+        const int64_t first = groups.offsets(e), count = groups.counts(e);
+        if (count == 0 && mode == write_mode::accumulate) return;
+        const auto down = [&](int64_t s) {
+            const D* row = dy.row(first + s);
+            return row ? row + o : nullptr;
+        };
+        const auto across = [&](int64_t s) {
+            const X* row = x.row(first + s);
+            return row ? row + i : nullptr;
+        };
+        sums c;
+        sum_tile<E>(block, wide_operand<E, D, decltype(down)>{down, count, dw.out - o},
+                    wide_operand<E, X, decltype(across)>{across, count, dw.in - i}, count, c);
+        store(block.thread(), dw.base(e) + o * dw.row_stride + i * dw.col_stride, dw.out - o, dw.in - i, c);
+    }
+
+    FASTMOE_HOST_DEVICE void store(int thread, G* to, int64_t rows, int64_t columns, const sums& c) const
+    {
+        FASTMOE_UNROLL
+        for (int i = 0; i < 4; ++i)
+            FASTMOE_UNROLL
+            for (int j = 0; j < 4; ++j)
+                FASTMOE_UNROLL
+                for (int v = 0; v < 4; ++v) {
+                    const int r = sum_row(thread, i, v), n = arithmetic<E>::sum_column(thread, j, v);
+                    if (r >= rows || n >= columns) continue;
+                    G& at = to[r * dw.row_stride + n * dw.col_stride];
+                    using Sum = wider_t<float, G>;
+                    at = static_cast<G>(mode == write_mode::accumulate ? static_cast<Sum>(at) + c.of[i][j][v] : static_cast<Sum>(c.of[i][j][v]));
+                }
+    }
+};
+
+} // namespace detail::block
+
+/// In float, on a device with blocks; in double and elsewhere the plain source.
+template <runs_blocks Executor>
+struct implementation<verbs::multiply_rows, Executor> {
+    template <class Rows, class W, class B, class Y, class Epilogue>
+    static void run(Executor& ex, const row_groups& groups, const Rows& x, const weight_view<const W>& w,
+                    matrix_view<const B> bias, matrix_view<Y> y, const Epilogue& epilogue, arena& memory)
+    {
+        using namespace detail::block;
+        constexpr bool in_float = std::is_same_v<detail::portable::product_total_t<detail::portable::row_element_t<Rows>, W>, float>;
+        if constexpr (in_float) {
+            if (always_runs_blocks<Executor> || ex.has_blocks()) {
+                const auto before = memory.vector<int64_t>(groups.experts() + 1);
+                if (memory.measuring() || groups.experts() == 0) return;
+                for_each_row(ex, 1, count_row_tiles{groups, before}, {.width = groups.experts()});
+                const auto multiply = [&]<lie how>() {
+                    ex.for_each_block((groups.slots / tile_rows + groups.experts()) * ceil_div(w.out, tile_columns),
+                                      multiply_row_tiles<how, Rows, W, B, Y>{groups, x, w, bias, y, before}, shared_bytes);
+                };
+                if (w.col_stride == 1) multiply.template operator()<lie::deep>();
+                else multiply.template operator()<lie::wide>();
+                if constexpr (!std::is_same_v<Epilogue, no_epilogue>)
+                    for_each_row(ex, groups.slots, detail::portable::end_row<Epilogue>{groups, epilogue}, {.width = w.out});
+                return;
+            }
+        }
+        if constexpr (!in_float || !always_runs_blocks<Executor>)
+            detail::portable::multiply_rows_plainly(ex, groups, x, w, bias, y, epilogue, memory);
+    }
+};
+
+template <runs_blocks Executor>
+struct implementation<verbs::multiply_weight_gradients, Executor> {
+    template <class DyRows, class XRows, class G>
+    static void run(Executor& ex, const row_groups& groups, const DyRows& dy, const XRows& x, const weight_view<G>& dw,
+                    write_mode mode, arena& memory)
+    {
+        using namespace detail::block;
+        using Sum = detail::portable::product_total_t<detail::portable::row_element_t<DyRows>, detail::portable::row_element_t<XRows>>;
+        constexpr bool in_float = std::is_same_v<Sum, float>;
+        if constexpr (in_float) {
+            if (always_runs_blocks<Executor> || ex.has_blocks()) {
+                if (memory.measuring()) return;
+                const multiply_gradient_tiles<DyRows, XRows, G> multiply{groups, dy, x, dw, mode, ex.faults()};
+                ex.for_each_block(multiply.tasks(), multiply, shared_bytes);
+                ex.deliver_faults();
+                return;
+            }
+        }
+        if constexpr (!in_float || !always_runs_blocks<Executor>)
+            detail::portable::multiply_weight_gradients_plainly(ex, groups, dy, x, dw, mode, memory);
+    }
+};
+
+} // namespace fastmoe::inline FASTMOE_ABI

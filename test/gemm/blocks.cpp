@@ -1,0 +1,181 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// The products of blocks, run an instruction at a time without a GPU, against sums in double.
+#include <fastmoe/gemm/block_products.hpp>
+
+#include "portable_cases.hpp"
+#include "support/fiber_blocks.hpp"
+
+namespace {
+
+using lane_blocks = support::fiber_blocks<support::lanes>;
+static_assert(fm::executor<lane_blocks> && fm::runs_blocks<lane_blocks>);
+
+/// Sizes around those of tiles, stages and chunks.
+std::vector<shape> block_shapes(support::random& r)
+{
+    std::vector<shape> out;
+    out.push_back({{3, 0, 17}, 1, 1});
+    out.push_back({{0, 5}, 9, 0});
+    out.push_back({{4, 12}, 0, 9});
+    out.push_back({{0, 0, 0}, 7, 5});
+    out.push_back({{}, 7, 5});
+    out.push_back({{127, 128, 129, 0, 1}, r.integer(120, 140), r.integer(20, 50)});
+    out.push_back({{20, 0, 8}, 128, 96});
+    out.push_back({{16, 1, 40}, 264, 64});
+    out.push_back({{300}, 24, 40});
+    out.push_back({support::random_counts(r, 5, 150), r.integer(1, 150), r.integer(1, 150)});
+    out.push_back({support::random_counts(r, 12, 20), 8 * r.integer(1, 20), 8 * r.integer(1, 20)});
+    return out;
+}
+
+/// Forward, dgrad and wgrad of one shape. X, dY and W have types of their own.
+template <class X, class W, class Y, class Executor>
+void check_products(support::random& r, const shape& c, Executor& ex)
+{
+    const ragged g = ragged::of(r, c.counts, 3);
+    const weight_storage storage = any_storage(r);
+    const support::start begin = r.one_of(support::start::odd, support::start::aligned);
+    INFO(text_of(g, c, storage), begin == support::start::odd ? ", odd" : ", aligned");
+    const test_rows<X> x(r, g, c.in, begin), dy(r, g, c.out, begin);
+    test_weights<W> w(storage, g.experts(), c.out, c.in, begin);
+    w.fill(r);
+    const fm::weight_view<const W> weights = w.view();
+    const auto old = [&](int64_t e, int64_t o, int64_t i) { return w(e, o, i); };
+    const std::vector<float> bias = support::normal_vector<float>(r, g.experts() * c.out);
+    const fm::gemm::portable gemm;
+    const auto inside = [&](int64_t width) { return [&g, width](int64_t i) { return g.expert_of(i / width) >= 0; }; };
+    {
+        const auto got = rows_outcome<Y>(ex, g, c.out, [&](auto y, const auto& epilogue, fm::arena& memory) {
+            gemm.forward(ex, g.view(), x.indexed(), weights, fm::matrix_view<const float>(bias.data(), g.experts(), c.out), y, epilogue, memory);
+        });
+        CHECK(got.complaint == "");
+        CHECK(first_wrong<float>(got.values, support::reference_forward(g, x.indexed_reference(), old, support::widened(bias), c.out, c.in),
+                                 c.in + 1, inside(c.out)) == "");
+    }
+    {
+        const auto got = rows_outcome<Y>(ex, g, c.in, [&](auto dx, const auto& epilogue, fm::arena& memory) {
+            gemm.dgrad(ex, g.view(), dy.plain(), weights, dx, epilogue, memory);
+        });
+        CHECK(got.complaint == "");
+        CHECK(first_wrong<float>(got.values, support::reference_dgrad(g, dy.plain_reference(), old, c.out, c.in), c.out + 1, inside(c.in)) == "");
+    }
+    const std::vector<float> before = support::normal_vector<float>(r, g.experts() * c.out * c.in);
+    for (const fm::write_mode mode : {fm::write_mode::overwrite, fm::write_mode::accumulate}) {
+        const bool adds = mode == fm::write_mode::accumulate;
+        const auto got = gradient_outcome<float>(ex, g, adds ? before : std::vector<float>{}, storage, c,
+                                                 [&](auto& e, const fm::weight_view<float>& dw, fm::arena& memory) {
+                                                     gemm.wgrad(e, g.view(), dy.indexed(), x.plain(), dw, mode, memory);
+                                                 });
+        const product expected = support::reference_wgrad(
+            g, dy.indexed_reference(), x.plain_reference(),
+            [&](int64_t e, int64_t o, int64_t i) { return adds ? static_cast<double>(before[(e * c.out + o) * c.in + i]) : 0.0; }, c.out, c.in);
+        int64_t depth = 2;
+        for (const int32_t n : c.counts) depth = std::max<int64_t>(depth, n + 2);
+        CHECK(first_wrong<float>(got, expected, depth, [](int64_t) { return true; }) == "");
+    }
+}
+
+} // namespace
+
+TEST_CASE_TEMPLATE("forward, dgrad and wgrad of blocks are their sums, for sizes around those of tiles", T, bfloat16, fm::half, float)
+{
+    FASTMOE_SEEDED(r, 41);
+    lane_blocks ex;
+    for (const shape& c : block_shapes(r)) check_products<T, T, T>(r, c, ex);
+    CHECK(ex.lines > 1000); // copied 16 bytes at a time, where memory allows it
+    CHECK((ex.products > 0) == (sizeof(T) == 2)); // tensor cores for 16 bits, and for nothing else
+    CHECK(ex.bank_conflicts == 0);
+}
+
+#if defined(FASTMOE_TEST_CUDA)
+TEST_CASE_TEMPLATE("the GPU does what the fibers do", T, bfloat16, fm::half, float)
+{
+    using Cell = support::cell<fm::cuda_executor, T>;
+    FASTMOE_EXECUTOR(ex, Cell);
+    FASTMOE_SEEDED(r, 41);
+    for (const shape& c : block_shapes(r)) check_products<T, T, T>(r, c, ex);
+    check_products<T, T, T>(r, {support::random_counts(r, 9, 700), 640, 512}, ex);
+}
+#endif
+
+TEST_CASE("operands of different types meet in float")
+{
+    FASTMOE_SEEDED(r, 42);
+    lane_blocks ex;
+    check_products<float, fm::half, bfloat16>(r, {{30, 0, 140}, 72, 48}, ex);
+    check_products<float, bfloat16, float>(r, {{30, 0, 140}, 72, 48}, ex);
+    CHECK(ex.products == 0);
+    check_products<bfloat16, float, float>(r, {{30, 0, 140}, 70, 50}, ex); // its wgrad is of two bfloat16
+}
+
+TEST_CASE("double is summed by the plain source")
+{
+    FASTMOE_SEEDED(r, 43);
+    lane_blocks ex;
+    const ragged g = ragged::of(r, {5, 9}, 2);
+    const test_rows<double> x(r, g, 6);
+    test_weights<double> w(weight_storage::stacked, 2, 7, 6);
+    w.fill(r);
+    const fm::weight_view<const double> weights = w.view();
+    const auto got = rows_outcome<double>(ex, g, 7, [&](auto y, const auto& epilogue, fm::arena& memory) {
+        fm::gemm::portable{}.forward(ex, g.view(), x.plain(), weights, fm::matrix_view<const double>{}, y, epilogue, memory);
+    });
+    CHECK(got.complaint == "");
+    const auto old = [&](int64_t e, int64_t o, int64_t i) { return w(e, o, i); };
+    CHECK(first_wrong<double>(got.values, support::reference_forward(g, x.plain_reference(), old, {}, 7, 6), 7,
+                              [&](int64_t i) { return g.expert_of(i / 7) >= 0; }) == "");
+}
+
+TEST_CASE("any number of blocks gives the same bits")
+{
+    FASTMOE_SEEDED(r, 44);
+    const ragged g = ragged::of(r, {130, 3, 0, 260, 50}, 3);
+    const int64_t in = 72, out = 1100; // more than a band of tiles
+    const test_rows<bfloat16> x(r, g, in, support::start::aligned);
+    test_weights<bfloat16> w(weight_storage::transposed, g.experts(), out, in, support::start::aligned);
+    w.fill(r);
+    const fm::weight_view<const bfloat16> weights = w.view();
+    const auto values = [&](int64_t blocks) {
+        lane_blocks ex(blocks);
+        const auto got = rows_outcome<float>(ex, g, out, [&](auto y, const auto& epilogue, fm::arena& memory) {
+            fm::gemm::portable{}.forward(ex, g.view(), x.plain(), weights, fm::matrix_view<const float>{}, y, epilogue, memory);
+        });
+        CHECK(got.complaint == "");
+        return got.values;
+    };
+    const auto one = values(1);
+    const auto old = [&](int64_t e, int64_t o, int64_t i) { return w(e, o, i); };
+    CHECK(first_wrong<float>(one, support::reference_forward(g, x.plain_reference(), old, {}, out, in), in + 1,
+                             [&](int64_t i) { return g.expert_of(i / out) >= 0; }) == "");
+    for (const int64_t blocks : {2, 7, 1000}) CHECK(support::same_bits(values(blocks), one));
+}
+
+TEST_CASE("a group that lies elsewhere is a fault of wgrad, and forward writes no row outside of S")
+{
+    FASTMOE_SEEDED(r, 45);
+    const ragged inside = ragged::of(r, {20, 30}, 0);
+    const test_rows<bfloat16> x(r, inside, 16), dy(r, inside, 24);
+    test_weights<bfloat16> w(weight_storage::stacked, 2, 24, 16);
+    w.fill(r);
+    const fm::weight_view<const bfloat16> weights = w.view();
+    std::vector<float> bias(48);
+    for (const int64_t wrong : {int64_t{-7}, inside.slots - 5, inside.slots + 5, INT64_MAX - 3, INT64_MIN}) {
+        CAPTURE(wrong);
+        lane_blocks ex;
+        ragged g = inside;
+        g.offsets[1] = wrong;
+        support::guarded<bfloat16> y(g.slots, 24, 1);
+        support::in_workspace(ex, [&](fm::arena& memory) {
+            fm::gemm::portable{}.forward(ex, g.view(), x.plain(), weights, fm::matrix_view<const float>(bias.data(), 2, 24), y.view(),
+                                         fm::no_epilogue{}, memory);
+        });
+        CHECK(y.damage() == "");
+        std::vector<float> dw(2 * 24 * 16);
+        CHECK_THROWS_WITH_AS(support::in_workspace(ex, [&](fm::arena& memory) {
+            fm::gemm::portable{}.wgrad(ex, g.view(), dy.plain(), x.plain(), fm::stacked(fm::tensor_view<float, 3>(dw.data(), 2, 24, 16)),
+                                       fm::write_mode::overwrite, memory);
+            ex.synchronize();
+        }), doctest::Contains("1"), fm::invalid_argument);
+    }
+}
