@@ -11,8 +11,6 @@ HOT = {
     "weigh_row_backward", "place_choices", "bucket_count", "bucket_rank", "check_choices", "count_up", "fill",
     "multiply_row_tiles", "multiply_gradient_tiles",
 }  # fmt: skip
-# Bytes that hot kernels may spill: what they spilled when this was written. Lower it when that is mended; never raise it.
-KNOWN = {("multiply_row", "sm_80"): 44}
 ENTRY = re.compile(
     r"Compiling entry function '(\w+)' for '(\w+)'.*?"
     r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
@@ -51,7 +49,7 @@ def main():
         print(f"{name:32} {arch:8} {row[0]:7} {row[1]:9} {row[2]:5} {row[3]:7}{'  hot' if name in HOT else ''}")
     wrong = [
         f"{name} spills {spilled} bytes for {arch}: {k}"
-        for name, k, arch, _, spilled, _ in kernels if name in HOT and not is_double(k) and spilled > KNOWN.get((name, arch), 0)
+        for name, k, arch, _, spilled, _ in kernels if name in HOT and not is_double(k) and spilled > 0
     ]
     wrong += [f"there is no kernel of {name}" for name in sorted(HOT) if not any(k[0] == name for k in kernels)]
     if wrong:
