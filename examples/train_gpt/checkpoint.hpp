@@ -200,7 +200,7 @@ private:
         const char* end = digits.data() + digits.size();
         Integer out{};
         const auto [stop, problem] = std::from_chars(digits.data(), end, out);
-        if (problem != std::errc{} || stop != end || out < Integer{})
+        if (problem != std::errc{} || stop != end || digits[0] == '-')
             refuse(std::string("__metadata__ '") + key + "' is no whole number");
         return out;
     }

@@ -114,9 +114,12 @@ int run_demo(Executor& ex, program_options o, const corpus& text, const Ranks& r
     std::printf("\n%s\n", load_bars(moe.load).c_str());
     std::printf("a sample of the MoE's text:\n----\n%s\n----\n\n", printable(moe.sample).c_str());
     std::printf("%-8s%18s%18s%18s%12s\n", "", "validation loss", "active params", "total params", "tokens/s");
-    for (const auto& [name, m] : {std::pair{"MoE", moe.report}, {"dense", dense.report}})
+    const auto line = [](const char* name, const model_report& m) {
         std::printf("%-8s%18.4f%18lld%18lld%12.0f\n", name, m.val_loss, static_cast<long long>(m.active_params),
                     static_cast<long long>(m.total_params), m.tokens_per_second);
+    };
+    line("MoE", moe.report);
+    line("dense", dense.report);
     std::printf("(nats per byte, on text that neither has seen; %lld tokens each, %.0f s in all)\n",
                 static_cast<long long>(summary.tokens), summary.seconds);
     std::printf("wrote %s, loss.svg and load.svg\n", at("summary.json").c_str());

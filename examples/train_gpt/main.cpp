@@ -47,6 +47,13 @@ int run_program(int argc, char** argv, const std::optional<launched>& place)
                     double(text.validation.size()) / 1e6);
     catch_signals();
     if (o.parallel.ranks > 1) return run_over_ranks(o, text, place);
+    if (o.on == device::cuda) {
+#if defined(TRAIN_GPT_CUDA)
+        return run_on_cuda(o, text);
+#else
+        fm::raise<fm::error>("--device cuda: this program was built without CUDA (FASTMOE_TRAIN_GPT_CUDA)");
+#endif
+    }
     fm::host_executor ex({.threads = o.threads});
     return o.config.type == dtype::float32 ? run_float32(ex, o, text) : run_bfloat16(ex, o, text);
 }

@@ -40,11 +40,14 @@ struct sample_options {
     std::uint64_t seed = 1;
 };
 
+enum class device { cpu, cuda };
+
 struct program_options {
     run_config config;
     loop_options loop;
     bool demo = false;
     int threads = 0;
+    device on = device::cpu;
     rank_options parallel;
     std::optional<saved_run> resume;
     std::optional<std::string> prompt;    ///< to be continued at the end
@@ -54,6 +57,10 @@ struct program_options {
 /// Trains, or runs the demo, with weights and activations of one type. @return the exit status
 int run_float32(fm::host_executor& ex, program_options& o, const corpus& text);
 int run_bfloat16(fm::host_executor& ex, program_options& o, const corpus& text);
+
+/// The same on the GPU that is current. There where the build has found nvcc and was asked for it.
+/// @throws error if there is no GPU
+int run_on_cuda(program_options& o, const corpus& text);
 
 /// The same as one rank of many. Collective over world.
 int run_team_float32(fm::host_executor& ex, program_options o, const corpus& text, const any_ranks& world);

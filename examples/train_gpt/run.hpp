@@ -1,14 +1,14 @@
 // SPDX-FileCopyrightText: The FastMoE authors
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-/// The program's body for one type, and the library's policy for its products: oneDNN where the build has found it.
+/// The program's body for one type and executor, and the library's policy for its products: oneDNN on the host where the
+/// build has found it.
 #pragma once
 
 #include <cstdio>
 
+#include <fastmoe/gemm/portable.hpp>
 #if defined(TRAIN_GPT_ONEDNN)
 #include <fastmoe/gemm/onednn.hpp>
-#else
-#include <fastmoe/gemm/portable.hpp>
 #endif
 
 #include "train_gpt/demo.hpp"
@@ -16,16 +16,18 @@
 namespace train_gpt {
 
 #if defined(TRAIN_GPT_ONEDNN)
-using products = fm::gemm::onednn;
+template <class Executor>
+using products = std::conditional_t<std::is_same_v<Executor, fm::host_executor>, fm::gemm::onednn, fm::gemm::portable>;
 #else
+template <class Executor>
 using products = fm::gemm::portable;
 #endif
 
 /// Trains one model, from the start or from a checkpoint.
-template <class T, class Ranks>
-int run_training(fm::host_executor& ex, program_options& o, const corpus& text, const Ranks& ranks)
+template <class T, class Executor, class Ranks>
+int run_training(Executor& ex, program_options& o, const corpus& text, const Ranks& ranks)
 {
-    trainer<T, fm::host_executor, products, Ranks> t(ex, o.config, text, ranks);
+    trainer<T, Executor, products<Executor>, Ranks> t(ex, o.config, text, ranks);
     introduce(t, o.config.dense ? "dense" : "MoE");
     if (o.resume) {
         t.load(*o.resume);
@@ -50,10 +52,10 @@ int run_training(fm::host_executor& ex, program_options& o, const corpus& text, 
 }
 
 /// @return the exit status
-template <class T, class Ranks>
-int run(fm::host_executor& ex, program_options& o, const corpus& text, const Ranks& ranks)
+template <class T, class Executor, class Ranks>
+int run(Executor& ex, program_options& o, const corpus& text, const Ranks& ranks)
 {
-    if (o.demo) return run_demo<T, products>(ex, o, text, ranks);
+    if (o.demo) return run_demo<T, products<Executor>>(ex, o, text, ranks);
     return o.config.dense ? run_training<T>(ex, o, text, ranks.without_experts()) : run_training<T>(ex, o, text, ranks);
 }
 

@@ -12,7 +12,11 @@
 
 #include <fastmoe/gemm/portable.hpp>
 
+#include <fastmoe/gemm/block_products.hpp>
+
 #include "support/executors.hpp"
+#include "support/fiber_blocks.hpp"
+#include "support/queued.hpp"
 #include "support/temporary_folder.hpp"
 #include "train_gpt/trainer.hpp"
 
@@ -40,20 +44,21 @@ void write_text(support::random& draw, const std::string& folder)
     }
 }
 
-template <class Executor>
-using trainer_on = trainer<double, Executor, fm::gemm::portable>;
+template <class Executor, class T = double>
+using trainer_on = trainer<T, Executor, fm::gemm::portable>;
 
-template <class Executor>
-std::vector<double> parameters_of(Executor& ex, trainer_on<Executor>& t)
+template <class Executor, class T>
+auto parameters_of(Executor& ex, trainer_on<Executor, T>& t)
 {
     return to_host(ex, t.model().parameters());
 }
 
-double distance(const std::vector<double>& a, const std::vector<double>& b)
+template <class Real>
+double distance(const std::vector<Real>& a, const std::vector<Real>& b)
 {
     REQUIRE(a.size() == b.size());
     double worst = 0;
-    for (std::size_t i = 0; i < a.size(); ++i) worst = std::max(worst, std::abs(a[i] - b[i]));
+    for (std::size_t i = 0; i < a.size(); ++i) worst = std::max(worst, std::abs(double(a[i]) - double(b[i])));
     return worst;
 }
 
@@ -70,8 +75,8 @@ TEST_CASE("six steps of a tiny model are the same on lanes as on the host, but f
     auto lanes = support::column<support::lanes>::make();
     trainer_on<fm::host_executor> one(host, config, text);
     trainer_on<support::lanes> other(lanes, config, text);
-    const auto start = parameters_of(host, one);
-    CHECK(parameters_of(lanes, other) == start);
+    const auto start = parameters_of<fm::host_executor, double>(host, one);
+    CHECK(parameters_of<support::lanes, double>(lanes, other) == start);
     for (int step = 0; step < 3; ++step) {
         const log_row here = one.step(), there = other.step();
         // Sums of at most a few hundred terms in double; AdamW divides by the root of squares, which makes a difference of
@@ -80,13 +85,41 @@ TEST_CASE("six steps of a tiny model are the same on lanes as on the host, but f
         CHECK(std::abs(here.gradient_norm - there.gradient_norm) < 1e-8);
         CHECK(here.balance == there.balance);
     }
-    CHECK(distance(parameters_of(host, one), start) > 1e-3);
-    CHECK(distance(parameters_of(host, one), parameters_of(lanes, other)) < 1e-7);
+    CHECK(distance(parameters_of<fm::host_executor, double>(host, one), start) > 1e-3);
+    CHECK(distance(parameters_of<fm::host_executor, double>(host, one), parameters_of<support::lanes, double>(lanes, other)) < 1e-7);
 
     other.save(folder / "checkpoint");
     one.load(saved_run(folder / "checkpoint"));
-    CHECK(parameters_of(host, one) == parameters_of(lanes, other));
+    CHECK(parameters_of<fm::host_executor, double>(host, one) == parameters_of<support::lanes, double>(lanes, other));
     while (!one.finished()) CHECK(std::abs(one.step().loss - other.step().loss) < 1e-9);
     CHECK(other.finished());
     CHECK(std::abs(one.validate(4).loss - other.validate(4).loss) < 1e-9);
+}
+
+TEST_CASE_TEMPLATE("a model is trained in memory that the host cannot touch, with the products of blocks", T, float, fm::bfloat16)
+{
+    using device = support::fiber_blocks<support::queued>;
+    FASTMOE_SEEDED(draw, 802);
+    const support::temporary_folder folder;
+    write_text(draw, folder.path());
+    const corpus text = read_corpus(folder.path(), 0);
+    const run_config config = tiny(folder.path());
+    auto host = support::column<fm::host_executor>::make();
+    device gpu;
+    trainer_on<fm::host_executor, T> one(host, config, text);
+    trainer_on<device, T> other(gpu, config, text);
+    const auto start = parameters_of<fm::host_executor, T>(host, one);
+    CHECK(distance(parameters_of<device, T>(gpu, other), start) == 0);
+    const double bound = sizeof(T) == 2 ? 0.03 : 1e-4;
+    for (int step = 0; step < 3; ++step) {
+        const log_row here = one.step(), there = other.step();
+        CHECK(std::abs(here.loss - there.loss) < bound);
+        CHECK(std::abs(here.gradient_norm - there.gradient_norm) < bound * here.gradient_norm + 1e-6);
+    }
+    CHECK(distance(parameters_of<fm::host_executor, T>(host, one), start) > 1e-3);
+    CHECK((gpu.products > 0) == (sizeof(T) == 2));
+    other.save(folder / "checkpoint");
+    one.load(saved_run(folder / "checkpoint"));
+    CHECK(distance(parameters_of<fm::host_executor, T>(host, one), parameters_of<device, T>(gpu, other)) == 0);
+    CHECK(std::abs(one.validate(4).loss - other.validate(4).loss) < bound);
 }
