@@ -1,5 +1,15 @@
 // SPDX-FileCopyrightText: The FastMoE authors
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// Whether the MPI that runs says that it sends from and receives into memory of CUDA devices. False where it cannot be asked.
+inline bool mpi_reaches_devices() noexcept
+{
+#if defined(MPIX_CUDA_AWARE_SUPPORT)
+    return MPIX_Query_cuda_support() == 1;
+#else
+    return false;
+#endif
+}
+
 /// One MPI communicator of our own, which all communicators that are split from it share, and polling under a deadline.
 /// Part of mpi.hpp.
 #pragma once
@@ -11,6 +21,9 @@
 #define MPICH_SKIP_MPICXX 1
 #endif
 #include <mpi.h>
+#if defined(OPEN_MPI) && __has_include(<mpi-ext.h>)
+#include <mpi-ext.h> // MPIX_Query_cuda_support
+#endif
 
 #include <atomic>
 #include <chrono>
