@@ -274,7 +274,7 @@ private:
         return vector_view<int64_t>(reinterpret_cast<int64_t*>(first), n * each);
     }
 
-    vector_view<const int64_t> one_each(const int64_t* n) const { return {n, table.ranks()}; }
+    vector_view<const int64_t> one_each(const int64_t* n) const { return vector_view<const int64_t>(n, table.ranks()); }
 
     template <class F, class Failed>
     void run(const F& f, const Failed& failed)
