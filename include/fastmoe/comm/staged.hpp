@@ -17,9 +17,9 @@
 
 namespace fastmoe::inline FASTMOE_ABI {
 
-/// Whether all_gather, all_to_all and all_to_all_v send and receive where the data lie, and stage nothing: if the
+/// Whether all_gather, all_to_all, all_to_all_v and broadcast send and receive where the data lie, and stage nothing: if the
 /// communicator says that it reaches devices (mpi asks the MPI library), always, which is for those who know better than the
-/// library, or never. All ranks must be able and willing, else all stage.
+/// library, or never. Sums are staged in any case. All ranks must be able and willing, else all stage.
 enum class direct_rows : std::uint8_t { if_reached, always, never };
 
 struct staged_options {
@@ -199,13 +199,15 @@ public:
     void broadcast(Executor& ex, vector_view<T> values, int root) const // (N)
     {
         if constexpr (has_readable_memory<Executor>) return inner().broadcast(ex, values, root);
+        const auto direct = [&](auto& on, const Inner& c) { c.broadcast(on, values, root); };
+        if (goes_directly(ex, direct)) return;
         const int64_t n = values.extent(0);
         const use here(*own_->memory, "broadcast");
         agree<T>(ex, verb::broadcast, n, root, [&] {
             expects_shape(values, "values (N)", n);
             expects(root >= 0 && root < size(), "root", root, "a rank: 0 to ", size() - 1);
         });
-        if (size() == 1) return;
+        if (size() == 1 || goes_directly(ex, direct)) return;
         own_->move([&](const Inner& c) {
             own_->template in_parts<T>(ex, n, 1, [&](int64_t first, int64_t count, T* stage) {
                 if (rank() == root) detail::queue_copy<T>(ex, values.data_handle() + first, count, stage);
