@@ -102,7 +102,7 @@ private:
     int64_t bytes_;
 };
 
-/// body(staged communicator, plain one) on each rank, with so many bytes of staging memory; then no less than those were used.
+/// body(staged communicator, plain one[, staging memory]) on each rank, with so many bytes of staging memory, and none beyond.
 template <class Body>
 void on_ranks(int ranks, int64_t bytes, const Body& body, milliseconds deadline = milliseconds(20000))
 {
@@ -111,7 +111,9 @@ void on_ranks(int ranks, int64_t bytes, const Body& body, milliseconds deadline 
         [&](const fm::threads& c) {
             const stage memory(bytes + 64);
             const staged_threads s(c, fm::slice(memory.view(), 0, bytes));
-            body(s, c);
+            if constexpr (std::is_invocable_v<Body, const staged_threads&, const fm::threads&, std::byte*>)
+                body(s, c, memory.view().data_handle());
+            else body(s, c);
             for (int64_t i = bytes; i < bytes + 64; ++i) CHECK(support::is_poison(memory.view()(i)));
         },
         {.deadline = deadline});
@@ -278,6 +280,34 @@ TEST_CASE("what crosses over is what other ranks get, once, by way of the stagin
         s.all_to_all(ex, fm::slice(three.view(), 0, 3 * 20), fm::slice(other.view(), 0, 3 * 20));
         // One within, and as many to and fro as the own block cuts the others into.
         CHECK_EQ(ex.seen.copies - copies, c.rank() == 1 ? 5 : 3);
+    });
+}
+
+TEST_CASE("when a collective returns, nothing that is queued will read or write the staging memory")
+{
+    on_ranks(3, 2000, [](const staged_threads& s, const fm::threads& c, std::byte* memory) {
+        queued ex;
+        const int64_t n = 300;
+        const auto own = support::upload(ex, support::values_of<int32_t>(c.rank(), 3 * n));
+        auto out = support::upload(ex, support::values_of<int32_t>(c.rank(), 3 * n));
+        const auto all = [&](auto collective, int64_t count, auto expected) {
+            collective();
+            std::memset(static_cast<void*>(memory), support::poison_byte, 2000);
+            support::is(ex, fm::slice(out.view(), 0, count), expected);
+        };
+        const auto value = [](int rank, int64_t i) { return support::value_of<int32_t>(rank, i); };
+        const auto sum = [&](int64_t i) { return value(0, i) + value(1, i) + value(2, i); };
+        all([&] { s.all_reduce(ex, fm::slice(out.view(), 0, n)); }, n, sum);
+        all([&] { s.reduce_scatter(ex, own.view(), fm::slice(out.view(), 0, n)); }, n,
+            [&](int64_t i) { return sum(c.rank() * n + i); });
+        all([&] { s.all_gather(ex, fm::slice(own.view(), 0, n), out.view()); }, 3 * n,
+            [&](int64_t i) { return value(static_cast<int>(i / n), i % n); });
+        all([&] { s.all_to_all(ex, own.view(), out.view()); }, 3 * n,
+            [&](int64_t i) { return value(static_cast<int>(i / n), c.rank() * n + i % n); });
+        auto mine = support::upload(ex, support::values_of<int32_t>(c.rank(), n));
+        s.broadcast(ex, mine.view(), 2);
+        std::memset(static_cast<void*>(memory), support::poison_byte, 2000);
+        support::is(ex, mine.view(), [&](int64_t i) { return value(2, i); });
     });
 }
 
