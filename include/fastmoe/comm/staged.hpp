@@ -37,7 +37,8 @@ struct staged_options {
 /// has for itself. Sums are Inner's, so the bits are those that Inner gives on the host, whatever the size of the memory.
 ///
 /// Nothing is allocated in a collective, beyond what Inner allocates. Before a collective each rank sends 88 bytes to each
-/// other; all_to_all_v shares as many once more. Where rows go directly this is left out from the second collective on.
+/// other; all_to_all_v shares as many once more. Where rows go directly this is left out from the second collective on,
+/// and errors are those of Inner.
 ///
 /// @throws comm_error from each collective, on all ranks, if ranks disagree about the collective, its element type, shape,
 ///         root or counts, or if one refuses its own arguments or its executor has recorded a fault (nothing is written then,
@@ -49,7 +50,7 @@ class staged {
 public:
     /// Staging memory is lent, for as long as there are copies or splits.
     /// @param staging  that the executor's copies and the host both reach, aligned to memory_alignment; at least
-    ///                 least_bytes() of the ranks, and best 1 MiB a rank or more. May differ between ranks      // (bytes)
+    ///                 least_bytes() of the ranks. The ranks' sizes may differ: the least one cuts the parts    // (bytes)
     /// @throws invalid_argument if it is too small or misaligned, or if rows are to go directly and Inner knows no such thing
     staged(Inner inner, vector_view<std::byte> staging, staged_options options = {})
         : staged(std::move(inner), options, [&](int ranks) { return std::make_shared<detail::staging_memory>(staging, ranks); })
@@ -182,7 +183,8 @@ public:
                 expects_shape(sent, "sent (N,D)", sent.extent(0), width);
                 expects_shape(received, "received (M,D)", received.extent(0), width);
                 detail::expects_counts_of_rows(sent_rows, "sent_rows (R)", size(), sent.extent(0), "sent (N,D)");
-                detail::expects_counts_of_rows(received_rows, "received_rows (R)", size(), received.extent(0), "received (M,D)");
+                detail::expects_counts_of_rows(received_rows, "received_rows (R)", size(), received.extent(0),
+                                               "received (M,D)");
             },
             sent_rows);
         if (goes_directly(ex, direct)) return;
