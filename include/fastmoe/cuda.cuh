@@ -1,7 +1,8 @@
 // SPDX-FileCopyrightText: The FastMoE authors
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-/// The umbrella for nvcc: all of moe.hpp, and the executor that runs it on a GPU.
+/// The umbrella for nvcc: all of moe.hpp, the executor that runs it on a GPU, and page-locked memory.
 #pragma once
 
 #include <fastmoe/cuda/cuda_executor.cuh>
+#include <fastmoe/cuda/pinned_memory.cuh>
 #include <fastmoe/moe.hpp>

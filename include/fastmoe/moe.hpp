@@ -4,6 +4,7 @@
 #pragma once
 
 #include <fastmoe/comm/hierarchical.hpp>
+#include <fastmoe/comm/staged.hpp>
 #include <fastmoe/comm/threads.hpp>
 #include <fastmoe/core/same_bits.hpp>
 #include <fastmoe/core/version.hpp>

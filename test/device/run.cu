@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The FastMoE authors
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// The quickstart on a GPU, held to the host: forward, backward and inference, eager and as a replayed graph, in three
-/// dtypes. Ends with 77, skipped, where there is no GPU; there it shows that an executor cannot be made, and says why.
+/// dtypes; and ranks whose messages are staged. Ends with 77, skipped, where there is no GPU; there it shows that an executor cannot be made, and says why.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -9,6 +9,8 @@
 #include <vector>
 
 #include <fastmoe/cuda.cuh>
+
+#include "staged_ranks.cuh"
 
 namespace fm = fastmoe;
 using fm::int64_t;
@@ -174,6 +176,8 @@ int main()
     compare<fm::bfloat16>(stream, "bfloat16", 4e-2);
     compare<fm::half>(stream, "float16", 5e-3);
     faults(stream);
+    check(staged_ranks::count_wrong_elements(int64_t{1} << 20) == 0, "staged ranks, in whole");
+    check(staged_ranks::count_wrong_elements(4096) == 0, "staged ranks, in parts");
     cudaStreamDestroy(stream);
     return wrong == 0 ? 0 : 1;
 }

@@ -29,6 +29,7 @@ TWINS = {
     "cuda_check": "exec",
     "cuda_memory": "exec",
     "cuda_block": "exec",
+    "pinned_memory": "exec",
     "cuda_team": "exec",
     "cuda_executor": "exec",
     "bucket": "ops",

@@ -72,7 +72,7 @@ void all_collectives(const C& c, Executor& ex, int64_t n)
     const auto own = upload(ex, values_of<T>(me, ranks * n));
     fm::buffer<T, Executor> out(ex, ranks * n);
     const auto fresh = [&](int64_t count) {
-        poison(out.view());
+        on_host(ex, [&] { poison(out.view()); });
         return fm::slice(out.view(), 0, count);
     };
     c.all_gather(ex, fm::slice(own.view(), 0, n), fresh(ranks * n));
@@ -131,11 +131,11 @@ void all_rows(const C& c, Executor& ex, random rng, int64_t width)
 
 /// Calls says(body, text) for each way in which three ranks can disagree: body(c, ex, a, b) is what a rank does, with 12 floats
 /// and 36; text is what every rank is to be told.
-template <class C, class Says>
+template <class C, class Executor = fm::host_executor, class Says>
 void disagreements(const Says& says)
 {
     using floats = std::vector<float>&;
-    using host = fm::host_executor;
+    using host = Executor;
     const auto head = [](std::vector<float>& v, int64_t n) { return fm::slice(fm::as_vector(v), 0, n); };
     says([&](auto& c, host& ex, floats a, floats) { c.all_reduce(ex, head(a, c.rank() == 2 ? 5 : 4)); },
          "all_reduce: values (N) of rank 2 is 5; expected 4, as on rank 0");

@@ -55,11 +55,21 @@ struct cell : column<Executor> {
     using type = T;
 };
 
+/// f() may touch the executor's memory, which only its own loops may touch otherwise.
+template <class Executor, class F>
+void on_host(Executor& ex, const F& f)
+{
+    if constexpr (requires { ex.touch(f); }) ex.touch(f);
+    else f();
+}
+
 template <class T, class Executor>
 fastmoe::buffer<T, Executor> upload(Executor& ex, const std::vector<T>& values)
 {
     fastmoe::buffer<T, Executor> out(ex, static_cast<int64_t>(values.size()));
-    if (!values.empty()) std::memcpy(static_cast<void*>(out.data()), values.data(), sizeof(T) * values.size());
+    on_host(ex, [&] {
+        if (!values.empty()) std::memcpy(static_cast<void*>(out.data()), values.data(), sizeof(T) * values.size());
+    });
     return out;
 }
 
@@ -67,7 +77,9 @@ template <class Executor, class T, class Shape>
 std::vector<std::remove_const_t<T>> download(Executor& ex, ::cuda::std::mdspan<T, Shape> view)
 {
     ex.synchronize();
-    return std::vector<std::remove_const_t<T>>(view.data_handle(), view.data_handle() + size_of(view));
+    std::vector<std::remove_const_t<T>> out;
+    on_host(ex, [&] { out.assign(view.data_handle(), view.data_handle() + size_of(view)); });
+    return out;
 }
 
 } // namespace support

@@ -40,7 +40,8 @@ struct mpi_options {
 /// One of R ranks. Copies are the same rank; when the last copy is gone, the rank has left, and others that wait for it
 /// throw. One call of a process at a time, from any thread if MPI was told MPI_THREAD_SERIALIZED or more.
 ///
-/// A collective begins and ends with ex.synchronize(). Sums run in rank order, so all ranks get the same bits, which are
+/// Data are in memory of the host; `staged` serves executors with other memory, and unstaged<Executor> hands MPI their
+/// pointers. A collective begins and ends with ex.synchronize(). Sums run in rank order, so all ranks get the same bits, which are
 /// those of `threads`; they keep up to 4 MB of staging memory, or 16 KB a rank. Every call is a rendezvous of all ranks.
 /// @throws comm_error from each collective, on all ranks, if ranks disagree about the collective, its element type, shape,
 ///         root or counts (nothing is written then, and the communicator can go on), if a rank has failed or left, or did
@@ -61,6 +62,8 @@ public:
 
     int rank() const noexcept { return own_->rank(); }
     int size() const noexcept { return own_->size(); }
+    /// Whether MPI says that it reaches memory of CUDA devices, so that collectives which do not add take unstaged<Executor>.
+    static bool reaches_devices() noexcept { return detail::mpi_reaches_devices(); }
 
     template <executor Executor, class T>
     void all_reduce(Executor& ex, vector_view<T> values) const // (N)

@@ -54,7 +54,7 @@ public:
     int64_t room(const post& mine) const noexcept
     {
         const int64_t room = message_bytes - payload_at(mine);
-        return room > 0 ? room : 0;
+        return room > 0 && !mine.on_device ? room : 0;
     }
 
     /// Tells all, hears all, and does the small moves. When it returns, all ranks have agreed.

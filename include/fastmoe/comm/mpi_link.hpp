@@ -11,6 +11,9 @@
 #define MPICH_SKIP_MPICXX 1
 #endif
 #include <mpi.h>
+#if defined(OPEN_MPI) && __has_include(<mpi-ext.h>)
+#include <mpi-ext.h> // MPIX_Query_cuda_support
+#endif
 
 #include <atomic>
 #include <chrono>
@@ -31,6 +34,16 @@ inline std::string mpi_text(int code)
     char text[MPI_MAX_ERROR_STRING] = {};
     int length = 0;
     return MPI_Error_string(code, text, &length) == MPI_SUCCESS ? text : "error " + std::to_string(code);
+}
+
+/// Whether the MPI that runs says that it sends from and receives into memory of CUDA devices. False where it cannot be asked.
+inline bool mpi_reaches_devices() noexcept
+{
+#if defined(MPIX_CUDA_AWARE_SUPPORT)
+    return MPIX_Query_cuda_support() == 1;
+#else
+    return false;
+#endif
 }
 
 /// The ranks of a caller's communicator, duplicated. A communicator of ours is a number here, which becomes the tags of its

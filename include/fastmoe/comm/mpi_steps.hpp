@@ -7,9 +7,11 @@
 #include <cstddef>
 #include <cstring>
 #include <memory>
+#include <string_view>
 #include <type_traits>
 #include <utility>
 
+#include <fastmoe/comm/device_memory.hpp>
 #include <fastmoe/comm/mpi_channel.hpp>
 #include <fastmoe/comm/rank_sums.hpp>
 #include <fastmoe/comm/self.hpp>
@@ -19,11 +21,25 @@
 namespace fastmoe::inline FASTMOE_ABI {
 
 /// Whether MPI can read and write the executor's memory where it lies. Specialize it for an executor whose memory is host
-/// memory though it is not readable_memory. What is in the memory of a device is not staged.
+/// memory though it is not readable_memory. What is in the memory of a device is for `staged`, or, if MPI reaches it, for
+/// unstaged<Executor>.
 template <class Executor>
 inline constexpr bool reached_by_mpi = has_readable_memory<Executor>;
 
 namespace detail {
+
+/// A collective whose data MPI moves between devices: none of them with the heads, which the host writes. It has a name of
+/// its own, so that a rank whose data are on the host disagrees.
+inline void keep_from_host(post& mine) noexcept
+{
+    mine.on_device = true;
+    static constexpr const char* names[][2] = {{"all_gather", "device gather"},
+                                               {"all_to_all", "device all2all"},
+                                               {"all_to_all_v", "device rows"},
+                                               {"broadcast", "device bcast"}};
+    for (const auto& [name, other] : names)
+        if (std::string_view(mine.verb) == name) mine.verb = other;
+}
 
 /// `total` elements in R shares, which differ where R does not divide.
 struct rank_shares {
@@ -99,16 +115,18 @@ public:
 
     /// Checks what is this rank's alone, meets the others, moves of(r) to and from every other rank r, and calls own().
     template <class T, class Executor, class Verify, class Move, class Own>
-    void move(Executor& ex, const post& mine, const Verify& verify, const Move& of, const Own& own) const
+    void move(Executor& ex, post mine, const Verify& verify, const Move& of, const Own& own) const
     {
+        if constexpr (is_unstaged<Executor>) keep_from_host(mine);
         run(
             ex, mine, verify, [&] { every(of); }, [&] { channel_->exchange(mine.verb, channel_->room(mine), own); });
     }
 
     /// The same, with several exchanges once all have met.
     template <class T, class Executor, class Verify, class Steps>
-    void in_steps(Executor& ex, const post& mine, const Verify& verify, const Steps& steps) const
+    void in_steps(Executor& ex, post mine, const Verify& verify, const Steps& steps) const
     {
+        if constexpr (is_unstaged<Executor>) keep_from_host(mine);
         run(
             ex, mine, verify, [&] { channel_->clear_moves(); }, steps);
     }
@@ -116,8 +134,8 @@ public:
     template <class Executor, class Verify, class Prepare, class Steps>
     void run(Executor& ex, const post& mine, const Verify& verify, const Prepare& prepare, const Steps& steps) const
     {
-        static_assert(reached_by_mpi<Executor>,
-                      "mpi moves host memory only: see reached_by_mpi<Executor> in comm/mpi_steps.hpp");
+        static_assert(reached_by_mpi<Executor> || is_unstaged<Executor>,
+                      "mpi moves host memory only: see comm/staged.hpp, and reached_by_mpi<Executor> in comm/mpi_steps.hpp");
         mpi_call here(*channel_, mine.verb);
         verify();
         ex.synchronize(); // what is sent has been written
@@ -132,7 +150,8 @@ public:
     static void copy(Executor& ex, const T* from, int64_t count, T* to)
     {
         if (from == to || count == 0) return;
-        if (count * element<T> <= large_bytes)
+        if constexpr (is_unstaged<Executor>) queue_copy<T>(ex, from, count, to);
+        else if (count * element<T> <= large_bytes)
             std::memcpy(to, from, static_cast<std::size_t>(count * element<T>));
         else
             for_each(ex, count, copy_elements<T>{from, to});
@@ -150,6 +169,7 @@ public:
     void add(Executor& ex, const T* staging, int64_t stride, const T* own, T* to, int64_t count) const
     {
         static_assert(!std::is_same_v<T, std::byte>, "bytes have no sum");
+        static_assert(!is_unstaged<Executor>, "mpi adds in host memory only: see comm/staged.hpp");
         const sum_stacked_blocks<T> f{staging, own, to, rank(), size(), stride, count};
         for_each_row(ex, (count + f.size - 1) / f.size, f,
                      {.width = f.size * size(), .scratch_bytes = f.scratch_bytes});

@@ -24,6 +24,7 @@ struct post {
     const int64_t* sent_rows = nullptr;    // (R)  host memory; of all_to_all_v
     const int64_t* received_rows = nullptr; // (R)
     int color = 0, key = 0;                ///< of split
+    bool on_device = false;                ///< the host can neither read what is sent nor write what is received
 };
 
 inline std::string posts_differ(const char* verb, const std::string& what, const std::string& is, const std::string& other)
