@@ -45,12 +45,12 @@ struct adding_gate : given_gate {
     using parameters = no_parameters<T>;
 
     template <class T>
-    parameters<T> reserve_parameters(arena&, int64_t) const
+    [[maybe_unused]] parameters<T> reserve_parameters(arena&, int64_t) const
     {
         return {};
     }
     template <class Executor, class T>
-    void initialize(Executor&, const parameters<T>&, std::uint64_t) const
+    [[maybe_unused]] void initialize(Executor&, const parameters<T>&, std::uint64_t) const
     {
     }
     template <class Executor, class T, class C, class State>
@@ -64,13 +64,15 @@ struct adding_gate : given_gate {
     {
         given_gate::backward(ex, in, c, state, dweights, scale, out, scratch);
         if (scratch.measuring()) return;
+        ex.synchronize(); // dx is added to here and now
         for (int64_t i = 0; i < dx.extent(0) * dx.extent(1); ++i) {
             T& to = dx.data_handle()[i];
             to = T(Real(to) + static_cast<Real>(part[i]));
         }
     }
     template <class Executor, class T, class State, class G>
-    void parameter_gradients(Executor&, const gate_input<T>&, const State&, const parameters<G>&, write_mode, arena&) const
+    [[maybe_unused]] void parameter_gradients(Executor&, const gate_input<T>&, const State&, const parameters<G>&, write_mode,
+                                              arena&) const
     {
     }
 };
