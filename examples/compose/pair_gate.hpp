@@ -4,6 +4,7 @@
 /// with weights w = sigmoid(l_a - l_b) and 1 - w. It fits into a moe_layer as well.
 #pragma once
 
+#include <fastmoe/core/math.hpp>
 #include <fastmoe/routing/gate.hpp>
 
 namespace compose {

@@ -45,12 +45,12 @@ struct adding_gate : given_gate {
     using parameters = no_parameters<T>;
 
     template <class T>
-    [[maybe_unused]] parameters<T> reserve_parameters(arena&, int64_t) const
+    parameters<T> reserve_parameters(arena&, int64_t) const
     {
         return {};
     }
     template <class Executor, class T>
-    [[maybe_unused]] void initialize(Executor&, const parameters<T>&, std::uint64_t) const
+    void initialize(Executor&, const parameters<T>&, std::uint64_t) const
     {
     }
     template <class Executor, class T, class C, class State>
@@ -71,8 +71,7 @@ struct adding_gate : given_gate {
         }
     }
     template <class Executor, class T, class State, class G>
-    [[maybe_unused]] void parameter_gradients(Executor&, const gate_input<T>&, const State&, const parameters<G>&, write_mode,
-                                              arena&) const
+    void parameter_gradients(Executor&, const gate_input<T>&, const State&, const parameters<G>&, write_mode, arena&) const
     {
     }
 };
