@@ -127,21 +127,13 @@ double difference(const std::vector<float>& found, const std::vector<float>& exp
     return most;
 }
 
-} // namespace
-
-int main()
+/// Returns how many replays were wrong.
+int compose_on(cudaStream_t stream)
 {
-    int devices = 0;
-    if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-        std::printf("skipped: no GPU\n");
-        return 77;
-    }
     const std::size_t size = static_cast<std::size_t>(shape.elements()) * sizeof(float);
 
     // [engine]
     // What the engine has anyway: a stream, memory, kernels.
-    cudaStream_t stream = nullptr;
-    CHECK(cudaStreamCreate(&stream));
     float *in = nullptr, *out = nullptr;
     CHECK(cudaMalloc(&in, size));
     CHECK(cudaMalloc(&out, size));
@@ -159,15 +151,17 @@ int main()
         CHECK(cudaGetLastError());                   // of the engine's own launches
     };
 
-    // Captured once. Counts, offsets and routing stay on the device, so the graph is right for any tokens.
+    // Tokens come in; what a step does not write shows as NaN.
     const auto begin = [&](int seed) {
-        CHECK(cudaMemsetAsync(out, 0xff, size, stream)); // NaN: what is not written shows
+        CHECK(cudaMemsetAsync(out, 0xff, size, stream));
         CHECK(cudaMemsetAsync(workspace, 0xff, static_cast<std::size_t>(bytes), stream));
         CHECK(cudaMemcpy(in, draw(seed).data(), size, cudaMemcpyHostToDevice));
     };
     begin(0);
     step();
-    ex.synchronize(); // throws what the work has found, such as an expert out of range
+    ex.synchronize(); // waits, and throws what the work has found, such as an expert out of range
+
+    // Captured once. Counts, offsets and routing stay on the device, so the graph is right for other tokens.
     cudaGraph_t graph = nullptr;
     cudaGraphExec_t program = nullptr;
     CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
@@ -206,5 +200,21 @@ int main()
     CHECK(cudaFree(workspace));
     CHECK(cudaFree(out));
     CHECK(cudaFree(in));
-    return wrong == 0 ? 0 : 1; // the stream outlives the executor
+    return wrong;
+}
+
+} // namespace
+
+int main()
+{
+    int devices = 0;
+    if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
+        std::printf("skipped: no GPU\n");
+        return 77;
+    }
+    cudaStream_t stream = nullptr;
+    CHECK(cudaStreamCreate(&stream));
+    const int wrong = compose_on(stream);
+    CHECK(cudaStreamDestroy(stream)); // it outlives the executor
+    return wrong == 0 ? 0 : 1;
 }
