@@ -5,21 +5,23 @@
     <!-- examples/file.cpp [tag] -->
     ```cpp
 
-must equal what stands in that file between two lines `// [tag]`. With --write the blocks are filled in.
+must equal what stands in that file between two lines `// [tag]`, but for its indentation. A block of cmake lies between two
+lines `# [tag]`. With --write the blocks are filled in.
 """
 import pathlib
 import re
 import sys
+import textwrap
 
 root = pathlib.Path(__file__).resolve().parents[2]
-block = re.compile(r"<!-- (\S+) \[(\w+)\] -->\n```cpp\n(.*?)```\n", re.S)
+block = re.compile(r"<!-- (\S+) \[(\w+)\] -->\n```(cpp|cmake)\n(.*?)```\n", re.S)
 
 
 def cut(name, tag):
-    parts = re.split(rf"^// \[{tag}\]\n", (root / name).read_text(), flags=re.M)
+    parts = re.split(rf"^ *(?://|#) \[{tag}\]\n", (root / name).read_text(), flags=re.M)
     if len(parts) != 3:
-        sys.exit(f"{name}: expected two lines `// [{tag}]`, found {len(parts) - 1}")
-    return parts[1].strip("\n") + "\n"
+        sys.exit(f"{name}: expected two lines `[{tag}]`, found {len(parts) - 1}")
+    return textwrap.dedent(parts[1]).strip("\n") + "\n"
 
 
 def main():
@@ -31,12 +33,12 @@ def main():
             nonlocal checked
             checked += 1
             code = cut(found[1], found[2])
-            if code != found[3]:
+            if code != found[4]:
                 wrong.append(f"{document.name}: {found[1]} [{found[2]}]")
-            return f"<!-- {found[1]} [{found[2]}] -->\n```cpp\n{code}```\n"
+            return f"<!-- {found[1]} [{found[2]}] -->\n```{found[3]}\n{code}```\n"
 
         filled = block.sub(fill, text)
-        if len(re.findall(r"```cpp", text)) != len(block.findall(text)):
+        if len(re.findall(r"```(?:cpp|cmake)", text)) != len(block.findall(text)):
             wrong.append(f"{document.name}: a block of code that names no file")
         if write:
             document.write_text(filled)

@@ -64,6 +64,7 @@ struct adding_gate : given_gate {
     {
         given_gate::backward(ex, in, c, state, dweights, scale, out, scratch);
         if (scratch.measuring()) return;
+        ex.synchronize(); // dx is added to here and now
         for (int64_t i = 0; i < dx.extent(0) * dx.extent(1); ++i) {
             T& to = dx.data_handle()[i];
             to = T(Real(to) + static_cast<Real>(part[i]));

@@ -371,7 +371,7 @@ struct biased_sigmoid {
         const Real* logits;
         const double* bias;
         Real peak;
-        FASTMOE_HOST_DEVICE bool empty() const noexcept { return peak == -std::numeric_limits<Real>::infinity(); }
+        FASTMOE_HOST_DEVICE bool empty() const noexcept { return peak == -fm::detail::infinity<Real>; }
         FASTMOE_HOST_DEVICE Real value(Real l) const noexcept { return l == l ? fm::math::sigmoid(l) : Real(0); }
         FASTMOE_HOST_DEVICE Real selection(int64_t e) const noexcept { return fm::math::sigmoid(logits[e]) + Real(bias[e]); }
         FASTMOE_HOST_DEVICE Real slope(Real, Real v) const noexcept { return v * (Real(1) - v); }
