@@ -4,7 +4,6 @@
 #pragma once
 
 #include <fastmoe/comm/hierarchical.hpp>
-#include <fastmoe/comm/staged.hpp>
 #include <fastmoe/comm/threads.hpp>
 #include <fastmoe/core/same_bits.hpp>
 #include <fastmoe/core/version.hpp>
@@ -23,10 +22,6 @@
 #include <fastmoe/models/llama4.hpp>
 #include <fastmoe/models/phimoe.hpp>
 #include <fastmoe/models/softmax_models.hpp>
-#include <fastmoe/parallel/broadcast_parameters.hpp>
-#include <fastmoe/parallel/gradient_norm.hpp>
-#include <fastmoe/parallel/gradients.hpp>
-#include <fastmoe/parallel/gradients.hpp>
 #include <fastmoe/parallel/broadcast_parameters.hpp>
 #include <fastmoe/parallel/gradient_norm.hpp>
 #include <fastmoe/parallel/gradients.hpp>
