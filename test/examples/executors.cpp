@@ -62,6 +62,18 @@ double distance(const std::vector<Real>& a, const std::vector<Real>& b)
     return worst;
 }
 
+/// The tests' queue with blocks, and with copies as CUDA has them.
+struct device : support::fiber_blocks<support::queued> {
+    struct bytes {
+        void* to;
+        const void* from;
+        int64_t n;
+        void operator()(int64_t) const { std::memcpy(to, from, static_cast<std::size_t>(n)); }
+    };
+    void copy(void* to, const void* from, int64_t n) { for_each(1, bytes{to, from, n}); }
+};
+static_assert(copies_both_ways<device>);
+
 } // namespace
 
 TEST_CASE("six steps of a tiny model are the same on lanes as on the host, but for the order of sums")
@@ -98,7 +110,6 @@ TEST_CASE("six steps of a tiny model are the same on lanes as on the host, but f
 
 TEST_CASE_TEMPLATE("a model is trained in memory that the host cannot touch, with the products of blocks", T, float, fm::bfloat16)
 {
-    using device = support::fiber_blocks<support::queued>;
     FASTMOE_SEEDED(draw, 802);
     const support::temporary_folder folder;
     write_text(draw, folder.path());

@@ -147,8 +147,27 @@ void draw(support::random& r, int rounds)
 
 } // namespace compare_mlp
 
+#if defined(FASTMOE_TEST_CUDA)
+#define FASTMOE_MLP_TEST_ON_CUDA(name, policy)                                                                        \
+    TEST_CASE_TEMPLATE("an mlp with " name ", alone and in a layer, gives the oracle's values and gradients on the GPU", T, FASTMOE_DTYPES) \
+    {                                                                                                                 \
+        using Cell = ::support::cell<::fastmoe::cuda_executor, T>;                                                    \
+        if (!Cell::available()) FASTMOE_SKIP("no device for ", Cell::name);                                           \
+        FASTMOE_SEEDED(r, 34);                                                                                        \
+        ::compare_mlp::enumerate<Cell, policy>(r, 30);                                                                \
+        ::compare_mlp::draw<Cell, policy>(r, 10);                                                                     \
+        const ::fastmoe::top_k_gate<::fastmoe::softmax_score, ::fastmoe::top_k, ::fastmoe::raw_scores> gate{.experts = 4, .k = 2}; \
+        ::compare_mlp::for_every_kind<policy>(17, 24, [&](const auto& expert) {                                       \
+            ::compare_layer::check(::compare_layer::run<Cell>(r, gate, expert, {.tokens = 25}));                      \
+        });                                                                                                           \
+    }
+#else
+#define FASTMOE_MLP_TEST_ON_CUDA(name, policy)
+#endif
+
 /// The tests of one activation: alone on the host in every dtype and on lanes in one, and inside of a layer.
 #define FASTMOE_MLP_TEST(name, policy)                                                                                \
+    FASTMOE_MLP_TEST_ON_CUDA(name, policy)                                                                            \
     TEST_CASE_TEMPLATE("an mlp with " name " gives the oracle's values and gradients, whatever its options", T, FASTMOE_DTYPES) \
     {                                                                                                                 \
         FASTMOE_SEEDED(r, 31);                                                                                        \

@@ -17,7 +17,12 @@ public:
     {
         return managed_heap().take(static_cast<std::size_t>(bytes), fastmoe::memory_alignment);
     }
-    void deallocate(void* memory, std::int64_t) noexcept override { managed_heap().give(memory); }
+    /// Waits: the heap may lend the block to the host next.
+    void deallocate(void* memory, std::int64_t) noexcept override
+    {
+        (void)cudaDeviceSynchronize();
+        managed_heap().give(memory);
+    }
 };
 
 struct cuda_column {

@@ -92,18 +92,6 @@ public:
         queue_.clear();
         touch([&] { std::memcpy(to, from, static_cast<std::size_t>(bytes)); });
     }
-    /// Queues a copy. Host memory is read now, as of memory that is not pinned.
-    void copy(void* to, const void* from, int64_t bytes)
-    {
-        for (const block& b : blocks_)
-            if (from >= b.memory && from < static_cast<char*>(b.memory) + b.bytes) {
-                queue_.push_back([to, from, bytes] { std::memcpy(to, from, static_cast<std::size_t>(bytes)); });
-                return;
-            }
-        refuse_in_capture("copy of memory of the host");
-        const auto* first = static_cast<const std::byte*>(from);
-        queue_.push_back([to, values = std::vector<std::byte>(first, first + bytes)] { std::memcpy(to, values.data(), values.size()); });
-    }
     /// f() may touch the memory.
     template <class F>
     void touch(const F& f)
