@@ -148,8 +148,8 @@ void draw(support::random& r, int rounds)
 } // namespace compare_mlp
 
 #if defined(FASTMOE_TEST_CUDA)
-#define FASTMOE_MLP_TEST_ON_CUDA(name, policy)                                                                        \
-    TEST_CASE_TEMPLATE("an mlp with " name ", alone and in a layer, gives the oracle's values and gradients on the GPU", T, FASTMOE_DTYPES) \
+#define FASTMOE_MLP_TEST_ON_CUDA(label, policy)                                                                       \
+    TEST_CASE_TEMPLATE("an mlp with " label ", alone and in a layer, gives the oracle's values and gradients on the GPU", T, FASTMOE_DTYPES) \
     {                                                                                                                 \
         using Cell = ::support::cell<::fastmoe::cuda_executor, T>;                                                    \
         if (!Cell::available()) FASTMOE_SKIP("no device for ", Cell::name);                                           \
@@ -162,12 +162,12 @@ void draw(support::random& r, int rounds)
         });                                                                                                           \
     }
 #else
-#define FASTMOE_MLP_TEST_ON_CUDA(name, policy)
+#define FASTMOE_MLP_TEST_ON_CUDA(label, policy)
 #endif
 
 /// The tests of one activation: alone on the host in every dtype and on lanes in one, and inside of a layer.
 #define FASTMOE_MLP_TEST(name, policy)                                                                                \
-    FASTMOE_MLP_TEST_ON_CUDA(name, policy)                                                                            \
+    FASTMOE_MLP_TEST_ON_CUDA(name, policy)                                                                           \
     TEST_CASE_TEMPLATE("an mlp with " name " gives the oracle's values and gradients, whatever its options", T, FASTMOE_DTYPES) \
     {                                                                                                                 \
         FASTMOE_SEEDED(r, 31);                                                                                        \
