@@ -66,8 +66,8 @@ FASTMOE_HOST_DEVICE void store_pair(T* to, T first, T second)
 template <lie how_w, class Rows, class W, class B, class Y>
 struct multiply_row_tiles {
     using X = portable::row_element_t<Rows>;
-    using E = staged_t<X, W>;
-    static constexpr int resident = arithmetic<E>::resident;
+    using Element = staged_t<X, W>;
+    static constexpr int resident = arithmetic<Element>::resident;
     row_groups groups;
     Rows x;                            // (S,K)
     weight_view<const W> w;            // (E,N,K)
@@ -100,17 +100,18 @@ private:
         const row_range group = row_range::of(groups, e);
         const int64_t above = (number - before(e)) * tile_rows;
         const int64_t first = group.first + above, count = group.count - above, columns = w.out - column;
-        const deep_operand<E, X> a(block.thread(), w.in, [&](int r) { return r < count ? x.row(first + r) : nullptr; });
+        const deep_operand<Element, X> a(block.thread(), w.in,
+                                         [&](int r) { return r < count ? x.row(first + r) : nullptr; });
         sums c;
         const W* matrix = w.base(e);
         if constexpr (how_w == lie::deep) {
-            const deep_operand<E, W> b(block.thread(), w.in, [&](int n) {
+            const deep_operand<Element, W> b(block.thread(), w.in, [&](int n) {
                 return n < columns ? matrix + (column + n) * w.row_stride : nullptr;
             });
-            sum_tile<E>(block, a, b, w.in, c);
+            sum_tile<Element>(block, a, b, w.in, c);
         } else {
             const auto line = [from = matrix + column, step = w.col_stride](int64_t k) { return from + k * step; };
-            sum_tile<E>(block, a, wide_operand<E, W, decltype(line)>{line, w.in, columns}, w.in, c);
+            sum_tile<Element>(block, a, wide_operand<Element, W, decltype(line)>{line, w.in, columns}, w.in, c);
         }
         store(block.thread(), e, first, count, column, columns, c);
     }
@@ -128,11 +129,11 @@ private:
                 Y* to = y.data_handle() + (first + r) * w.out + column;
                 FASTMOE_UNROLL
                 for (int j = 0; j < 4; ++j) {
-                    const int n0 = arithmetic<E>::sum_column(thread, j, v), n1 = arithmetic<E>::sum_column(thread, j, v + 1);
+                    const int n0 = arithmetic<Element>::sum_column(thread, j, v), n1 = arithmetic<Element>::sum_column(thread, j, v + 1);
                     const auto value = [&](int n, int u) {
                         return static_cast<Y>(c.of[i][j][u] + (plus ? static_cast<float>(plus[n]) : 0.0f));
                     };
-                    if (arithmetic<E>::pairs && n1 < columns) {
+                    if (arithmetic<Element>::pairs && n1 < columns) {
                         store_pair(to + n0, value(n0, v), value(n1, v + 1));
                     } else {
                         if (n0 < columns) to[n0] = value(n0, v);
@@ -146,10 +147,10 @@ private:
 /// dW[e] (+)= dY_e^T X_e: blocks take tiles of 128 by 128 of one expert, over all of its rows.
 template <class DyRows, class XRows, class G>
 struct multiply_gradient_tiles {
-    using D = portable::row_element_t<DyRows>;
+    using Dy = portable::row_element_t<DyRows>;
     using X = portable::row_element_t<XRows>;
-    using E = staged_t<D, X>;
-    static constexpr int resident = arithmetic<E>::resident;
+    using Element = staged_t<Dy, X>;
+    static constexpr int resident = arithmetic<Element>::resident;
     row_groups groups;
     DyRows dy;         // (S,O)
     XRows x;           // (S,I)
@@ -180,7 +181,7 @@ private:
         const int64_t first = groups.offsets(e), count = groups.counts(e);
         if (count == 0 && mode == write_mode::accumulate) return;
         const auto down = [&](int64_t s) {
-            const D* row = dy.row(first + s);
+            const Dy* row = dy.row(first + s);
             return row ? row + o : nullptr;
         };
         const auto across = [&](int64_t s) {
@@ -188,8 +189,8 @@ private:
             return row ? row + i : nullptr;
         };
         sums c;
-        sum_tile<E>(block, wide_operand<E, D, decltype(down)>{down, count, dw.out - o},
-                    wide_operand<E, X, decltype(across)>{across, count, dw.in - i}, count, c);
+        sum_tile<Element>(block, wide_operand<Element, Dy, decltype(down)>{down, count, dw.out - o},
+                    wide_operand<Element, X, decltype(across)>{across, count, dw.in - i}, count, c);
         store(block.thread(), dw.base(e) + o * dw.row_stride + i * dw.col_stride, dw.out - o, dw.in - i, c);
     }
 
@@ -201,7 +202,7 @@ private:
             for (int j = 0; j < 4; ++j)
                 FASTMOE_UNROLL
                 for (int v = 0; v < 4; ++v) {
-                    const int r = sum_row(thread, i, v), n = arithmetic<E>::sum_column(thread, j, v);
+                    const int r = sum_row(thread, i, v), n = arithmetic<Element>::sum_column(thread, j, v);
                     if (r >= rows || n >= columns) continue;
                     G& at = to[r * dw.row_stride + n * dw.col_stride];
                     using Sum = wider_t<float, G>;

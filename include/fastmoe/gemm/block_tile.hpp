@@ -28,36 +28,37 @@ inline constexpr int shared_bytes = stages * stage_bytes;
 enum class lie { deep, wide };
 
 /// Depth steps of a stage.
-template <class E>
-inline constexpr int stage_depth = deep_bytes / static_cast<int>(sizeof(E));
-template <class E>
-inline constexpr int chunk_elements = chunk_bytes / static_cast<int>(sizeof(E));
+template <class Element>
+inline constexpr int stage_depth = deep_bytes / static_cast<int>(sizeof(Element));
+template <class Element>
+inline constexpr int chunk_elements = chunk_bytes / static_cast<int>(sizeof(Element));
 
 /// Where chunk c of line l begins.
-template <class E, lie how>
+template <class Element, lie how>
 FASTMOE_HOST_DEVICE constexpr int chunk_at(int line, int c) noexcept
 {
     if constexpr (how == lie::deep) return line * deep_bytes + ((c ^ ((line >> 1) & 3)) * chunk_bytes);
-    else return line * (tile_rows * static_cast<int>(sizeof(E))) + ((c ^ (line & 7)) * chunk_bytes);
+    else return line * (tile_rows * static_cast<int>(sizeof(Element))) + ((c ^ (line & 7)) * chunk_bytes);
 }
 
 /// Elements [at, at + 16 bytes) of a line in memory, zeros from `end` on and where there is no line. Asynchronous where the
 /// elements are E and lie on 16 bytes; else at once, each converted.
-template <class E, thread_block Block, class T>
+template <class Element, thread_block Block, class T>
 FASTMOE_HOST_DEVICE void bring_chunk(Block& block, std::byte* to, const T* line, int64_t at, int64_t end)
 {
-    constexpr int n = chunk_elements<E>;
-    if constexpr (std::is_same_v<E, T>)
+    constexpr int n = chunk_elements<Element>;
+    if constexpr (std::is_same_v<Element, T>)
         if (line && at + n <= end && reinterpret_cast<std::uintptr_t>(line + at) % chunk_bytes == 0)
             return block.copy_line(to, line + at);
-    alignas(chunk_bytes) E values[n];
+    alignas(chunk_bytes) Element values[n];
     FASTMOE_UNROLL
-    for (int i = 0; i < n; ++i) values[i] = line && at + i < end ? static_cast<E>(static_cast<float>(line[at + i])) : static_cast<E>(0.0f);
+    for (int i = 0; i < n; ++i)
+        values[i] = static_cast<Element>(line && at + i < end ? static_cast<float>(line[at + i]) : 0.0f);
     std::memcpy(__builtin_assume_aligned(to, chunk_bytes), values, chunk_bytes);
 }
 
 /// Brings stages of an operand whose lines are rows: a thread has the same part of the same two rows in each stage.
-template <class E, class T>
+template <class Element, class T>
 struct deep_operand {
     static constexpr lie how = lie::deep;
     const T* lines[2]; // null: zeros
@@ -72,15 +73,15 @@ struct deep_operand {
     FASTMOE_HOST_DEVICE void bring(Block& block, std::byte* to, int64_t first) const
     {
         const int c = block.thread() % 4, r = block.thread() / 4;
-        const int64_t at = first + c * chunk_elements<E>;
+        const int64_t at = first + c * chunk_elements<Element>;
         FASTMOE_UNROLL
         for (int half = 0; half < 2; ++half)
-            bring_chunk<E>(block, to + chunk_at<E, how>(64 * half + r, c), lines[half], at, depth);
+            bring_chunk<Element>(block, to + chunk_at<Element, how>(64 * half + r, c), lines[half], at, depth);
     }
 };
 
 /// The same where lines are depth steps. line(k): step k, at the first row of the tile; null for zeros.
-template <class E, class T, class Line>
+template <class Element, class T, class Line>
 struct wide_operand {
     static constexpr lie how = lie::wide;
     Line line;
@@ -89,11 +90,11 @@ struct wide_operand {
     template <thread_block Block>
     FASTMOE_HOST_DEVICE void bring(Block& block, std::byte* to, int64_t first) const
     {
-        constexpr int chunks = tile_rows / chunk_elements<E>, step = block_threads / chunks;
+        constexpr int chunks = tile_rows / chunk_elements<Element>, step = block_threads / chunks;
         const int c = block.thread() % chunks;
-        for (int k = block.thread() / chunks; k < stage_depth<E>; k += step) {
+        for (int k = block.thread() / chunks; k < stage_depth<Element>; k += step) {
             const T* from = first + k < depth ? line(first + k) : nullptr;
-            bring_chunk<E>(block, to + chunk_at<E, how>(k, c), from, c * chunk_elements<E>, rows);
+            bring_chunk<Element>(block, to + chunk_at<Element, how>(k, c), from, c * chunk_elements<Element>, rows);
         }
     }
 };
@@ -111,7 +112,7 @@ FASTMOE_HOST_DEVICE constexpr int sum_row(int thread, int i, int v) noexcept
 }
 
 /// bfloat16 and half: tensor cores.
-template <class E>
+template <class Element>
 struct arithmetic {
     static FASTMOE_HOST_DEVICE constexpr int sum_column(int thread, int j, int v) noexcept
     {
@@ -126,21 +127,21 @@ struct arithmetic {
         const int lane = block.thread() % warp_threads, low = lane % 8, middle = lane / 8 % 2, high = lane / 16;
         const int m = warp_row(block.thread()), n = warp_column(block.thread());
         FASTMOE_KEEP_LOOP
-        for (int k = 0; k < stage_depth<E>; k += 16) {
+        for (int k = 0; k < stage_depth<Element>; k += 16) {
             std::uint32_t columns[2][4]; // of B: two blocks of 8 columns, each over 16 depth steps
             FASTMOE_UNROLL
             for (int j = 0; j < 2; ++j) {
-                if constexpr (how_b == lie::deep) block.load(columns[j], b + chunk_at<E, how_b>(n + 16 * j + low + 8 * high, k / 8 + middle));
-                else block.load_transposed(columns[j], b + chunk_at<E, how_b>(k + low + 8 * middle, (n + 16 * j) / 8 + high));
+                if constexpr (how_b == lie::deep) block.load(columns[j], b + chunk_at<Element, how_b>(n + 16 * j + low + 8 * high, k / 8 + middle));
+                else block.load_transposed(columns[j], b + chunk_at<Element, how_b>(k + low + 8 * middle, (n + 16 * j) / 8 + high));
             }
             FASTMOE_UNROLL
             for (int i = 0; i < 4; ++i) {
                 std::uint32_t rows[4];
-                if constexpr (how_a == lie::deep) block.load(rows, a + chunk_at<E, how_a>(m + 16 * i + low + 8 * middle, k / 8 + high));
-                else block.load_transposed(rows, a + chunk_at<E, how_a>(k + low + 8 * high, (m + 16 * i) / 8 + middle));
+                if constexpr (how_a == lie::deep) block.load(rows, a + chunk_at<Element, how_a>(m + 16 * i + low + 8 * middle, k / 8 + high));
+                else block.load_transposed(rows, a + chunk_at<Element, how_a>(k + low + 8 * high, (m + 16 * i) / 8 + middle));
                 FASTMOE_UNROLL
                 for (int j = 0; j < 4; ++j)
-                    block.template multiply<E>(c.of[i][j], rows, columns[j / 2][2 * (j % 2)], columns[j / 2][2 * (j % 2) + 1]);
+                    block.template multiply<Element>(c.of[i][j], rows, columns[j / 2][2 * (j % 2)], columns[j / 2][2 * (j % 2) + 1]);
             }
         }
     }
@@ -194,14 +195,14 @@ private:
 };
 
 /// Adds all stages to c. Copies of two stages are under way while one is summed; shared memory is free at the end.
-template <class E, thread_block Block, class A, class B>
+template <class Element, thread_block Block, class A, class B>
 FASTMOE_HOST_DEVICE void sum_tile(Block& block, const A& a, const B& b, int64_t depth, sums& c)
 {
-    const int steps = static_cast<int>((depth + stage_depth<E> - 1) / stage_depth<E>);
+    const int steps = static_cast<int>((depth + stage_depth<Element> - 1) / stage_depth<Element>);
     const auto stage = [&block](int s) { return block.shared() + s % stages * stage_bytes; };
     const auto bring = [&](int s) {
         if (s < steps) {
-            const int64_t first = int64_t{s} * stage_depth<E>;
+            const int64_t first = int64_t{s} * stage_depth<Element>;
             a.bring(block, stage(s), first);
             b.bring(block, stage(s) + operand_bytes, first);
         }
@@ -213,7 +214,7 @@ FASTMOE_HOST_DEVICE void sum_tile(Block& block, const A& a, const B& b, int64_t 
         block.template wait<stages - 2>();
         block.sync(); // stage s is there, and all are done with the one before, which the next copies overwrite
         bring(s + stages - 1);
-        arithmetic<E>::template add_stage<A::how, B::how>(block, stage(s), stage(s) + operand_bytes, c);
+        arithmetic<Element>::template add_stage<A::how, B::how>(block, stage(s), stage(s) + operand_bytes, c);
     }
     block.template wait<0>();
     block.sync();
