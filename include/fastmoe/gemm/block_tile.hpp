@@ -42,7 +42,7 @@ FASTMOE_HOST_DEVICE constexpr int chunk_at(int line, int c) noexcept
 }
 
 /// Elements [at, at + 16 bytes) of a line in memory, zeros from `end` on and where there is no line. Asynchronous where the
-/// elements are E and lie on 16 bytes; else at once, each converted.
+/// elements are of that type and lie on 16 bytes; else at once, each converted.
 template <class Element, thread_block Block, class T>
 FASTMOE_HOST_DEVICE void bring_chunk(Block& block, std::byte* to, const T* line, int64_t at, int64_t end)
 {
