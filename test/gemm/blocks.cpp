@@ -116,6 +116,38 @@ TEST_CASE("operands of different types meet in float")
     check_products<bfloat16, float, float>(r, {{30, 0, 140}, 70, 50}, ex); // its wgrad is of two bfloat16
 }
 
+TEST_CASE("a row of zeros adds nothing and is the bias alone, whatever stands on the other side")
+{
+    FASTMOE_SEEDED(r, 46);
+    lane_blocks ex;
+    const float nan = std::numeric_limits<float>::quiet_NaN();
+    const std::vector<int32_t> counts{3};
+    const std::vector<int64_t> offsets{0, 3};
+    const fm::row_groups groups{fm::as_vector(counts), fm::as_vector(offsets), 3};
+    const std::vector<int32_t> absent{-1, 0, -1};
+    std::vector<bfloat16> x(3 * 8, bfloat16(1.0f)), dy(3 * 8, bfloat16(nan)), w(8 * 8, bfloat16(nan)), y(3 * 8);
+    for (int i = 8; i < 16; ++i) dy[static_cast<std::size_t>(i)] = bfloat16(2.0f); // the row that meets one of x
+    const std::vector<float> bias(8, 5.0f);
+    std::vector<float> dw(8 * 8, nan);
+    const fm::indexed_rows<bfloat16> rows{fm::matrix_view<const bfloat16>(x.data(), 3, 8), fm::as_vector(absent)};
+    const fm::plain_rows<bfloat16> gradients{fm::matrix_view<const bfloat16>(dy.data(), 3, 8)};
+    support::in_workspace(ex, [&](fm::arena& memory) {
+        fm::gemm::portable{}.forward(ex, groups, rows, fm::stacked(fm::tensor_view<const bfloat16, 3>(w.data(), 1, 8, 8)),
+                                     fm::matrix_view<const float>(bias.data(), 1, 8), fm::matrix_view<bfloat16>(y.data(), 3, 8),
+                                     fm::no_epilogue{}, memory);
+    });
+    for (int i = 0; i < 24; ++i)
+        if (i < 8 || i >= 16) CHECK(static_cast<float>(y[static_cast<std::size_t>(i)]) == 5.0f);
+    for (const bool turned : {false, true}) { // absent in X, then in dY
+        support::in_workspace(ex, [&](fm::arena& memory) {
+            const fm::weight_view<float> to = fm::stacked(fm::tensor_view<float, 3>(dw.data(), 1, 8, 8));
+            if (turned) fm::gemm::portable{}.wgrad(ex, groups, rows, gradients, to, fm::write_mode::overwrite, memory);
+            else fm::gemm::portable{}.wgrad(ex, groups, gradients, rows, to, fm::write_mode::overwrite, memory);
+        });
+        for (const float value : dw) CHECK(value == 2.0f);
+    }
+}
+
 TEST_CASE("double is summed by the plain source")
 {
     FASTMOE_SEEDED(r, 43);

@@ -126,12 +126,13 @@ private:
             for (int v = 0; v < 4; v += 2) {
                 const int r = sum_row(thread, i, v);
                 if (r >= count) continue;
+                const bool zeros = !x.row(first + r); // whatever W holds
                 Y* to = y.data_handle() + (first + r) * w.out + column;
                 FASTMOE_UNROLL
                 for (int j = 0; j < 4; ++j) {
                     const int n0 = arithmetic<Element>::sum_column(thread, j, v), n1 = arithmetic<Element>::sum_column(thread, j, v + 1);
                     const auto value = [&](int n, int u) {
-                        return static_cast<Y>(c.of[i][j][u] + (plus ? static_cast<float>(plus[n]) : 0.0f));
+                        return static_cast<Y>((zeros ? 0.0f : c.of[i][j][u]) + (plus ? static_cast<float>(plus[n]) : 0.0f));
                     };
                     if (arithmetic<Element>::pairs && n1 < columns) {
                         store_pair(to + n0, value(n0, v), value(n1, v + 1));
@@ -181,12 +182,12 @@ private:
         const int64_t first = groups.offsets(e), count = groups.counts(e);
         if (count == 0 && mode == write_mode::accumulate) return;
         const auto down = [&](int64_t s) {
-            const Dy* row = dy.row(first + s);
-            return row ? row + o : nullptr;
+            const Dy* row = dy.row(first + s); // a row of zeros on either side adds nothing, whatever the other holds
+            return row && x.row(first + s) ? row + o : nullptr;
         };
         const auto across = [&](int64_t s) {
             const X* row = x.row(first + s);
-            return row ? row + i : nullptr;
+            return row && dy.row(first + s) ? row + i : nullptr;
         };
         sums c;
         sum_tile<Element>(block, wide_operand<Element, Dy, decltype(down)>{down, count, dw.out - o},
