@@ -11,6 +11,7 @@
 
 #include <fastmoe/cuda.cuh>
 #include <fastmoe/cuda/cublaslt.cuh>
+#include <fastmoe/cuda/cublaslt_grouped.cuh>
 
 namespace {
 
@@ -105,6 +106,17 @@ void layer(fm::cuda_executor& ex, figures& out, const shape& s, const std::strin
     out.add(name + " dispatch", milliseconds_of(ex, s.rounds, [&] { fm::dispatch(ex, matrix(x), plan, rows.matrix(plan.slots, s.width)); }), moved);
 }
 
+/// The same layer over each policy: cuBLASLt a group at a time, cuBLAS for all groups, and cuBLASLt for all on the device.
+void layer_by_each(fm::cuda_executor& ex, figures& out, const shape& s, fm::cublaslt_context& each, fm::cublaslt_context& all)
+{
+    layer(ex, out, s, "portable", fm::gemm::portable{});
+    layer(ex, out, s, "cublaslt", fm::gemm::cublaslt{&each});
+    layer(ex, out, s, "cublas, one call", fm::gemm::cublaslt{&all});
+#if CUBLAS_VERSION >= 130400
+    layer(ex, out, s, "cublaslt_grouped", fm::gemm::cublaslt_grouped{&each});
+#endif
+}
+
 } // namespace
 
 int main(int count, char** arguments)
@@ -119,20 +131,15 @@ int main(int count, char** arguments)
     figures out;
     {
         fm::cuda_executor ex{stream};
-        fm::cublaslt_context context;
+        fm::cublaslt_context each, all({.calls = fm::group_calls::one_for_all});
         const int64_t bytes = int64_t{256} << 20;
         fm::buffer<std::byte, fm::cuda_executor> a(ex, bytes), b(ex, bytes);
         out.add("device copy of 256 MiB", milliseconds_of(ex, 20, [&] { ex.copy(b.data(), a.data(), bytes); }), 2.0 * static_cast<double>(bytes));
-        const shape small{"T 4096 D 1024 H 1024 E 16 K 2", 4096, 1024, 1024, 16, 2, 10};
-        layer(ex, out, small, "portable", fm::gemm::portable{});
-        layer(ex, out, small, "cublaslt", fm::gemm::cublaslt{&context});
-        const shape large{"T 32768 D 4096 H 2048 E 64 K 4", 32768, 4096, 2048, 64, 4, 10};
-        layer(ex, out, large, "portable", fm::gemm::portable{});
-        layer(ex, out, large, "cublaslt", fm::gemm::cublaslt{&context});
+        layer_by_each(ex, out, {"T 4096 D 1024 H 1024 E 16 K 2", 4096, 1024, 1024, 16, 2, 10}, each, all);
+        layer_by_each(ex, out, {"T 32768 D 4096 H 2048 E 64 K 4", 32768, 4096, 2048, 64, 4, 10}, each, all);
         for (const int64_t tokens : {1, 8, 32, 128}) {
             const std::string name = "T " + std::to_string(tokens) + " D 4096 H 14336 E 8 K 2";
-            layer(ex, out, {name.c_str(), tokens, 4096, 14336, 8, 2, 20}, "portable", fm::gemm::portable{});
-            layer(ex, out, {name.c_str(), tokens, 4096, 14336, 8, 2, 20}, "cublaslt", fm::gemm::cublaslt{&context});
+            layer_by_each(ex, out, {name.c_str(), tokens, 4096, 14336, 8, 2, 20}, each, all);
         }
     }
     cudaStreamDestroy(stream);

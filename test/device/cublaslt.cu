@@ -1,17 +1,19 @@
 // SPDX-FileCopyrightText: The FastMoE authors
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-/// A layer over gemm::cublaslt: forward, backward and inference in each dtype. Compiled and linked; nothing here is run.
+/// A layer over gemm::cublaslt, and over gemm::cublaslt_grouped where the toolkit has what that needs: forward, backward and
+/// inference in each dtype. Compiled and linked; nothing here is run.
 #include <fastmoe/cuda.cuh>
 #include <fastmoe/cuda/cublaslt.cuh>
+#include <fastmoe/cuda/cublaslt_grouped.cuh>
 
 namespace {
 
 namespace fm = fastmoe;
 
-template <class T>
+template <class T, class Gemm = fm::gemm::cublaslt>
 void instantiate(fm::cuda_executor& ex, fm::cublaslt_context& context)
 {
-    using expert = fm::mlp<fm::swiglu, fm::gemm::cublaslt>;
+    using expert = fm::mlp<fm::swiglu, Gemm>;
     const fm::moe_layer layer{fm::top_k_gate<fm::softmax_score>{.experts = 8, .k = 2},
                               expert{.width = 64, .hidden = 128, .biases = true, .gemm = {&context}}, fm::self{}};
     fm::arena measure;
@@ -32,4 +34,8 @@ void instantiate_cublaslt()
     instantiate<float>(ex, context);
     instantiate<fm::bfloat16>(ex, context);
     instantiate<fm::half>(ex, context);
+#if CUBLAS_VERSION >= 130400
+    instantiate<fm::bfloat16, fm::gemm::cublaslt_grouped>(ex, context);
+    instantiate<fm::half, fm::gemm::cublaslt_grouped>(ex, context);
+#endif
 }

@@ -37,11 +37,16 @@ TWINS = {
     "top_k": "routing",
     "cublaslt": "gemm",
     "cublaslt_context": "gemm",
+    "cublaslt_product": "gemm",
+    "cublaslt_rows": "gemm",
+    "cublaslt_groups": "gemm",
+    "cublaslt_grouped": "gemm",
     "hopper_gemm": "gemm",
     "nccl": "comm",
 }
 # These need a library beyond the CUDA Toolkit's headers: included by name, or by another of them.
-BY_NAME = {"gemm/onednn.hpp", "comm/mpi.hpp", "cuda/nccl.cuh", "cuda/cublaslt.cuh", "io/safetensors.hpp",
+BY_NAME = {"gemm/onednn.hpp", "comm/mpi.hpp", "cuda/nccl.cuh", "cuda/cublaslt.cuh",
+           "cuda/cublaslt_grouped.cuh", "io/safetensors.hpp",
            "io/sharded_checkpoint.hpp", "io/sharded_save.hpp", "io/checkpoint_manifest.hpp"}
 UMBRELLAS = {"moe.hpp", "cuda.cuh"}
 # Headers that cost every consumer compile time.

@@ -319,7 +319,7 @@ void check_wgrad(support::random& r, const shape& c, weight_storage storage)
     return out;
 }
 
-weight_storage any_storage(support::random& r)
+[[maybe_unused]] weight_storage any_storage(support::random& r)
 {
     return r.one_of(weight_storage::stacked, weight_storage::padded, weight_storage::transposed, weight_storage::pointers);
 }
