@@ -58,6 +58,24 @@ TEST_CASE("a product is one call where 16 bytes divide what they must, and none 
     CHECK(calls(12, 24, weight_storage::stacked, start::aligned) == 0);
     CHECK(calls(16, 24, weight_storage::stacked, start::odd) == 0);
     CHECK(calls(16, 24, weight_storage::padded, start::odd) == 0);
+
+    // Matrices that begin where 16 bytes divide, of lines that do not.
+    const lt_case<bf16> one(r, {{3, 0, 9}, 16, 24}, weight_storage::stacked, start::aligned);
+    const auto calls_of = [&](int64_t row_stride, int64_t expert_stride) {
+        std::vector<bfloat16> w(static_cast<std::size_t>(3 * expert_stride), bfloat16(1.0f)), dx(static_cast<std::size_t>(one.g.slots * 24));
+        fake_cuda& cuda = fresh_cuda();
+        fm::cuda_executor ex;
+        support::in_workspace(ex, [&](fm::arena& memory) {
+            gemm.dgrad(ex, one.g.view(), one.dy.plain(), fm::weight_view<const bfloat16>{w.data(), nullptr, 3, 16, 24, expert_stride, row_stride, 1},
+                       fm::matrix_view<bfloat16>(dx.data(), one.g.slots, 24), fm::no_epilogue{}, memory);
+        });
+        ex.synchronize();
+        CHECK(complaint_of(cuda) == "");
+        return cuda.calls["cublasLtMatmul"];
+    };
+    CHECK(calls_of(32, 512) == 1);
+    CHECK(calls_of(28, 512) == 0);
+    CHECK(calls_of(32, 516) == 0);
 }
 
 TEST_CASE("an algorithm is asked for once a shape and power of two of its rows")
