@@ -127,7 +127,7 @@ constexpr bool compiled_for_blocks() noexcept
 /// What was compiled for devices before 8.0 alone ends the kernel with an error: it has no
 /// instructions for it, and has_blocks() keeps it from being called on such a device.
 template <class F>
-__global__ void __launch_bounds__(block_threads, F::resident) run_blocks(const __grid_constant__ F f)
+__global__ void __launch_bounds__(block_threads, F::resident) run_blocks([[maybe_unused]] const __grid_constant__ F f)
 {
     extern __shared__ __align__(128) unsigned char fastmoe_shared[];
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
