@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The FastMoE authors
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-/// Any communicator behind one type: the model over many ranks is compiled once, whether they are threads or processes.
-/// A call more costs nothing beside the meeting of ranks that every collective is.
+/// Any communicator behind one type, for an executor: the model over many ranks is compiled once, whether they are threads
+/// or processes. A call more costs nothing beside the meeting of ranks that every collective is.
 #pragma once
 
 #include <cstddef>
@@ -89,9 +89,9 @@ elements<const void*> to_send(fm::vector_view<const T> v)
 
 } // namespace detail
 
-/// One of R ranks; a communicator for host_executor. Copies are the same rank. Errors are those of the communicator inside.
+/// One of R ranks; a communicator for an Executor alone. Copies are the same rank. Errors are those of the communicator inside.
+template <class Executor>
 class any_ranks {
-    using executor = fm::host_executor;
     using counts = fm::vector_view<const fm::int64_t>;
     using in = detail::elements<const void*>;
     using out = detail::elements<void*>;
@@ -106,27 +106,27 @@ public:
     int size() const noexcept { return own_->size(); }
 
     template <class T>
-    void all_reduce(executor& ex, fm::vector_view<T> values) const // (N)
+    void all_reduce(Executor& ex, fm::vector_view<T> values) const // (N)
     {
         own_->all_reduce(ex, detail::to_receive(values));
     }
     template <class T>
-    void reduce_scatter(executor& ex, fm::type_identity_t<fm::vector_view<const T>> sent, fm::vector_view<T> received) const
+    void reduce_scatter(Executor& ex, fm::type_identity_t<fm::vector_view<const T>> sent, fm::vector_view<T> received) const
     {
         own_->reduce_scatter(ex, detail::to_send<T>(sent), detail::to_receive(received));
     }
     template <class T>
-    void all_gather(executor& ex, fm::type_identity_t<fm::vector_view<const T>> sent, fm::vector_view<T> received) const
+    void all_gather(Executor& ex, fm::type_identity_t<fm::vector_view<const T>> sent, fm::vector_view<T> received) const
     {
         own_->all_gather(ex, detail::to_send<T>(sent), detail::to_receive(received));
     }
     template <class T>
-    void all_to_all(executor& ex, fm::type_identity_t<fm::vector_view<const T>> sent, fm::vector_view<T> received) const
+    void all_to_all(Executor& ex, fm::type_identity_t<fm::vector_view<const T>> sent, fm::vector_view<T> received) const
     {
         own_->all_to_all(ex, detail::to_send<T>(sent), detail::to_receive(received));
     }
     template <class T>
-    void all_to_all_v(executor& ex, fm::type_identity_t<fm::matrix_view<const T>> sent, counts sent_rows,
+    void all_to_all_v(Executor& ex, fm::type_identity_t<fm::matrix_view<const T>> sent, counts sent_rows,
                       fm::matrix_view<T> received, counts received_rows) const
     {
         own_->all_to_all_v(ex, {detail::element_of<T>, sent.data_handle(), sent.extent(0), sent.extent(1)}, sent_rows,
@@ -134,11 +134,11 @@ public:
                            received_rows);
     }
     template <class T>
-    void broadcast(executor& ex, fm::vector_view<T> values, int root) const // (N)
+    void broadcast(Executor& ex, fm::vector_view<T> values, int root) const // (N)
     {
         own_->broadcast(ex, detail::to_receive(values), root);
     }
-    void barrier(executor& ex) const { own_->barrier(ex); }
+    void barrier(Executor& ex) const { own_->barrier(ex); }
     any_ranks split(int color, int key) const { return own_->split(color, key); }
 
 private:
@@ -146,13 +146,13 @@ private:
         virtual ~collectives() = default;
         virtual int rank() const = 0;
         virtual int size() const = 0;
-        virtual void all_reduce(executor& ex, out values) const = 0;
-        virtual void reduce_scatter(executor& ex, in sent, out received) const = 0;
-        virtual void all_gather(executor& ex, in sent, out received) const = 0;
-        virtual void all_to_all(executor& ex, in sent, out received) const = 0;
-        virtual void all_to_all_v(executor& ex, in sent, counts sent_rows, out received, counts received_rows) const = 0;
-        virtual void broadcast(executor& ex, out values, int root) const = 0;
-        virtual void barrier(executor& ex) const = 0;
+        virtual void all_reduce(Executor& ex, out values) const = 0;
+        virtual void reduce_scatter(Executor& ex, in sent, out received) const = 0;
+        virtual void all_gather(Executor& ex, in sent, out received) const = 0;
+        virtual void all_to_all(Executor& ex, in sent, out received) const = 0;
+        virtual void all_to_all_v(Executor& ex, in sent, counts sent_rows, out received, counts received_rows) const = 0;
+        virtual void broadcast(Executor& ex, out values, int root) const = 0;
+        virtual void barrier(Executor& ex) const = 0;
         virtual any_ranks split(int color, int key) const = 0;
     };
 
@@ -163,45 +163,45 @@ private:
         explicit holder(const Communicator& from) : c(from) {}
         int rank() const override { return c.rank(); }
         int size() const override { return c.size(); }
-        void all_reduce(executor& ex, out values) const override
+        void all_reduce(Executor& ex, out values) const override
         {
             with_sum(values, [&](auto zero) { c.all_reduce(ex, values.template vector<decltype(zero)>()); });
         }
-        void reduce_scatter(executor& ex, in sent, out received) const override
+        void reduce_scatter(Executor& ex, in sent, out received) const override
         {
             with_sum(received, [&](auto zero) {
                 using T = decltype(zero);
-                c.template reduce_scatter<executor, T>(ex, sent.template vector<T>(), received.template vector<T>());
+                c.template reduce_scatter<Executor, T>(ex, sent.template vector<T>(), received.template vector<T>());
             });
         }
-        void all_gather(executor& ex, in sent, out received) const override
+        void all_gather(Executor& ex, in sent, out received) const override
         {
             detail::with_element(received.type, [&](auto zero) {
                 using T = decltype(zero);
-                c.template all_gather<executor, T>(ex, sent.template vector<T>(), received.template vector<T>());
+                c.template all_gather<Executor, T>(ex, sent.template vector<T>(), received.template vector<T>());
             });
         }
-        void all_to_all(executor& ex, in sent, out received) const override
+        void all_to_all(Executor& ex, in sent, out received) const override
         {
             detail::with_element(received.type, [&](auto zero) {
                 using T = decltype(zero);
-                c.template all_to_all<executor, T>(ex, sent.template vector<T>(), received.template vector<T>());
+                c.template all_to_all<Executor, T>(ex, sent.template vector<T>(), received.template vector<T>());
             });
         }
-        void all_to_all_v(executor& ex, in sent, counts sent_rows, out received, counts received_rows) const override
+        void all_to_all_v(Executor& ex, in sent, counts sent_rows, out received, counts received_rows) const override
         {
             detail::with_element(received.type, [&](auto zero) {
                 using T = decltype(zero);
-                c.template all_to_all_v<executor, T>(ex, sent.template matrix<T>(), sent_rows,
+                c.template all_to_all_v<Executor, T>(ex, sent.template matrix<T>(), sent_rows,
                                                      received.template matrix<T>(), received_rows);
             });
         }
-        void broadcast(executor& ex, out values, int root) const override
+        void broadcast(Executor& ex, out values, int root) const override
         {
             detail::with_element(values.type,
                                  [&](auto zero) { c.broadcast(ex, values.template vector<decltype(zero)>(), root); });
         }
-        void barrier(executor& ex) const override { c.barrier(ex); }
+        void barrier(Executor& ex) const override { c.barrier(ex); }
         any_ranks split(int color, int key) const override { return any_ranks(c.split(color, key)); }
 
         template <class F>
@@ -217,6 +217,7 @@ private:
     std::shared_ptr<const collectives> own_;
 };
 
-static_assert(fm::communicator<any_ranks, fm::host_executor>);
+using host_ranks = any_ranks<fm::host_executor>;
+static_assert(fm::communicator<host_ranks, fm::host_executor>);
 
 } // namespace train_gpt

@@ -7,5 +7,5 @@
 int train_gpt::run_on_mpi(const rank_body& body)
 {
     const fm::mpi_session session({.deadline = rank_deadline});
-    return body(any_ranks(session.world()));
+    return body(host_ranks(session.world()));
 }

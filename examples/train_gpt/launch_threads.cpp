@@ -10,7 +10,7 @@ int train_gpt::run_on_threads(int ranks, const rank_body& body)
     fm::run_ranks(
         ranks,
         [&](const fm::threads& c) {
-            const int own = body(any_ranks(c));
+            const int own = body(host_ranks(c));
             if (c.rank() == 0) status = own;
         },
         {.deadline = rank_deadline});

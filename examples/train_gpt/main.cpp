@@ -22,7 +22,7 @@ int threads_each(int asked, int ranks)
 int run_over_ranks(const program_options& o, const corpus& text, const std::optional<launched>& place)
 {
     const int threads = threads_each(o.threads, place ? place->neighbours : o.parallel.ranks);
-    const rank_body body = [&](const any_ranks& world) {
+    const rank_body body = [&](const host_ranks& world) {
         fm::host_executor ex({.threads = threads});
         return o.config.type == dtype::float32 ? run_team_float32(ex, o, text, world)
                                                : run_team_bfloat16(ex, o, text, world);
@@ -46,14 +46,14 @@ int run_program(int argc, char** argv, const std::optional<launched>& place)
                     static_cast<long long>(text.files), text.path.c_str(), double(text.train.size()) / 1e6,
                     double(text.validation.size()) / 1e6);
     catch_signals();
-    if (o.parallel.ranks > 1) return run_over_ranks(o, text, place);
     if (o.on == device::cuda) {
 #if defined(TRAIN_GPT_CUDA)
-        return run_on_cuda(o, text);
+        return o.parallel.ranks > 1 ? run_team_on_cuda(o, text, place) : run_on_cuda(o, text);
 #else
         fm::raise<fm::error>("--device cuda: this program was built without CUDA (FASTMOE_TRAIN_GPT_CUDA)");
 #endif
     }
+    if (o.parallel.ranks > 1) return run_over_ranks(o, text, place);
     fm::host_executor ex({.threads = o.threads});
     return o.config.type == dtype::float32 ? run_float32(ex, o, text) : run_bfloat16(ex, o, text);
 }

@@ -74,7 +74,8 @@ inline std::optional<int> parse_options(int argc, char** argv, program_options& 
                                                                 "long; 0: never. For the demo: each model, 120");
     app.add_option("--threads", o.threads, "Threads of a rank; 0: all that the machine has. The numbers do not depend on it")->capture_default_str();
 
-    app.add_option("--device", o.on, "Where to train: cpu, or cuda, a GPU")
+    app.add_option("--device", o.on, "Where to train: cpu, or cuda, a GPU. Ranks of --ranks share one; under "
+                                       "mpirun each takes the next one of its machine")
         ->transform(CLI::CheckedTransformer(std::map<std::string, device>{{"cpu", device::cpu}, {"cuda", device::cuda}}))
         ->default_str("cpu");
 
@@ -115,7 +116,6 @@ inline std::optional<int> parse_options(int argc, char** argv, program_options& 
     fm::expects(!place || ranks->count() == 0, "--ranks", "given under mpirun", "none: the ranks are its processes");
     o.parallel.ranks = place ? place->size : std::max(1, o.parallel.ranks);
     o.parallel.check(o.parallel.ranks);
-    fm::expects(o.on == device::cpu || o.parallel.ranks == 1, "--device", "cuda with more than one rank", "cpu, or one rank");
     o.demo = demo->parsed();
     if (o.demo && seconds->count() == 0) o.loop.seconds = 120;
     if (sample->count() > 0) o.prompt = prompt;

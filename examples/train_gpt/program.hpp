@@ -58,12 +58,12 @@ struct program_options {
 int run_float32(fm::host_executor& ex, program_options& o, const corpus& text);
 int run_bfloat16(fm::host_executor& ex, program_options& o, const corpus& text);
 
-/// The same on the GPU that is current. There where the build has found nvcc and was asked for it.
+/// The same as one rank of many. Collective over world.
+int run_team_float32(fm::host_executor& ex, program_options o, const corpus& text, const host_ranks& world);
+int run_team_bfloat16(fm::host_executor& ex, program_options o, const corpus& text, const host_ranks& world);
+
+/// One rank on the GPU that is current, where the build has found nvcc and was asked for it. Over ranks: see launch.hpp.
 /// @throws error if there is no GPU
 int run_on_cuda(program_options& o, const corpus& text);
-
-/// The same as one rank of many. Collective over world.
-int run_team_float32(fm::host_executor& ex, program_options o, const corpus& text, const any_ranks& world);
-int run_team_bfloat16(fm::host_executor& ex, program_options o, const corpus& text, const any_ranks& world);
 
 } // namespace train_gpt

@@ -12,13 +12,16 @@
 namespace train_gpt {
 
 /// A rank of R: member rank mod M of group rank / M. The r-th members of all groups hold the same experts.
+template <class Executor>
 class rank_team {
+    using ranks_type = any_ranks<Executor>;
+
 public:
     static constexpr bool many = true;
-    using parallel_type = fm::expert_parallel<any_ranks, any_ranks, fm::block_placement, chosen_exchange>;
+    using parallel_type = fm::expert_parallel<ranks_type, ranks_type, fm::block_placement, chosen_exchange>;
 
     /// Collective: two splits of the world.
-    rank_team(const any_ranks& world, const rank_options& o)
+    rank_team(const ranks_type& world, const rank_options& o)
         : world_(world),
           options_((o.check(world.size()), o)),
           experts_(o.expert_parallel == 0 ? world.size() : o.expert_parallel),
@@ -33,10 +36,10 @@ public:
     bool speaks() const noexcept { return rank() == 0; }
     int expert_parallel() const noexcept { return experts_; }
 
-    const any_ranks& world() const noexcept { return world_; }
-    const any_ranks& group() const noexcept { return group_; }
+    const ranks_type& world() const noexcept { return world_; }
+    const ranks_type& group() const noexcept { return group_; }
     /// The ranks that hold the same experts.
-    const any_ranks& data() const noexcept { return data_; }
+    const ranks_type& data() const noexcept { return data_; }
     /// What its layers take for their communicator.
     /// @param tokens  the most that a rank has in a call
     parallel_type parallel(int64_t tokens) const
@@ -48,14 +51,13 @@ public:
     rank_team without_experts() const { return {world_, {.expert_parallel = 1}}; }
 
     /// values = their sum over all ranks.                                               // (N)
-    template <class Executor, class T>
+    template <class T>
     void sum(Executor& ex, vector_view<T> values) const
     {
         world_.all_reduce(ex, values);
     }
 
     /// The number that rank 0 has. Collective.
-    template <class Executor>
     int from_first(Executor& ex, int number) const
     {
         fm::buffer<int32_t, Executor> shared(ex, 1);
@@ -65,7 +67,6 @@ public:
     }
 
     /// What the ranks know of signals, and whether rank 0 has reason to stop, becomes what all know. Collective.
-    template <class Executor>
     step_end agree(Executor& ex, bool stops) const
     {
         const int caught = caught_signal;
@@ -83,10 +84,10 @@ public:
     }
 
 private:
-    any_ranks world_;
+    ranks_type world_;
     rank_options options_;
     int experts_;
-    any_ranks group_, data_;
+    ranks_type group_, data_;
 };
 
 } // namespace train_gpt

@@ -1,15 +1,18 @@
 // SPDX-FileCopyrightText: The FastMoE authors
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// The training program's source is written over the executor: on teams of four lanes it takes the steps that it takes on
-/// the host, and a checkpoint of one is one of the other.
+/// the host, and a checkpoint of one is one of the other; ranks with memory that only they touch train what one rank does.
 #include <cmath>
 #include <cstdint>
+#include <filesystem>
 #include <fstream>
 #include <string>
 #include <vector>
 
 #include <doctest/doctest.h>
 
+#include <fastmoe/comm/staged.hpp>
+#include <fastmoe/comm/threads.hpp>
 #include <fastmoe/gemm/portable.hpp>
 
 #include <fastmoe/gemm/block_products.hpp>
@@ -18,6 +21,7 @@
 #include "support/fiber_blocks.hpp"
 #include "support/queued.hpp"
 #include "support/temporary_folder.hpp"
+#include "train_gpt/rank_team.hpp"
 #include "train_gpt/trainer.hpp"
 
 namespace {
@@ -73,6 +77,39 @@ struct device : support::fiber_blocks<support::queued> {
     void copy(void* to, const void* from, int64_t n) { for_each(1, bytes{to, from, n}); }
 };
 static_assert(copies_both_ways<device>);
+
+/// What a run over ranks shows.
+struct history {
+    std::vector<log_row> rows;
+    double validation = 0;
+};
+
+/// Three steps of R ranks, each with a device of its own, whose communicator moves host memory; the last one from a checkpoint
+/// that they have written. What rank 0 sees.
+template <class T>
+history train_staged(int ranks, const run_config& config, const corpus& text, const rank_options& how, const std::string& folder)
+{
+    history out;
+    std::filesystem::create_directories(folder);
+    fm::run_ranks(ranks, [&](const fm::threads& c) {
+        static fm::host_memory heap;
+        device gpu;
+        const rank_team<device> team(any_ranks<device>(fm::staged(c, 1 << 16, heap)), how);
+        using trainer_type = trainer<T, device, fm::gemm::portable, rank_team<device>>;
+        history seen;
+        {
+            trainer_type first(gpu, config, text, team);
+            for (int step = 0; step < 2; ++step) seen.rows.push_back(first.step());
+            first.save(folder);
+        }
+        trainer_type second(gpu, config, text, team);
+        second.load(saved_run(folder));
+        seen.rows.push_back(second.step());
+        seen.validation = second.validate(3).loss;
+        if (team.speaks()) out = std::move(seen);
+    });
+    return out;
+}
 
 } // namespace
 
@@ -133,4 +170,39 @@ TEST_CASE_TEMPLATE("a model is trained in memory that the host cannot touch, wit
     one.load(saved_run(folder / "checkpoint"));
     CHECK(distance(parameters_of<fm::host_executor, T>(host, one), parameters_of<device, T>(gpu, other)) == 0);
     CHECK(std::abs(one.validate(4).loss - other.validate(4).loss) < bound);
+}
+
+TEST_CASE_TEMPLATE("ranks with devices of their own, between which only the host moves data, have the losses of one rank", T, float,
+                   fm::bfloat16)
+{
+    FASTMOE_SEEDED(draw, 803);
+    const support::temporary_folder folder;
+    write_text(draw, folder.path());
+    const corpus text = read_corpus(folder.path(), 0);
+    const run_config config = tiny(folder.path());
+    device gpu;
+    trainer_on<device, T> one(gpu, config, text);
+    std::vector<log_row> expected;
+    for (int step = 0; step < 3; ++step) expected.push_back(one.step());
+    const double validation = one.validate(3).loss;
+    CHECK(expected.back().loss != expected.front().loss);
+    const auto run = [&](int ranks, const rank_options& how) {
+        CAPTURE(ranks);
+        CAPTURE(static_cast<int>(how.exchange));
+        CAPTURE(how.chunks);
+        const history seen = train_staged<T>(ranks, config, text, how, folder / "parts");
+        REQUIRE(seen.rows.size() == expected.size());
+        // Sums in another order; in bfloat16 each of them may round to the neighbour, and so may what is routed by it.
+        const double bound = sizeof(T) == 2 ? 0.03 : 1e-5;
+        for (std::size_t i = 0; i < expected.size(); ++i) {
+            CHECK(std::abs(seen.rows[i].loss - expected[i].loss) < bound);
+            CHECK(std::abs(seen.rows[i].gradient_norm - expected[i].gradient_norm) < bound * expected[i].gradient_norm);
+        }
+        CHECK(std::abs(seen.validation - validation) < bound);
+    };
+    run(2, {});
+    run(4, {.expert_parallel = 2}); // of two sequences: two ranks have none
+    if (sizeof(T) == 2) return; // what the others add does not depend on it
+    for (const auto exchange : {exchange_kind::padded, exchange_kind::gathered}) run(2, {.exchange = exchange});
+    run(3, {.chunks = 2});
 }

@@ -159,6 +159,22 @@ TEST_CASE("validation and a sample are those of one rank with the same weights")
     }
 }
 
+TEST_CASE("ranks on a GPU have the numbers of one rank there, and without a GPU are refused for the reason that one rank is")
+{
+    const place p;
+    const words cuda{"--device", "cuda", "--stop-at", "5"};
+    const int one = run(p, tiny(p, "whole") + cuda);
+    const std::string reason = p.bytes("stderr");
+    for (const words& how : {over(2), over(4, 2), over(2) + words{"--exchange", "gathered"}}) {
+        const std::string shown = text_of(how);
+        CAPTURE(shown);
+        REQUIRE(run(p, tiny(p, "parts") + cuda + how) == one);
+        CHECK(p.bytes("stderr") == reason);
+        if (one == 0) CHECK(difference(numbers(p.at("parts/log.csv")), numbers(p.at("whole/log.csv"))) == "");
+        else CHECK(reason.find("--device cuda: ") != std::string::npos);
+    }
+}
+
 TEST_CASE("SIGTERM stops all ranks after the same step, with a checkpoint")
 {
     const place p;

@@ -1,6 +1,7 @@
 // SPDX-FileCopyrightText: The FastMoE authors
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// The training program as mpirun starts it: its processes train what ranks in one process train, and what one rank does.
+#include <algorithm>
 #include <string>
 #include <thread>
 #include <vector>
@@ -50,6 +51,18 @@ TEST_CASE("processes go on from what threads have written, and the other way rou
     CHECK(p.bytes("stdout").find("resumed after step 4\n") != std::string::npos);
     REQUIRE(run(p, p.resumed("parts")) == 0);
     CHECK(difference(numbers(p.at("parts/log.csv")), numbers(p.at("one/log.csv"))) == "");
+}
+
+TEST_CASE("processes on GPUs have the numbers of one rank there, and without a GPU are refused for the reason that one rank is")
+{
+    const place p;
+    const words cuda{"--device", "cuda"};
+    const int one = run(p, p.tiny("one") + cuda);
+    const std::string said = p.bytes("stderr"), reason = said.substr(std::min(said.size(), said.find("--device cuda: ")));
+    REQUIRE(reason.empty() == (one == 0));
+    REQUIRE((run_mpi(p, 2, p.tiny("parts") + cuda) == 0) == (one == 0));
+    if (one == 0) CHECK(difference(numbers(p.at("parts/log.csv")), numbers(p.at("one/log.csv"))) == "");
+    else CHECK(p.bytes("stderr").find(reason) != std::string::npos);
 }
 
 TEST_CASE("one process under mpirun is one rank")
