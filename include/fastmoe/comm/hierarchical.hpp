@@ -10,8 +10,8 @@
 #include <optional>
 #include <tuple>
 
+#include <fastmoe/comm/announcement.hpp>
 #include <fastmoe/comm/communicator.hpp>
-#include <fastmoe/comm/hierarchical_agreement.hpp>
 #include <fastmoe/comm/hierarchical_levels.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI {

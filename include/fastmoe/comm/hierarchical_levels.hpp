@@ -7,8 +7,8 @@
 #include <exception>
 #include <optional>
 
+#include <fastmoe/comm/announcement.hpp>
 #include <fastmoe/comm/communicator.hpp>
-#include <fastmoe/comm/hierarchical_agreement.hpp>
 #include <fastmoe/exec/host_executor.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI::detail {

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The FastMoE authors
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-/// What the ranks of a `hierarchical` communicator tell each other before they move anything, and how they find out that
-/// they disagree: the same way on all, so that all throw or none. Part of hierarchical.hpp.
+/// What the ranks of a `hierarchical` or `staged` communicator tell each other before they move anything, and how they find
+/// out that they disagree: the same way on all, so that all throw or none. Part of hierarchical.hpp and staged.hpp.
 #pragma once
 
 #include <memory>
