@@ -54,6 +54,35 @@ TEST_CASE("chunks move no more rows than one piece where the most tokens of a ra
     });
 }
 
+TEST_CASE("a layer has room for as many choices of a token as its rank has experts, if they are fewer than K")
+{
+    // Top 6 of 8 over 4 ranks: 2 experts a rank, so a third of what K choices would ask. A wide expert hides all the rest.
+    static constexpr int64_t tokens = 64, width = 4, hidden = 512, ranks = 4, k = 6, here = 2;
+    static constexpr int64_t received = ranks * tokens, saved_row = hidden * 4;
+    run_ranks(ranks, [](const threads& c) {
+        const auto verify = [&](const auto& exchange) {
+            host_executor ex({.threads = 1});
+            const moe_layer layer{top_k_gate<>{.experts = 8, .k = k}, mlp<relu>{.width = width, .hidden = hidden},
+                                  expert_parallel{c, c, block_placement{}, exchange}};
+            support::random r(static_cast<std::uint64_t>(c.rank()));
+            const auto x = support::normal_vector<float>(r, tokens * width);
+            std::vector<float> y(tokens * width);
+            const auto w = random_weights<float>(ex, layer, 1);
+            const int64_t bytes = layer.template forward_bytes<float>(ex, tokens, width);
+            CHECK_GT(bytes, 2 * received * here * saved_row);   // the pre-activation that is saved, and the activation
+            CHECK_LT(bytes, 5 * received * here * saved_row / 2); // K slots would be three times as many
+            support::workspace memory(ex, bytes); // and not a byte too few
+            const auto saved = layer.forward(ex, as_matrix(x, tokens, width), w.view(), as_matrix(y, tokens, width), memory.arena());
+            CHECK_EQ(saved.plan(0).slots, received * here);
+            const auto counts = saved.plan(0).counts;
+            CHECK_GT(counts(0) + counts(1), received); // more than one a token
+        };
+        verify(padded_exchange<>{.rows_per_rank = tokens});
+        verify(gathered_exchange<>{.most_tokens = tokens});
+        verify(gathered_exchange<>{});
+    });
+}
+
 namespace {
 /// States two choices a token and reserves one.
 struct short_gate : top_k_gate<> {

@@ -157,8 +157,8 @@ TEST_CASE("a plan is not made into arrays of another shape: each is refused by n
     CHECK_TEXT(refused([](plan& p) { p.choice_of = slice(p.choice_of, 0, 28); }), "plan.choice_of (S) is of shape (28); expected (29)");
     CHECK_TEXT(refused([](plan& p) { p.token_of = slice(p.token_of, 0, 28); }), "plan.token_of (S) is of shape (28); expected (29)");
     CHECK_TEXT(refused([](plan& p) { p.token_of = vector_view<int32_t>(nullptr, 29); }), "plan.token_of (S) is a null pointer");
-    CHECK_TEXT(refused([](plan& p) { p.slots = 28; }), "plan.slots is 28; expected C + E * (alignment - 1) = 29 or more");
-    CHECK_TEXT(refused([](plan& p) { p.alignment = 5; }), "plan.slots is 29; expected C + E * (alignment - 1) = 32 or more");
+    CHECK_TEXT(refused([](plan& p) { p.slots = 28; }), "plan.slots is 28; expected min(C, T * E) + E * (alignment - 1) = 29 or more");
+    CHECK_TEXT(refused([](plan& p) { p.alignment = 5; }), "plan.slots is 29; expected min(C, T * E) + E * (alignment - 1) = 32 or more");
     CHECK_TEXT(refused([](plan& p) { p.alignment = 0; }), "plan.alignment is 0; expected 1 or more");
     CHECK_TEXT(refused([](plan& p) { p.tokens = 11; }), "plan.tokens is 11; expected the routing's T = 10");
     make_plan(ex, route, good, lent);

@@ -36,7 +36,8 @@ host_plan expected_plan(const std::vector<int32_t>& experts, const std::vector<i
     p.offsets.assign(total + 1, 0);
     for (int64_t e = 0; e < total; ++e)
         p.offsets[e + 1] = p.offsets[e] + (p.counts[e] + alignment - 1) / alignment * alignment;
-    const auto slots = experts.size() + total * (alignment - 1);
+    const auto held = std::min(experts.size(), (first.size() - 1) * static_cast<std::size_t>(total)); // a token has an expert once
+    const auto slots = held + total * (alignment - 1);
     p.slot_of.assign(experts.size(), -1);
     p.choice_of.assign(slots, -1);
     p.token_of.assign(slots, -1);
@@ -91,6 +92,32 @@ host_plan run_plan(Executor& ex, const choices& c, int64_t total, int64_t alignm
 }
 
 } // namespace
+
+TEST_CASE_TEMPLATE("where tokens list more choices than there are experts here, slots are those that can be taken, and all may be", Cell,
+                   FASTMOE_EXECUTORS)
+{
+    FASTMOE_SEEDED(r, 12);
+    FASTMOE_EXECUTOR(ex, Cell);
+    for (int round = 0; round < 30; ++round) {
+        const int64_t listed = r.integer(2, 12), here = r.integer(0, listed - 1), tokens = r.integer(0, 200);
+        const int64_t k = r.coin(0.3) ? -listed : listed, alignment = r.one_of<int64_t>(1, 4);
+        CAPTURE(listed);
+        CAPTURE(here);
+        CAPTURE(tokens);
+        CAPTURE(alignment);
+        choices c = random_choices(r, tokens, listed, k);
+        if (round % 2 == 0 && k > 0) // every token has all experts of this rank
+            for (int64_t t = 0; t < tokens; ++t)
+                for (int64_t j = 0; j < k; ++j) c.experts[t * k + j] = static_cast<int32_t>((t + j) % listed);
+        for (int32_t& e : c.experts)
+            if (e >= here) e = -1; // of other ranks
+        CHECK(run_plan(ex, c, here, alignment) == expected_plan(c.experts, c.first, here, alignment));
+    }
+    arena all, few;
+    reserve_plan(all, 1024, 8192, 8);
+    reserve_plan(few, 1024, 8192, 2);
+    CHECK_EQ(all.bytes() - few.bytes(), 6 * 1024 * 8); // slots that it does without, each of two int32
+}
 
 TEST_CASE_TEMPLATE("a plan is the stable sort of choices by expert", Cell, FASTMOE_EXECUTORS)
 {

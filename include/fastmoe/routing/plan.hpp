@@ -40,14 +40,22 @@ inline plan reserve_slots(arena& memory, int64_t tokens, int64_t choices, int64_
     return p;
 }
 
+/// The most choices that can have a slot, since a token has an expert once at most: min(C, T * E).
+constexpr int64_t most_placed(int64_t tokens, int64_t choices, int64_t experts) noexcept
+{
+    if (experts == 0) return 0;
+    return tokens > choices / experts ? choices : tokens * experts;
+}
+
 } // namespace detail
 
-/// Room for a plan of `choices` choices. S = choices + experts * (alignment - 1).
+/// Room for a plan of `choices` choices. S = min(choices, tokens * experts) + experts * (alignment - 1): a token has an
+/// expert once at most, so where K of its choices are listed and few experts are here, only so many of them need a slot.
 inline plan reserve_plan(arena& memory, int64_t tokens, int64_t choices, int64_t experts, int64_t alignment = 1)
 {
     expects(alignment >= 1, "alignment", alignment, "1 or more");
     expects(experts >= 0 && experts <= INT32_MAX, "experts", experts, "0 to 2^31 - 1");
-    const int64_t slots = choices + experts * (alignment - 1);
+    const int64_t slots = detail::most_placed(tokens, choices, experts) + experts * (alignment - 1);
     expects(slots <= INT32_MAX, "slots", slots, "at most 2^31 - 1");
     plan p = detail::reserve_slots(memory, tokens, choices, experts, slots);
     p.alignment = alignment;
@@ -82,9 +90,8 @@ void expects_plan(const plan& p, const routing<Real>& route)
         expects(p.slots == route.total_experts * p.slots_each, "plan.slots", p.slots, "E * slots_each = ",
                 route.total_experts * p.slots_each);
     } else {
-        const int64_t padding = route.total_experts * (p.alignment - 1);
-        expects(p.slots >= route.choices() + padding, "plan.slots", p.slots, "C + E * (alignment - 1) = ",
-                route.choices() + padding, " or more");
+        const int64_t needed = most_placed(route.tokens, route.choices(), route.total_experts) + route.total_experts * (p.alignment - 1);
+        expects(p.slots >= needed, "plan.slots", p.slots, "min(C, T * E) + E * (alignment - 1) = ", needed, " or more");
     }
     expects(p.slots <= INT32_MAX, "plan.slots", p.slots, "at most 2^31 - 1");
     expects_shape(p.counts, "plan.counts (E)", route.total_experts);
