@@ -27,8 +27,8 @@ namespace fastmoe::inline FASTMOE_ABI {
 ///
 /// Metadata travel in host memory, through a host_executor of this object, which both levels must serve beside the
 /// executor of the data. Before a collective each rank announces what it is about to do: 64 bytes to each other rank of its
-/// node, and those of the whole node to each other node. all_to_all_v then sends a count of 8 bytes for each node to each
-/// other rank of the node, and one for each place to each other node, and announces once more, with what did not fit.
+/// node, and 8 more for each node, the rows of all_to_all_v; 72 for each rank of the node to each other node. all_to_all_v
+/// announces once more, with what did not fit: 64 bytes, and 64 for each rank of the node. That is six hops with the rows.
 ///
 /// @throws comm_error from each collective, on all ranks, if ranks disagree about the collective, its element type, shape,
 ///         root or counts, or if one refuses its own arguments or has no memory (nothing is written then, and the
@@ -135,17 +135,19 @@ public:
     {
         const int64_t width = sent.extent(1);
         const auto& table = own_->table;
-        agree<T>(ex, verb::all_to_all_v, width, 0, [&] {
-            expects_shape(sent, "sent (N,D)", sent.extent(0), width);
-            expects_shape(received, "received (M,D)", received.extent(0), width);
-            detail::expects_counts_of_rows(sent_rows, "sent_rows (R)", size(), sent.extent(0), "sent (N,D)");
-            detail::expects_counts_of_rows(received_rows, "received_rows (R)", size(), received.extent(0), "received (M,D)");
-        });
-        own_->exchange_counts(sent_rows);
+        agree<T>(
+            ex, verb::all_to_all_v, width, 0,
+            [&] {
+                expects_shape(sent, "sent (N,D)", sent.extent(0), width);
+                expects_shape(received, "received (M,D)", received.extent(0), width);
+                detail::expects_counts_of_rows(sent_rows, "sent_rows (R)", size(), sent.extent(0), "sent (N,D)");
+                detail::expects_counts_of_rows(received_rows, "received_rows (R)", size(), received.extent(0), "received (M,D)");
+            },
+            sent_rows);
         own_->table.compare(received_rows);
         detail::staging<Executor> memory(ex, workspace_);
         matrix_view<T> packed, passing; // (rows that leave or pass, D), (rows that pass, D)
-        own_->announce([&] {
+        own_->confirm([&] {
             const auto [a, b] = memory.template take<T>(table.packed_rows() * width, table.passing_rows() * width);
             packed = matrix_view<T>(a.data_handle(), table.packed_rows(), width);
             passing = matrix_view<T>(b.data_handle(), table.passing_rows(), width);
@@ -240,12 +242,13 @@ private:
 
     /// Checks what is this rank's alone, then returns when all ranks are here and agree.
     template <class T, class Executor, class Check>
-    void agree(Executor& ex, verb what, int64_t count, int64_t root, const Check& verify) const
+    void agree(Executor& ex, verb what, int64_t count, int64_t root, const Check& verify,
+               vector_view<const int64_t> sent_rows = {}) const
     {
         static_assert(dtype_name<T> != nullptr || std::is_same_v<T, std::byte>, "an element type of communicator.hpp");
         own_->table.own = {.verb = static_cast<int64_t>(what), .type = detail::element_code<T>, .count = count,
                             .root = root};
-        own_->announce([&] {
+        own_->announce(sent_rows, [&] {
             verify();
             ex.synchronize(); // what is sent has been written
         });

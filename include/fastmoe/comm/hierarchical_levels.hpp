@@ -4,7 +4,9 @@
 /// over both. Part of hierarchical.hpp.
 #pragma once
 
+#include <cstring>
 #include <exception>
+#include <memory>
 #include <optional>
 
 #include <fastmoe/comm/announcement.hpp>
@@ -40,6 +42,13 @@ void turn_rows(Executor& ex, const T* from, int rows, int cols, const int64_t* c
     }
 }
 
+/// What the ranks of a node tell another node, as int64: the announcement of one of them, and the rows that it sends to the rank
+/// of that node which hears this.
+struct passed_notice {
+    announcement of;
+    int64_t rows = 0;
+};
+
 /// What the copies of a hierarchical communicator share.
 template <class Inner, class Outer>
 struct two_levels {
@@ -48,10 +57,15 @@ struct two_levels {
     std::string broken;        ///< why
     rank_table table;
     host_executor ex{{.threads = 1}}; ///< of the metadata
+    std::unique_ptr<int64_t[]> to_places, of_places;      // (places,announced+nodes)  an announcement, and rows for each node
+    std::unique_ptr<passed_notice[]> to_nodes, of_nodes;  // (nodes,places)
 
     two_levels(Inner i, Outer o)
         : whole(std::in_place, std::move(i), std::move(o)),
-          table(whole->second.rank() * whole->first.size() + whole->first.rank(), whole->second.size(), whole->first.size())
+          table(whole->second.rank() * whole->first.size() + whole->first.rank(), whole->second.size(), whole->first.size()),
+          to_places(new int64_t[at(table.places * (announced + table.nodes))]()),
+          of_places(new int64_t[at(table.places * (announced + table.nodes))]()), to_nodes(new passed_notice[at(table.ranks())]),
+          of_nodes(new passed_notice[at(table.ranks())])
     {
     }
 
@@ -68,38 +82,19 @@ struct two_levels {
         hop([&](const pair& l) { f(l.second); }, "across nodes", place, table.ranks() - table.places + place, table.places);
     }
 
-    /// Returns when all ranks are here, verify() has passed on each, and they agree; else throws on all.
+    /// Returns when all ranks are here, verify() has passed on each, and they agree; else throws on all. The table then has the
+    /// rows that leave, pass and arrive.
+    /// @param sent_rows  of all_to_all_v, valid once verify() has passed; else none                            // (R)
     template <class Check>
-    void announce(const Check& verify)
+    void announce(vector_view<const int64_t> sent_rows, const Check& verify)
     {
-#if defined(__cpp_exceptions)
-        try {
-            verify();
-        } catch (...) {
-            table.own.refused = 1;
-            try {
-                tell();
-            } catch (const comm_error&) { // the reason of its own is the better one
-            }
-            throw;
-        }
-#else
-        verify();
-#endif
-        tell();
-        const std::string text = table.find_disagreement();
-        if (!text.empty()) raise<comm_error>(text);
+        agree(verify, [&](bool refused) { tell(refused ? vector_view<const int64_t>{} : sent_rows); });
     }
-
-    /// What passes through this rank, and what arrives, from what each rank sends.
-    void exchange_counts(vector_view<const int64_t> sent_rows) // (R)
+    /// The same once more, of what only the rows could show. They stay in the table.
+    template <class Check>
+    void confirm(const Check& verify)
     {
-        const auto all = [&](int64_t* first) { return vector_view<int64_t>(first, table.ranks()); };
-        turn_blocks(ex, sent_rows.data_handle(), table.nodes, table.places, 1, table.leaving());
-        inner([&](const Inner& c) { c.all_to_all(ex, all(table.leaving()), all(table.passing())); });
-        turn_blocks(ex, table.passing(), table.places, table.nodes, 1, table.crossing());
-        outer([&](const Outer& c) { c.all_to_all(ex, all(table.crossing()), all(table.arriving())); });
-        table.add_up();
+        agree(verify, [&](bool) { tell_again(); });
     }
 
 private:
@@ -135,13 +130,72 @@ private:
         whole.reset();
     }
 
-    void tell()
+    template <class Check, class Tell>
+    void agree(const Check& verify, const Tell& tell_all)
+    {
+#if defined(__cpp_exceptions)
+        try {
+            verify();
+        } catch (...) {
+            table.own.refused = 1;
+            try {
+                tell_all(true);
+            } catch (const comm_error&) { // the reason of its own is the better one
+            }
+            throw;
+        }
+#else
+        verify();
+#endif
+        tell_all(false);
+        const std::string text = table.find_disagreement();
+        if (!text.empty()) raise<comm_error>(text);
+    }
+
+    /// A rank tells each place of its node what it is about to do and how many rows go by way of it to each node; a place tells
+    /// every node what it has heard, with the rows for the rank there. So it looks the same whatever a rank is about to do.
+    void tell(vector_view<const int64_t> sent_rows)
+    {
+        const int nodes = table.nodes, places = table.places;
+        const int64_t each = announced + nodes;
+        for (int p = 0; p < places; ++p) {
+            int64_t* to = to_places.get() + p * each;
+            std::memcpy(to, &table.own, sizeof(announcement));
+            for (int n = 0; n < nodes; ++n)
+                to[announced + n] = table.leaving()[p * nodes + n] = sent_rows.extent(0) > 0 ? sent_rows(n * places + p) : 0;
+        }
+        inner([&](const Inner& c) {
+            c.all_to_all(ex, vector_view<const int64_t>(to_places.get(), places * each), vector_view<int64_t>(of_places.get(), places * each));
+        });
+        for (int p = 0; p < places; ++p) {
+            const int64_t* from = of_places.get() + p * each;
+            for (int n = 0; n < nodes; ++n) {
+                passed_notice& to = to_nodes[at(n * places + p)];
+                std::memcpy(static_cast<void*>(&to.of), from, sizeof(announcement));
+                to.rows = table.passing()[p * nodes + n] = table.crossing()[n * places + p] = from[announced + n];
+            }
+        }
+        const auto words = [&](const std::unique_ptr<passed_notice[]>& of) {
+            constexpr int64_t notice = sizeof(passed_notice) / sizeof(int64_t);
+            return vector_view<int64_t>(reinterpret_cast<int64_t*>(of.get()), table.ranks() * notice);
+        };
+        outer([&](const Outer& c) { c.all_to_all(ex, vector_view<const int64_t>(words(to_nodes)), words(of_nodes)); });
+        for (int r = 0; r < table.ranks(); ++r) {
+            table.all[at(r)] = of_nodes[at(r)].of;
+            table.arriving()[r] = of_nodes[at(r)].rows;
+        }
+        table.add_up();
+    }
+
+    void tell_again()
     {
         const auto one = rank_table::words(&table.own, 1), node = rank_table::words(table.node.get(), table.places);
         const auto all = rank_table::words(table.all.get(), table.ranks());
         inner([&](const Inner& c) { c.all_gather(ex, one, node); });
         outer([&](const Outer& c) { c.all_gather(ex, node, all); });
     }
+
+    static constexpr std::size_t at(int64_t n) noexcept { return static_cast<std::size_t>(n); }
 };
 
 } // namespace fastmoe::inline FASTMOE_ABI::detail
