@@ -420,6 +420,54 @@ TEST_CASE("a fault of the work before is thrown on its own rank before anything 
     for (int r : {0, 1}) CHECK(support::has(told[r], "all_reduce: rank 2 of 3 failed"));
 }
 
+TEST_CASE_TEMPLATE("blocks that the host needs to know arrive on the device and in its arrays, and pass through it once", T, FASTMOE_ELEMENTS)
+{
+    for (int ranks = 1; ranks <= 4; ++ranks)
+        for (int64_t n : {0, 1, 70}) {
+            INFO(ranks, " ranks, ", n, " elements");
+            on_ranks(ranks, staged_threads::least_bytes(ranks), [&](const staged_threads& s, const fm::threads& c) {
+                streamed ex;
+                auto sent = support::upload(ex, support::values_of<T>(c.rank(), ranks * n));
+                fm::buffer<T, streamed> received(ex, ranks * n);
+                std::vector<T> out(ranks * n), in(ranks * n);
+                ex.seen = {};
+                s.all_to_all_known(ex, fm::vector_view<const T>(sent.view()), received.view(), fm::as_vector(out), fm::as_vector(in));
+                CHECK_EQ(ex.seen.copies, n > 0 ? 2 : 0);
+                CHECK_EQ(ex.seen.within, 2 * ranks * n * int64_t{sizeof(T)}); // to the host's arrays and from them: none is staging
+                const auto expected = [&](int64_t i) { return support::value_of<T>(static_cast<int>(i / n), c.rank() * n + i % n); };
+                support::is(ex, received.view(), expected);
+                for (int64_t i = 0; i < ranks * n; ++i) {
+                    CHECK(out[i] == support::value_of<T>(c.rank(), i));
+                    CHECK(in[i] == expected(i));
+                }
+            });
+        }
+}
+
+TEST_CASE("blocks that the host needs to know are refused and fail as all others")
+{
+    std::vector<std::string> told(3);
+    on_ranks(3, 4096, [&](const staged_threads& s, const fm::threads& c) {
+        queued ex;
+        auto sent = support::upload(ex, std::vector<int64_t>(6, 1));
+        fm::buffer<int64_t, queued> received(ex, 6);
+        std::vector<int64_t> out(6), in(6), few(c.rank() == 1 ? 5 : 6);
+        const fm::vector_view<const int64_t> from(sent.view());
+        try {
+            s.all_to_all_known(ex, from, received.view(), fm::as_vector(out), fm::as_vector(few));
+        } catch (const fm::error& e) {
+            told[c.rank()] = e.what();
+        }
+        s.all_to_all_known(ex, from, received.view(), fm::as_vector(out), fm::as_vector(in));
+        CHECK_EQ(in, std::vector<int64_t>(6, 1));
+    });
+    CHECK(support::has(told[1], "in (R*N) is of shape (5); expected (6)"));
+    for (int r : {0, 2}) CHECK(support::has(told[r], "all_to_all: rank 1 of 3 failed"));
+    static_assert(fm::exchanges_known_blocks<staged_threads, queued, int64_t>);
+    static_assert(!fm::exchanges_known_blocks<staged_threads, fm::host_executor, int64_t>); // whose memory is no secret
+    static_assert(!fm::exchanges_known_blocks<fm::threads, queued, int64_t>);
+}
+
 TEST_CASE("a rank that throws is named to the others at once, and every later call says the same")
 {
     const auto start = std::chrono::steady_clock::now();

@@ -3,6 +3,8 @@
 /// A layer whose ranks share experts, over memory that the host cannot touch and a communicator that moves host memory:
 /// the same bits as where the host reaches everything.
 #include <cmath>
+#include <cstring>
+#include <memory>
 #include <vector>
 
 #include <doctest/doctest.h>
@@ -12,8 +14,12 @@
 
 #include "support/compare.hpp"
 #include "support/executors.hpp"
-#include "support/queued.hpp"
 #include "support/random.hpp"
+#if defined(FASTMOE_TEST_CUDA)
+#include <fastmoe/cuda/pinned_memory.cuh>
+#else
+#include "support/queued.hpp"
+#endif
 
 using namespace fastmoe;
 
@@ -65,6 +71,14 @@ constexpr int64_t width = 20, experts = 5, most_tokens = 23;
 
 host_memory heap;
 
+template <class Executor>
+std::unique_ptr<Executor> make()
+{
+    if constexpr (requires { support::column<Executor>::make_for_rank(); })
+        return std::unique_ptr<Executor>(new Executor(support::column<Executor>::make_for_rank()));
+    else return std::make_unique<Executor>();
+}
+
 /// What a rank of a training step and of inference has written.
 using results = std::vector<float>;
 
@@ -76,7 +90,8 @@ results step(const C& ranks, const Exchange& exchange, int chunks, int64_t token
                          .balance = {.coefficient = 0.01}, .z = {.coefficient = 0.001}};
     const moe_layer layer{gate, mlp<swiglu>{.width = width, .hidden = 12, .biases = true},
                           expert_parallel{ranks, ranks, round_robin_placement{}, exchange, 1, received_rows::keep, chunks}};
-    Executor ex;
+    const auto made = make<Executor>();
+    Executor& ex = *made;
     support::random rng(seed + static_cast<std::uint64_t>(ranks.rank()));
     auto x = support::upload(ex, support::normal_vector<float>(rng, tokens * width, 1));
     auto dy = support::upload(ex, support::normal_vector<float>(rng, tokens * width, 1));
@@ -102,8 +117,10 @@ results step(const C& ranks, const Exchange& exchange, int chunks, int64_t token
     return out;
 }
 
-template <class Exchange>
-void same_bits_as_on_the_host(const Exchange& exchange, int chunks = 1)
+/// Moved through the host in whole and in parts as where ranks reach each other's memory.
+/// @tparam Near, Far  executors of the latter and of the former
+template <class Near, class Far, class Exchange>
+void has_the_same_bits(memory_resource& heap, const Exchange& exchange, int chunks = 1)
 {
     FASTMOE_SEEDED(rng, 81);
     for (const int ranks : {1, 2, 3, 4}) {
@@ -113,9 +130,9 @@ void same_bits_as_on_the_host(const Exchange& exchange, int chunks = 1)
         std::vector<results> expected(ranks), whole(ranks), parts(ranks);
         run_ranks(ranks, [&](const threads& c) {
             const int r = c.rank();
-            expected[r] = step<immediate>(c, exchange, chunks, tokens[r], seed);
-            whole[r] = step<support::queued>(staged(c, 1 << 20, heap), exchange, chunks, tokens[r], seed);
-            parts[r] = step<support::queued>(staged(c, 600, heap), exchange, chunks, tokens[r], seed);
+            expected[r] = step<Near>(c, exchange, chunks, tokens[r], seed);
+            whole[r] = step<Far>(staged(c, 1 << 20, heap), exchange, chunks, tokens[r], seed);
+            parts[r] = step<Far>(staged(c, 600, heap), exchange, chunks, tokens[r], seed);
         });
         for (int r = 0; r < ranks; ++r) {
             INFO("rank ", r, " of ", ranks, ", ", tokens[r], " tokens");
@@ -130,19 +147,101 @@ void same_bits_as_on_the_host(const Exchange& exchange, int chunks = 1)
 
 } // namespace
 
+#if defined(FASTMOE_TEST_CUDA) // nvcc takes no queue: the GPU alone
+
+TEST_CASE_TEMPLATE("staged, every exchange on the GPU has the bits that it has where streams read each other's memory", Executor,
+                   cuda_executor)
+{
+    if (!support::column<Executor>::available()) FASTMOE_SKIP("no device for ", support::column<Executor>::name);
+    pinned_memory pinned;
+    has_the_same_bits<Executor, Executor>(pinned, exact_exchange<>{});
+    has_the_same_bits<Executor, Executor>(pinned, exact_exchange<>{}, 3);
+    has_the_same_bits<Executor, Executor>(pinned, padded_exchange<>{.rows_per_rank = 7});
+    has_the_same_bits<Executor, Executor>(pinned, gathered_exchange<>{});
+}
+
+#else
+
 TEST_CASE("staged, the exact exchange has the bits that it has on the host, at once and in chunks")
 {
-    same_bits_as_on_the_host(exact_exchange<>{});
-    same_bits_as_on_the_host(exact_exchange<>{}, 3);
+    has_the_same_bits<immediate, support::queued>(heap, exact_exchange<>{});
+    has_the_same_bits<immediate, support::queued>(heap, exact_exchange<>{}, 3);
 }
 
 TEST_CASE("staged, the padded exchange has the bits that it has on the host")
 {
-    same_bits_as_on_the_host(padded_exchange<>{.rows_per_rank = 7});
+    has_the_same_bits<immediate, support::queued>(heap, padded_exchange<>{.rows_per_rank = 7});
 }
 
 TEST_CASE("staged, the gathered exchange has the bits that it has on the host, whether it is told the most tokens or asks")
 {
-    same_bits_as_on_the_host(gathered_exchange<>{});
-    same_bits_as_on_the_host(gathered_exchange<>{.most_tokens = most_tokens});
+    has_the_same_bits<immediate, support::queued>(heap, gathered_exchange<>{});
+    has_the_same_bits<immediate, support::queued>(heap, gathered_exchange<>{.most_tokens = most_tokens});
 }
+
+namespace {
+
+/// Says how many bytes are copied to the host and from it.
+struct metered : support::queued {
+    int64_t bytes = 0;
+
+    struct copy_bytes {
+        void* to;
+        const void* from;
+        int64_t n;
+        void operator()(int64_t) const { std::memcpy(to, from, static_cast<std::size_t>(n)); }
+    };
+    void copy(void* to, const void* from, int64_t n)
+    {
+        bytes += n;
+        for_each(1, copy_bytes{to, from, n});
+    }
+    void copy_to_host(void* to, const void* from, int64_t n)
+    {
+        bytes += n;
+        queued::copy_to_host(to, from, n);
+    }
+};
+
+/// What the exact exchange of T tokens with two of six experts learns in its first half.
+template <class Executor, class C>
+exchange_sizes announced(Executor& ex, const C& c, int64_t tokens)
+{
+    support::random own(static_cast<std::uint64_t>(c.rank()) + 5);
+    std::vector<int32_t> experts;
+    for (int64_t t = 0; t < tokens; ++t) {
+        const auto order = own.permutation(6);
+        for (int k = 0; k < 2; ++k) experts.push_back(own.coin(0.2) ? -1 : order[k]);
+    }
+    const auto ids = support::upload(ex, experts);
+    const auto weights = support::upload(ex, std::vector<float>(experts.size(), 1.f));
+    const routing<float> route{tokens, 6, 2, vector_view<int32_t>(const_cast<int32_t*>(ids.data()), std::ssize(experts)),
+                               vector_view<float>(const_cast<float*>(weights.data()), std::ssize(experts)), {}};
+    const placed_experts<block_placement> place{{}, 6, c.size(), 1, c.rank()};
+    buffer<std::byte, Executor> room(ex, 1 << 16);
+    arena memory(room.view());
+    const exact_exchange<> exchange;
+    auto state = exchange.template reserve<float>(memory, route, place);
+    exchange.announce(ex, c, route, place, state, memory);
+    ex.synchronize();
+    return exchange.sizes(state);
+}
+
+} // namespace
+
+TEST_CASE("staged, the counts of the exact exchange come to the host once, and go back once")
+{
+    run_ranks(3, [](const threads& c) {
+        immediate near;
+        metered far;
+        const exchange_sizes here = announced(near, c, 4 + 3 * c.rank()), there = announced(far, staged(c, 1 << 12, heap), 4 + 3 * c.rank());
+        CHECK_GT(here.rows, 0);
+        CHECK_EQ(there.rows, here.rows);
+        CHECK_EQ(there.choices, here.choices);
+        CHECK_EQ(there.sent_rows, here.sent_rows);
+        CHECK_EQ(there.sent_choices, here.sent_choices);
+        CHECK_EQ(far.bytes, 2 * 16 * 3); // rows and choices for each rank, and from each
+    });
+}
+
+#endif

@@ -45,6 +45,14 @@ concept exchanges_blocks = requires(const C& c, Executor& ex, vector_view<const 
     c.all_to_all(ex, sent, received);
 };
 
+/// all_to_all_known, which a communicator need not have: all_to_all of what the host needs to know as well, where it cannot
+/// read the executor's memory. It gets copies of both.                                // out, in (R*N), of the host
+template <class C, class Executor, class T = float>
+concept exchanges_known_blocks =
+    requires(const C& c, Executor& ex, vector_view<const T> sent, vector_view<T> received, vector_view<T> out, vector_view<T> in) {
+        c.all_to_all_known(ex, sent, received, out, in);
+    };
+
 /// all_to_all_v: sent_rows(r) rows go to rank r and received_rows(r) rows come from it, packed in rank order; the sums
 /// of the counts are at most the rows that the matrices hold.               // sent (N,D), received (M,D), counts (R)
 template <class C, class Executor, class T = float>

@@ -166,6 +166,29 @@ public:
         own_->template exchange<T>(ex, sent.data_handle(), each, received.data_handle(), each, own_->template share_of<T>(each, each), n);
     }
 
+    /// all_to_all of what the host needs to know as well: it passes through the host's arrays, so nothing is read back later.
+    /// @param out, in  overwritten by what is sent and what has come; of the host       // (R*N), (R*N)
+    template <executor Executor, class T>
+        requires(!has_readable_memory<Executor>)
+    void all_to_all_known(Executor& ex, type_identity_t<vector_view<const T>> sent, vector_view<T> received, vector_view<T> out,
+                          vector_view<T> in) const
+    {
+        const int64_t n = sent.extent(0) / size();
+        const use here(*own_->memory, "all_to_all");
+        agree<T>(ex, verb::all_to_all, n, 0, [&] {
+            expects_shape(sent, "sent (R*N)", size() * n);
+            expects_shape(received, "received (R*N)", size() * n);
+            expects_shape(out, "out (R*N)", size() * n);
+            expects_shape(in, "in (R*N)", size() * n);
+            detail::queue_copy<T>(ex, sent.data_handle(), size() * n, out.data_handle());
+        });
+        own_->move([&](const Inner& c) {
+            c.all_to_all(own_->host, vector_view<const T>(out), in);
+            detail::queue_copy<T>(ex, in.data_handle(), size() * n, received.data_handle());
+            ex.synchronize();
+        });
+    }
+
     /// Rows of `received` past the counts stay as they are.                             // (N,D), (R), (M,D), (R)
     template <executor Executor, class T>
     void all_to_all_v(Executor& ex, type_identity_t<matrix_view<const T>> sent, vector_view<const int64_t> sent_rows,

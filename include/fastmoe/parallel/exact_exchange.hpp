@@ -202,8 +202,7 @@ struct exact_exchange {
         });
         if (scratch.measuring()) return;
         ex.deliver_faults();
-        c.all_to_all(ex, vector_view<const int64_t>(s.counts.sent), s.counts.received);
-        learn(ex, s, ranks);
+        learn(ex, c, s, ranks);
     }
 
     template <class Real, class Rule>
@@ -284,12 +283,21 @@ struct exact_exchange {
     }
 
 private:
-    /// The counts, on the host.
-    template <class Executor>
-    static void learn(Executor& ex, detail::exact_state& s, int64_t ranks)
+    /// Exchanges the counts and brings all of them to the host.
+    template <class Executor, class C>
+    static void learn(Executor& ex, const C& c, detail::exact_state& s, int64_t ranks)
     {
-        std::vector<int64_t> both(static_cast<std::size_t>(2 * ranks));
-        const auto split = [&](std::vector<int64_t>& rows, std::vector<int64_t>& choices) {
+        auto& n = s.counts;
+        std::vector<int64_t> sent(static_cast<std::size_t>(2 * ranks)), came(static_cast<std::size_t>(2 * ranks));
+        if constexpr (exchanges_known_blocks<C, Executor, int64_t>) {
+            const auto all = [&](std::vector<int64_t>& v) { return vector_view<int64_t>(v.data(), 2 * ranks); };
+            c.all_to_all_known(ex, vector_view<const int64_t>(n.sent), n.received, all(sent), all(came));
+        } else {
+            c.all_to_all(ex, vector_view<const int64_t>(n.sent), n.received);
+            detail::read_back(ex, vector_view<const int64_t>(n.sent), sent.data());
+            detail::read_back(ex, vector_view<const int64_t>(n.received), came.data());
+        }
+        const auto split = [&](const std::vector<int64_t>& both, std::vector<int64_t>& rows, std::vector<int64_t>& choices) {
             rows.resize(static_cast<std::size_t>(ranks));
             choices.resize(static_cast<std::size_t>(ranks));
             int64_t row_sum = 0, choice_sum = 0;
@@ -301,12 +309,9 @@ private:
                     "at most 2^31 - 1");
             return std::pair{row_sum, choice_sum};
         };
-        auto& n = s.counts;
-        detail::read_back(ex, vector_view<const int64_t>(n.sent), both.data());
-        const auto sent = split(n.sent_rows, n.sent_choices);
-        detail::read_back(ex, vector_view<const int64_t>(n.received), both.data());
-        const auto came = split(n.rows, n.choices);
-        s.sizes = {sent.first, sent.second, came.first, came.second};
+        const auto out = split(sent, n.sent_rows, n.sent_choices);
+        const auto in = split(came, n.rows, n.choices);
+        s.sizes = {out.first, out.second, in.first, in.second};
     }
 };
 
