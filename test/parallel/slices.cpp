@@ -38,6 +38,18 @@ TEST_CASE_TEMPLATE("slices of a hidden width add up to the expert, for every exc
     }
 }
 
+TEST_CASE_TEMPLATE("slices do so on teams of many lanes", Cell, FASTMOE_EXECUTORS)
+{
+    if (!Cell::available()) FASTMOE_SKIP("no device for ", Cell::name);
+    FASTMOE_SEEDED(rng, 522);
+    const auto batch = ranked::join<Cell>(rng, small_gate, small_expert, 11);
+    const ranked::division d{.cuts = {0, 4, 4, 9, 11}, .slices = 2};
+    batch.check(d, [](const threads& c) { return expert_parallel{c, c, block_placement{}, exact_exchange<>{}, 2}; });
+    batch.check(d, [](const threads& c) {
+        return expert_parallel{c, c, round_robin_placement{}, padded_exchange<>{.rows_per_rank = 5}, 2};
+    });
+}
+
 TEST_CASE("an expert that cannot be cut, and slices that do not divide the ranks, are refused before anything is sent")
 {
     run_ranks(3, [](const threads& c) {

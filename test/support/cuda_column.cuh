@@ -46,6 +46,12 @@ struct cuda_column {
         static managed_memory memory;
         return fastmoe::cuda_executor(nullptr, &memory);
     }
+    /// For a rank that is a thread: on the thread's own stream, beside those of the others.
+    static fastmoe::cuda_executor make_for_rank()
+    {
+        static managed_memory memory;
+        return fastmoe::cuda_executor(cudaStreamPerThread, &memory);
+    }
 };
 
 } // namespace support

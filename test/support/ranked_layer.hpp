@@ -263,6 +263,7 @@ private:
     static Executor make_executor()
     {
         if constexpr (std::is_same_v<Executor, host_executor>) return host_executor({.threads = 1});
+        else if constexpr (requires { Cell::make_for_rank(); }) return Cell::make_for_rank();
         else return Cell::make();
     }
     static int64_t largest(const division& d)
