@@ -25,6 +25,7 @@ using namespace fastmoe;
 
 namespace {
 
+#if !defined(FASTMOE_TEST_CUDA)
 /// The loops of `queued` over the host's memory, at once.
 class immediate {
 public:
@@ -67,9 +68,10 @@ private:
 };
 static_assert(executor<immediate> && has_readable_memory<immediate>);
 
-constexpr int64_t width = 20, experts = 5, most_tokens = 23;
-
 host_memory heap;
+#endif
+
+constexpr int64_t width = 20, experts = 5, most_tokens = 23;
 
 template <class Executor>
 std::unique_ptr<Executor> make()
@@ -120,7 +122,7 @@ results step(const C& ranks, const Exchange& exchange, int chunks, int64_t token
 /// Moved through the host in whole and in parts as where ranks reach each other's memory.
 /// @tparam Near, Far  executors of the latter and of the former
 template <class Near, class Far, class Exchange>
-void has_the_same_bits(memory_resource& heap, const Exchange& exchange, int chunks = 1)
+void has_the_same_bits(memory_resource& memory, const Exchange& exchange, int chunks = 1)
 {
     FASTMOE_SEEDED(rng, 81);
     for (const int ranks : {1, 2, 3, 4}) {
@@ -131,8 +133,8 @@ void has_the_same_bits(memory_resource& heap, const Exchange& exchange, int chun
         run_ranks(ranks, [&](const threads& c) {
             const int r = c.rank();
             expected[r] = step<Near>(c, exchange, chunks, tokens[r], seed);
-            whole[r] = step<Far>(staged(c, 1 << 20, heap), exchange, chunks, tokens[r], seed);
-            parts[r] = step<Far>(staged(c, 600, heap), exchange, chunks, tokens[r], seed);
+            whole[r] = step<Far>(staged(c, 1 << 20, memory), exchange, chunks, tokens[r], seed);
+            parts[r] = step<Far>(staged(c, 600, memory), exchange, chunks, tokens[r], seed);
         });
         for (int r = 0; r < ranks; ++r) {
             INFO("rank ", r, " of ", ranks, ", ", tokens[r], " tokens");
