@@ -66,9 +66,9 @@ struct outcome {
 
 /// Runs a product of rows into a guarded, poisoned y and looks at everything but the numbers.
 template <class Y, class Executor, class Multiply>
-outcome<Y> rows_outcome(Executor& ex, const ragged& g, int64_t width, const Multiply& multiply)
+outcome<Y> rows_outcome(Executor& ex, const ragged& g, int64_t width, const Multiply& multiply, support::start begin = support::start::odd)
 {
-    support::guarded<Y> y(g.slots, width, 1);
+    support::guarded<Y> y(g.slots, width, begin == support::start::odd ? 1 : 0);
     std::vector<int> calls(g.slots);
     std::vector<int64_t> experts(g.slots, -1);
     std::vector<Y> ends(2 * g.slots);
@@ -214,9 +214,9 @@ void check_dgrad(support::random& r, const shape& c, weight_storage storage)
 
 template <class Real, class G, class Executor, class Multiply>
 std::vector<G> gradient_outcome(Executor& ex, const ragged& g, const std::vector<G>& before, weight_storage storage,
-                                const shape& c, const Multiply& multiply)
+                                const shape& c, const Multiply& multiply, support::start begin = support::start::odd)
 {
-    test_weights<G> dw(storage, g.experts(), c.out, c.in);
+    test_weights<G> dw(storage, g.experts(), c.out, c.in, begin);
     for (int64_t e = 0, at = 0; e < g.experts() && !before.empty(); ++e)
         for (int64_t o = 0; o < c.out; ++o)
             for (int64_t i = 0; i < c.in; ++i) dw.view()(e, o, i) = before[at++];

@@ -19,11 +19,13 @@
 
 #if defined(__CUDA_ARCH__)
 #define FASTMOE_UNROLL _Pragma("unroll")
+#define FASTMOE_UNROLL_4 _Pragma("unroll 4")
 #define FASTMOE_KEEP_LOOP _Pragma("unroll 1")
 #else
 /// Before a loop whose arrays are to live in registers of a GPU's thread, and before one whose steps are not to meet there;
 /// empty elsewhere.
 #define FASTMOE_UNROLL
+#define FASTMOE_UNROLL_4
 #define FASTMOE_KEEP_LOOP
 #endif
 

@@ -8,6 +8,7 @@
 #include <optional>
 
 #include <fastmoe/cuda/cuda_block.cuh>
+#include <fastmoe/cuda/cuda_cluster.cuh>
 #include <fastmoe/cuda/cuda_memory.cuh>
 #include <fastmoe/cuda/cuda_team.cuh>
 #include <fastmoe/exec/executor.hpp>
@@ -38,6 +39,7 @@ public:
         detail::cuda_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_), "cudaDeviceGetAttribute");
         detail::cuda_check(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device_), "cudaDeviceGetAttribute");
         has_blocks_ = major >= 8;
+        has_warpgroups_ = major == 9;
         if (!memory_) memory_ = &pool_.emplace(stream);
         void* pinned = nullptr;
         detail::cuda_check(cudaMallocHost(&pinned, sizeof(fault_words)), "cudaMallocHost");
@@ -112,6 +114,26 @@ public:
     bool has_blocks() const noexcept { return has_blocks_; }
     static constexpr bool always_has_blocks = detail::compiled_for_blocks();
 
+    /// As runs_clusters says.
+    using box_map = CUtensorMap;
+    box_map describe(const box_source& source) const { return detail::tensor_map(source); }
+    /// Whether the device is of compute capability 9.x and F was compiled for sm_90a.
+    template <class F>
+    bool has_clusters() const
+    {
+        if (!has_warpgroups_) return false;
+        const detail::on_device here(device_);
+        cudaFuncAttributes is{};
+        detail::cuda_check(cudaFuncGetAttributes(&is, detail::run_clusters<F>), "cudaFuncGetAttributes");
+        return is.maxThreadsPerBlock == cluster_block_threads;
+    }
+    template <class F>
+    void for_each_cluster(int64_t tasks, const F& f, int64_t shared_bytes)
+    {
+        const int64_t most = multiprocessors_ / F::cluster;
+        launch_clusters(F::cluster, detail::run_clusters<F>, F::cluster * (tasks < most ? tasks : most), cluster_block_threads, shared_bytes + 1024, f);
+    }
+
     /// Where the work of this executor records faults: memory of the device.
     fault_recorder faults() noexcept { return {record_.data()}; }
     /// Nothing: the work has not ended yet. synchronize() throws.
@@ -147,6 +169,12 @@ private:
     void launch(void (*kernel)(F, Sizes...), int64_t blocks, int threads, int64_t shared, const F& f,
                 type_identity_t<Sizes>... sizes)
     {
+        launch_clusters(1, kernel, blocks, threads, shared, f, sizes...);
+    }
+    template <class F, class... Sizes>
+    void launch_clusters(int cluster, void (*kernel)(F, Sizes...), int64_t blocks, int threads, int64_t shared, const F& f,
+                         type_identity_t<Sizes>... sizes)
+    {
         static_assert(std::is_trivially_copyable_v<F>, "a functor is copied to the device byte by byte");
         if (blocks <= 0) return;
         const detail::on_device here(device_);
@@ -158,13 +186,18 @@ private:
         how.blockDim = dim3(static_cast<unsigned>(threads));
         how.dynamicSmemBytes = static_cast<std::size_t>(shared);
         how.stream = stream_;
+        cudaLaunchAttribute shape{};
+        shape.id = cudaLaunchAttributeClusterDimension;
+        shape.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+        how.attrs = &shape;
+        how.numAttrs = cluster > 1;
         detail::cuda_check(cudaLaunchKernelEx(&how, kernel, f, sizes...), "a kernel launch");
     }
 
     cudaStream_t stream_;
     memory_resource* memory_;
     int device_ = 0, multiprocessors_ = 0;
-    bool has_blocks_ = false;
+    bool has_blocks_ = false, has_warpgroups_ = false;
     std::optional<cuda_memory> pool_;
     buffer<fault_words, cuda_executor> record_;
     std::mutex mutex_; // guards seen_
@@ -174,6 +207,6 @@ private:
     std::unique_ptr<fault_words, free_pinned> seen_;
 };
 
-static_assert(executor<cuda_executor> && runs_blocks<cuda_executor>);
+static_assert(executor<cuda_executor> && runs_blocks<cuda_executor> && runs_clusters<cuda_executor>);
 
 } // namespace fastmoe::inline FASTMOE_ABI::inline FASTMOE_CUDA_ABI

@@ -15,6 +15,11 @@ namespace fastmoe::inline FASTMOE_ABI {
 inline constexpr int block_threads = 256; ///< of every block: eight warps
 inline constexpr int warp_threads = 32;
 
+namespace detail {
+/// Along which dimension of a product an operand is contiguous: its depth, or its rows.
+enum class lie { deep, wide };
+} // namespace detail
+
 /// One thread's view of its block. All threads of a warp, or of the block, call what says so together.
 ///
 ///     b.thread()                   in [0, block_threads)

@@ -34,6 +34,7 @@ struct row_range {
 struct count_row_tiles {
     row_groups groups;
     vector_view<int64_t> before; // (E+1)
+    int64_t rows = tile_rows;    ///< of a tile
 
     template <class Team>
     FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t) const
@@ -41,7 +42,7 @@ struct count_row_tiles {
         const auto& self = *this;
         const int64_t all = team.scan(
             groups.experts(), int64_t{0}, [](int64_t a, int64_t b) { return a + b; },
-            [&self](int64_t e) { return ceil_div(row_range::of(self.groups, e).count, tile_rows); },
+            [&self](int64_t e) { return ceil_div(row_range::of(self.groups, e).count, self.rows); },
             [&self](int64_t e, int64_t tiles) { self.before(e) = tiles; });
         if (team.lane() == 0) before(groups.experts()) = all;
     }
@@ -228,12 +229,12 @@ struct implementation<verbs::multiply_rows, Executor> {
                 const auto before = memory.vector<int64_t>(groups.experts() + 1);
                 if (memory.measuring() || groups.experts() == 0) return;
                 for_each_row(ex, 1, count_row_tiles{groups, before}, {.width = groups.experts()});
-                const auto multiply = [&]<lie how>() {
+                const auto multiply = [&]<detail::lie how>() {
                     ex.for_each_block((groups.slots / tile_rows + groups.experts()) * ceil_div(w.out, tile_columns),
                                       multiply_row_tiles<how, Rows, W, B, Y>{groups, x, w, bias, y, before}, shared_bytes);
                 };
-                if (w.col_stride == 1) multiply.template operator()<lie::deep>();
-                else multiply.template operator()<lie::wide>();
+                if (w.col_stride == 1) multiply.template operator()<detail::lie::deep>();
+                else multiply.template operator()<detail::lie::wide>();
                 if constexpr (!std::is_same_v<Epilogue, no_epilogue>)
                     for_each_row(ex, groups.slots, detail::portable::end_row<Epilogue>{groups, epilogue}, {.width = w.out});
                 return;

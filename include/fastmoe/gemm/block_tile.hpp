@@ -25,8 +25,6 @@ inline constexpr int operand_bytes = tile_rows * deep_bytes, stage_bytes = 2 * o
 inline constexpr int stages = 3; ///< 48 KiB in all: what every device gives two blocks of
 inline constexpr int shared_bytes = stages * stage_bytes;
 
-enum class lie { deep, wide };
-
 /// Depth steps of a stage.
 template <class Element>
 inline constexpr int stage_depth = deep_bytes / static_cast<int>(sizeof(Element));

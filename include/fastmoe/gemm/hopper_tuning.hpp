@@ -1,0 +1,60 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// How gemm::hopper cuts a product into tiles: data, chosen by a constexpr function of the product's shape.
+#pragma once
+
+#include <fastmoe/core/config.hpp>
+
+namespace fastmoe::inline FASTMOE_ABI::gemm {
+
+/// Who computes a tile: both multiplying warpgroups half of its rows, or each a tile of its own while the other stores.
+enum class hopper_schedule { cooperative, ping_pong };
+
+/// A tile is rows x columns of the result, summed in stages of 64 of the depth. With rows of tokens on the other side
+/// (turned), `rows` counts features and `columns` tokens.
+struct hopper_tuning {
+    int rows = 128;    ///< 128, or with ping_pong 64 or 128
+    int columns = 256; ///< 16, 32, 64, 128, 192 or 256
+    int stages = 4;    ///< in shared memory
+    int cluster = 1;   ///< blocks that share a tile of weights: 1 or 2
+    hopper_schedule schedule = hopper_schedule::cooperative;
+    int band = 8;      ///< tiles of columns that run beside each other
+    bool turned = false;
+
+    static constexpr int depth = 64;
+    static constexpr int line_bytes = 128; ///< 64 elements of 16 bits
+
+    /// Rows of 64 that a warpgroup sums at a time.
+    FASTMOE_HOST_DEVICE constexpr int blocks() const noexcept { return schedule == hopper_schedule::cooperative ? rows / 128 : rows / 64; }
+    FASTMOE_HOST_DEVICE constexpr int row_bytes() const noexcept { return rows * line_bytes; }
+    FASTMOE_HOST_DEVICE constexpr int column_bytes() const noexcept { return columns * line_bytes; }
+    FASTMOE_HOST_DEVICE constexpr int stage_bytes() const noexcept { return row_bytes() + column_bytes(); }
+    FASTMOE_HOST_DEVICE constexpr int shared_bytes() const noexcept { return stages * stage_bytes() + 2 * stages * 8; }
+    /// Tokens of a tile of one block.
+    FASTMOE_HOST_DEVICE constexpr int tokens() const noexcept { return turned ? columns : rows; }
+
+    /// Whether registers and shared memory of sm_90 hold it.
+    constexpr bool fits() const noexcept
+    {
+        return (rows == 64 || rows == 128) && blocks() >= 1 && blocks() * columns <= 256 && stages >= 2 && cluster >= 1 && cluster <= 2 &&
+               shared_bytes() <= 227 * 1024 - 1024 && band >= 1 && (!turned || cluster == 1);
+    }
+};
+
+/// The products that are tuned apart.
+enum class hopper_product { rows, few_rows, gradients };
+
+/// What a product is cut into where the user does not say.
+/// @param width  columns of the result
+constexpr hopper_tuning hopper_default(hopper_product product, bool wide) noexcept
+{
+    switch (product) {
+    case hopper_product::few_rows: return {.rows = 128, .columns = 16, .stages = 10, .band = 1, .turned = true};
+    case hopper_product::gradients: return {.rows = 128, .columns = wide ? 256 : 128, .stages = 4};
+    default: break;
+    }
+    if (wide) return {.rows = 128, .columns = 256, .stages = 4, .cluster = 2};
+    return {.rows = 128, .columns = 128, .stages = 6, .cluster = 2, .schedule = hopper_schedule::ping_pong};
+}
+
+} // namespace fastmoe::inline FASTMOE_ABI::gemm
