@@ -26,12 +26,10 @@ std::vector<shape> block_shapes(support::random& r)
 }
 
 /// Forward, dgrad and wgrad of one shape. X, dY and W have types of their own.
-template <class X, class W, class Y, class Executor, class Gemm = fm::gemm::portable>
-void check_products(support::random& r, const shape& c, Executor& ex, const Gemm& gemm = {})
+template <class X, class W, class Y, class Executor, class Gemm>
+void check_products(support::random& r, const shape& c, Executor& ex, const Gemm& gemm, weight_storage storage, support::start begin)
 {
     const ragged g = ragged::of(r, c.counts, 3);
-    const weight_storage storage = any_storage(r);
-    const support::start begin = r.one_of(support::start::odd, support::start::aligned);
     INFO(text_of(g, c, storage), begin == support::start::odd ? ", odd" : ", aligned");
     const test_rows<X> x(r, g, c.in, begin), dy(r, g, c.out, begin);
     test_weights<W> w(storage, g.experts(), c.out, c.in, begin);
@@ -69,6 +67,13 @@ void check_products(support::random& r, const shape& c, Executor& ex, const Gemm
         for (const int32_t n : c.counts) depth = std::max<int64_t>(depth, n + 2);
         CHECK(first_wrong<float>(got, expected, depth, [](int64_t) { return true; }) == "");
     }
+}
+
+template <class X, class W, class Y, class Executor, class Gemm = fm::gemm::portable>
+void check_products(support::random& r, const shape& c, Executor& ex, const Gemm& gemm = {})
+{
+    const weight_storage storage = any_storage(r);
+    check_products<X, W, Y>(r, c, ex, gemm, storage, r.one_of(support::start::odd, support::start::aligned));
 }
 
 } // namespace

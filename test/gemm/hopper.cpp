@@ -11,12 +11,85 @@ namespace {
 using clusters = support::fiber_clusters<support::lanes>;
 static_assert(fm::executor<clusters> && fm::runs_clusters<clusters>);
 
+using fm::gemm::hopper_product;
+using fm::gemm::hopper_schedule;
+using fm::gemm::hopper_tuning;
+
+/// One way of cutting for all products.
+template <hopper_tuning of_rows, hopper_tuning of_gradients = fm::gemm::hopper_default(hopper_product::gradients, false)>
+struct always {
+    static constexpr hopper_tuning of(hopper_product product, bool) noexcept
+    {
+        return product == hopper_product::gradients ? of_gradients : of_rows;
+    }
+};
+
+/// Rows and matrices of whole 16 bytes.
+std::vector<shape> whole_shapes(support::random& r)
+{
+    std::vector<shape> out;
+    out.push_back({{4, 12}, 8, 8});
+    out.push_back({{0, 0, 0}, 16, 8});
+    out.push_back({{127, 128, 129, 0, 1}, 136, 72});
+    out.push_back({{16, 1, 40}, 264, 64});
+    out.push_back({{300}, 24, 200});
+    out.push_back({support::random_counts(r, 5, 150), 8 * r.integer(1, 40), 8 * r.integer(1, 40)});
+    out.push_back({support::random_counts(r, 12, 20), 8 * r.integer(1, 20), 8 * r.integer(1, 20)});
+    return out;
+}
+
+/// All of them, in every storage that boxes can bring. The instructions that ran are warpgroups' own.
+template <class T, class Y, class Gemm>
+void check_whole(unsigned seed, const Gemm& gemm)
+{
+    FASTMOE_SEEDED(r, seed);
+    for (const weight_storage storage : {weight_storage::stacked, weight_storage::padded, weight_storage::transposed}) {
+        clusters ex(r.integer(1, 4), static_cast<unsigned>(r.integer(1, 1000)));
+        for (const shape& c : whole_shapes(r)) check_products<T, T, Y>(r, c, ex, gemm, storage, support::start::aligned);
+        CHECK(ex.products > 100);
+        CHECK(ex.box_bytes > 0);
+    }
+}
+
 } // namespace
 
-TEST_CASE("one")
+TEST_CASE_TEMPLATE("forward, dgrad and wgrad are their sums, whatever lies how", T, bfloat16, fm::half)
 {
     FASTMOE_SEEDED(r, 51);
     clusters ex;
-    check_products<bfloat16, bfloat16, bfloat16>(r, {{20, 0, 8}, 128, 96}, ex, fm::gemm::hopper{});
-    MESSAGE(ex.products, " ", ex.box_bytes, " ", ex.lines);
+    for (const shape& c : block_shapes(r)) check_products<T, T, T>(r, c, ex, fm::gemm::hopper{});
+    for (const shape& c : whole_shapes(r)) check_products<T, T, T>(r, c, ex, fm::gemm::hopper{});
+    check_whole<T, T>(52, fm::gemm::hopper{});
+    check_whole<T, float>(53, fm::gemm::hopper{});
+}
+
+TEST_CASE("every way of cutting gives the sums")
+{
+    using enum hopper_schedule;
+    using fm::gemm::hopper_with;
+    SUBCASE("a tile for two warpgroups")
+    {
+        check_whole<bfloat16, bfloat16>(54, hopper_with<always<hopper_tuning{.columns = 64, .stages = 2}, hopper_tuning{.columns = 64, .stages = 2}>>{});
+        check_whole<bfloat16, bfloat16>(55, hopper_with<always<hopper_tuning{.columns = 192, .stages = 3}, hopper_tuning{.columns = 256, .stages = 3}>>{});
+        check_whole<bfloat16, bfloat16>(56, hopper_with<always<hopper_tuning{.columns = 256, .stages = 4, .band = 1}>>{});
+    }
+    SUBCASE("a tile each")
+    {
+        check_whole<bfloat16, bfloat16>(57, hopper_with<always<hopper_tuning{.columns = 128, .stages = 3, .schedule = ping_pong},
+                                                              hopper_tuning{.columns = 128, .stages = 5, .schedule = ping_pong}>>{});
+        check_whole<bfloat16, bfloat16>(58, hopper_with<always<hopper_tuning{.rows = 64, .columns = 256, .stages = 3, .schedule = ping_pong},
+                                                              hopper_tuning{.rows = 64, .columns = 64, .stages = 2, .schedule = ping_pong}>>{});
+    }
+    SUBCASE("two blocks that share weights")
+    {
+        check_whole<bfloat16, bfloat16>(59, hopper_with<always<hopper_tuning{.columns = 128, .stages = 2, .cluster = 2}>>{});
+        check_whole<bfloat16, float>(60, hopper_with<always<hopper_tuning{.columns = 256, .stages = 4, .cluster = 2}>>{});
+        check_whole<bfloat16, bfloat16>(61, hopper_with<always<hopper_tuning{.columns = 128, .stages = 3, .cluster = 2, .schedule = ping_pong}>>{});
+    }
+    SUBCASE("rows of tokens on the short side")
+    {
+        check_whole<bfloat16, bfloat16>(62, hopper_with<always<hopper_tuning{.columns = 16, .stages = 3, .turned = true}>>{});
+        check_whole<bfloat16, float>(63, hopper_with<always<hopper_tuning{.columns = 32, .stages = 4, .turned = true}>>{});
+        check_whole<bfloat16, bfloat16>(64, hopper_with<always<hopper_tuning{.rows = 64, .columns = 16, .stages = 3, .schedule = ping_pong, .turned = true}>>{});
+    }
 }

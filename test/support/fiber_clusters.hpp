@@ -257,6 +257,10 @@ public:
             }
         });
     }
+    template <int count>
+    void hold(float (&)[count])
+    {
+    }
     template <int n>
     void give_registers()
     {
@@ -267,13 +271,14 @@ public:
     {
         own_group().registers = n;
     }
-    std::uint32_t exchange(std::uint32_t v, int mask)
+    std::uint32_t exchange(std::uint32_t v, int mask) { return broadcast(v, thread() % 32 ^ mask); }
+    std::uint32_t broadcast(std::uint32_t v, int from)
     {
         warp& w = own().warps[thread() / 32];
         const int lane = thread() % 32;
         w.given[lane] = v;
         meet(w.here, 32, [&] { std::copy_n(w.given, 32, w.taken); });
-        return w.taken[lane ^ mask];
+        return w.taken[from];
     }
 
 private:

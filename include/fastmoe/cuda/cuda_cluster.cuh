@@ -67,11 +67,13 @@ struct device_cluster {
         asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
     }
+    /// Of the block's scope alone: what it tells others is that products are done with their operands, which wait_products()
+    /// has seen to. A release to the cluster would wait for all of the thread's stores.
     FASTMOE_HOST_DEVICE void arrive([[maybe_unused]] barrier_word* w, [[maybe_unused]] int rank) const noexcept
     {
 #if FASTMOE_HAS_CLUSTERS
         asm volatile("{\n\t.reg .b32 there;\n\tmapa.shared::cluster.u32 there, %0, %1;\n\t"
-                     "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n\t}" ::"r"(address(w)),
+                     "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t}" ::"r"(address(w)),
                      "r"(rank)
                      : "memory");
 #endif
@@ -82,12 +84,11 @@ struct device_cluster {
         asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(address(w)), "r"(bytes) : "memory");
 #endif
     }
-    /// What others of the cluster did before they arrived is seen.
     FASTMOE_HOST_DEVICE void wait([[maybe_unused]] barrier_word* w, [[maybe_unused]] unsigned parity) const noexcept
     {
 #if FASTMOE_HAS_CLUSTERS
         asm volatile("{\n\t.reg .pred done;\n\tagain:\n\t"
-                     "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n\t@!done bra again;\n\t}" ::"r"(address(w)),
+                     "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t@!done bra again;\n\t}" ::"r"(address(w)),
                      "r"(parity)
                      : "memory");
 #endif
@@ -157,6 +158,15 @@ struct device_cluster {
 #endif
     }
 
+    template <int count>
+    FASTMOE_HOST_DEVICE void hold([[maybe_unused]] float (&c)[count]) const noexcept
+    {
+#if FASTMOE_HAS_CLUSTERS
+        FASTMOE_UNROLL
+        for (int i = 0; i < count; ++i) asm volatile("" : "+f"(c[i])::"memory");
+#endif
+    }
+
     template <int n>
     FASTMOE_HOST_DEVICE void give_registers() const noexcept
     {
@@ -175,6 +185,14 @@ struct device_cluster {
     {
 #if FASTMOE_HAS_CLUSTERS
         return __shfl_xor_sync(0xffffffffu, v, mask);
+#else
+        return 0;
+#endif
+    }
+    FASTMOE_HOST_DEVICE std::uint32_t broadcast([[maybe_unused]] std::uint32_t v, [[maybe_unused]] int lane) const noexcept
+    {
+#if FASTMOE_HAS_CLUSTERS
+        return __shfl_sync(0xffffffffu, v, lane);
 #else
         return 0;
 #endif

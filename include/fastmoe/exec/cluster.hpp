@@ -43,8 +43,10 @@ using barrier_word = std::uint64_t;
 ///     b.multiply<T, N, a, b>(c, from_a, from_b)   the warpgroup: C (64,N) += A (64,16) B (N,16)^T in float, of bfloat16 or
 ///                                   half, out of shared memory. With warp w, g = lane / 4, t = lane % 4: c[4 i + v] is row
 ///                                   16 w + g + 8 (v / 2), column 8 i + 2 t + v % 2. from_a, from_b: see operand_words
+///     b.hold(c)                     uses of sums before it are not moved behind it, nor the other way
 ///     b.give_registers<n>(), b.take_registers<n>()   the warpgroup: how many it keeps
 ///     b.exchange(v, mask)           the warp: v of the lane whose number differs in the mask's bits
+///     b.broadcast(v, lane)          the warp: v of that lane, which each lane may choose
 ///
 /// Of NVIDIA's parallel thread execution instruction set: mbarrier, cp.async, cp.async.bulk.tensor, wgmma, setmaxnreg, shfl.
 template <class B, class Map>
@@ -67,10 +69,12 @@ concept cluster_block = requires(B b, const Map& map, void* to, const void* from
     b.begin_products();
     b.commit_products();
     b.template wait_products<0>();
+    b.hold(c);
     b.template give_registers<40>();
     b.template take_registers<232>();
     { b.address(to) } -> std::same_as<std::uint32_t>;
     { b.exchange(v, 1) } -> std::same_as<std::uint32_t>;
+    { b.broadcast(v, 1) } -> std::same_as<std::uint32_t>;
 };
 
 /// The word that tells multiply() where an operand is and how it lies: start, distance of the next 64 rows where it lies wide,

@@ -67,6 +67,21 @@ struct row_product {
         int64_t feature;              ///< the tile's first
         int steps;
     };
+    struct operands {
+        deep_lines<tokens, element> of_x;
+        boxes<how_w, weight_rows, how.cluster, Map> of_w;
+
+        template <class Block>
+        FASTMOE_HOST_DEVICE void bring_lines(Block& block, std::byte* to, int64_t first) const
+        {
+            of_x.bring(block, how.turned ? to + how.row_bytes() : to, first);
+        }
+        template <class Block>
+        FASTMOE_HOST_DEVICE void bring_boxes(Block& block, std::byte* to, barrier_word* full, int first) const
+        {
+            of_w.bring(block, how.turned ? to : to + how.row_bytes(), full, first);
+        }
+    };
     FASTMOE_HOST_DEVICE int64_t tiles() const noexcept { return rows_of.count() * ceil_div(out, weight_rows); }
     FASTMOE_HOST_DEVICE place tile(int64_t t, int rank) const noexcept
     {
@@ -79,11 +94,9 @@ struct row_product {
     template <class Block, class Brings>
     FASTMOE_HOST_DEVICE void bring(Block& block, const place& p, const Brings& brings) const
     {
-        const deep_lines<tokens, element> of_x(block.thread(), x.data.data_handle(), x.extent(1),
-                                               [&](int r) { return r < p.count ? x.row(p.first + r) : nullptr; });
-        const boxes<how_w, weight_rows, how.cluster, Map> of_w{&map, static_cast<int>(p.feature), static_cast<int>(p.expert)};
-        if constexpr (how.turned) brings(of_w, of_x);
-        else brings(of_x, of_w);
+        brings(operands{deep_lines<tokens, element>(block.thread(), x.data.data_handle(), x.extent(1),
+                                                    [&](int r) { return r < p.count ? x.row(p.first + r) : nullptr; }),
+                        {&map, static_cast<int>(p.feature), static_cast<int>(p.expert)}});
     }
     template <class Block>
     FASTMOE_HOST_DEVICE void store(Block& block, const place& p, int first_row, const sums<how>& c) const
@@ -130,20 +143,19 @@ struct gradient_product {
         return {e, inside ? groups.offsets(e) : 0, count, at.row * how.rows, at.column * how.columns,
                 static_cast<int>(ceil_div(count, depth)), inside && (count > 0 || mode == write_mode::overwrite)};
     }
+    struct operands : paired_lines<how.rows, how.columns, DownRows, AcrossRows> {
+        template <class Block>
+        FASTMOE_HOST_DEVICE void bring_lines(Block& block, std::byte* to, int64_t first)
+        {
+            this->bring(block, to, first);
+        }
+    };
     template <class Block, class Brings>
-    FASTMOE_HOST_DEVICE void bring(Block&, const place& p, const Brings& brings) const
+    FASTMOE_HOST_DEVICE void bring(Block& block, const place& p, const Brings& brings) const
     {
-        // A row of zeros on either side adds nothing, whatever the other holds.
-        const auto left = [this, p](int64_t s) {
-            const auto* row = down.row(p.first + s);
-            return row && across.row(p.first + s) ? row + p.row : nullptr;
-        };
-        const auto right = [this, p](int64_t s) {
-            const auto* row = across.row(p.first + s);
-            return row && down.row(p.first + s) ? row + p.column : nullptr;
-        };
-        brings(wide_lines<how.rows, element, decltype(left)>{left, down.data.data_handle(), p.count, dw.out - p.row},
-               wide_lines<how.columns, element, decltype(right)>{right, across.data.data_handle(), p.count, dw.in - p.column});
+        operands both{{down, across, p.first, p.count, p.row, p.column}};
+        both.start(block);
+        brings(both);
     }
     template <class Block>
     FASTMOE_HOST_DEVICE void store(Block& block, const place& p, int first_row, const sums<how>& c) const

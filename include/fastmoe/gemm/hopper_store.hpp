@@ -109,25 +109,25 @@ FASTMOE_HOST_DEVICE void store_turned(Block& block, const to_rows<B, Y>& to, con
         }
 }
 
-/// A tile of dW[e] from (row, column) on. Lines of dW's rows are contiguous.
-template <class Block, class G, hopper_tuning how>
-FASTMOE_HOST_DEVICE void store_gradient(Block& block, const weight_view<G>& dw, write_mode mode, int64_t e, int64_t row, int64_t column,
+/// How many neighbours of a row of dW one access writes.
+enum class gradient_access { lines, pairs, singles };
+
+template <gradient_access access, class Block, class G, hopper_tuning how>
+FASTMOE_HOST_DEVICE void store_gradient(Block& block, const weight_view<G>& dw, write_mode mode, G* base, int64_t row, int64_t column,
                                         const sums<how>& c)
 {
     const int thread = block.thread() % warpgroup_threads, t = thread % 4;
-    G* const base = dw.base(e);
-    // Lines of 16 bytes where memory allows them; the check is the same for all of a matrix.
-    const bool in_lines = sizeof(G) == 2 && reinterpret_cast<std::uintptr_t>(base) % 16 == 0 && dw.row_stride % chunk == 0;
-    const bool in_pairs = reinterpret_cast<std::uintptr_t>(base) % sizeof(pair<G>) == 0 && dw.row_stride % 2 == 0;
-    const auto add = [mode](G& to, float sum) {
+    const bool adds = mode == write_mode::accumulate;
+    const auto total = [adds](const G& to, float sum) {
         using Sum = wider_t<float, G>;
-        return static_cast<G>(mode == write_mode::accumulate ? static_cast<Sum>(to) + static_cast<Sum>(sum) : static_cast<Sum>(sum));
+        return static_cast<G>(adds ? static_cast<Sum>(to) + static_cast<Sum>(sum) : static_cast<Sum>(sum));
     };
     FASTMOE_UNROLL
     for (int b = 0; b < how.blocks(); ++b)
         FASTMOE_UNROLL
         for (int half = 0; half < 2; ++half) {
             const int64_t o = row + 64 * b + thread / warp_threads * 16 + thread % warp_threads / 4 + 8 * half;
+            const bool inside = o < dw.out;
             G* const to = base + o * dw.row_stride;
             FASTMOE_UNROLL
             for (int i = 0; i < how.columns / 8; i += 4) {
@@ -135,25 +135,44 @@ FASTMOE_HOST_DEVICE void store_gradient(Block& block, const weight_view<G>& dw, 
                 FASTMOE_UNROLL
                 for (int g = 0; g < 4 && i + g < how.columns / 8; ++g) {
                     const int64_t n = column + 8 * (i + g) + 2 * t;
-                    if (o >= dw.out || n >= dw.in) continue;
                     const float first = c.of[b][4 * (i + g) + 2 * half], second = c.of[b][4 * (i + g) + 2 * half + 1];
-                    if (sizeof(G) == 2 && in_lines && mode == write_mode::overwrite) {
+                    if constexpr (access == gradient_access::lines) {
                         const pair<G> two{{static_cast<G>(first), static_cast<G>(second)}};
                         std::memcpy(&words[g], &two, sizeof words[g]);
-                    } else if (in_pairs) {
-                        pair<G>& at = *reinterpret_cast<pair<G>*>(to + n);
-                        at = {{add(at.values[0], first), add(at.values[1], second)}};
-                    } else {
-                        to[n] = add(to[n], first), to[n + 1] = add(to[n + 1], second);
+                    } else if (inside && n < dw.in) {
+                        if constexpr (access == gradient_access::pairs) {
+                            pair<G>& at = *reinterpret_cast<pair<G>*>(to + n);
+                            pair<G> old{};
+                            if (adds) old = at;
+                            at = {{total(old.values[0], first), total(old.values[1], second)}};
+                        } else {
+                            to[n] = total(to[n], first), to[n + 1] = total(to[n + 1], second);
+                        }
                     }
                 }
-                if (sizeof(G) == 2 && in_lines && mode == write_mode::overwrite) {
+                if constexpr (access == gradient_access::lines) {
                     const line whole = turn_quad(block, words);
                     const int64_t n = column + 8 * (i + t);
-                    if (o < dw.out && n < dw.in && i + t < how.columns / 8) *reinterpret_cast<line*>(to + n) = whole;
+                    if (inside && n < dw.in && i + t < how.columns / 8) *reinterpret_cast<line*>(to + n) = whole;
                 }
             }
         }
+}
+
+/// A tile of dW[e] from (row, column) on. Rows of dW are contiguous; its columns are whole chunks of 8.
+template <class Block, class G, hopper_tuning how>
+FASTMOE_HOST_DEVICE void store_gradient(Block& block, const weight_view<G>& dw, write_mode mode, int64_t e, int64_t row, int64_t column,
+                                        const sums<how>& c)
+{
+    using enum gradient_access;
+    G* const base = dw.base(e);
+    const auto is_whole = [&](int elements) {
+        return reinterpret_cast<std::uintptr_t>(base) % (static_cast<unsigned>(elements) * sizeof(G)) == 0 && dw.row_stride % elements == 0;
+    };
+    if constexpr (sizeof(G) == 2)
+        if (mode == write_mode::overwrite && is_whole(8)) return store_gradient<lines>(block, dw, mode, base, row, column, c);
+    if (is_whole(2)) return store_gradient<pairs>(block, dw, mode, base, row, column, c);
+    store_gradient<singles>(block, dw, mode, base, row, column, c);
 }
 
 } // namespace fastmoe::inline FASTMOE_ABI::detail::hopper

@@ -47,7 +47,6 @@ FASTMOE_HOST_DEVICE constexpr std::uint64_t operand_at(std::uint32_t tile, int r
 template <int rows, class T>
 struct deep_lines {
     static constexpr lie how = lie::deep;
-    static constexpr bool is_box = false;
     static constexpr int each = rows * 8 / warpgroup_threads;
     const T* lines[each]; // null: zeros
     const T* anywhere;    ///< an address for what is not read
@@ -73,26 +72,63 @@ struct deep_lines {
     }
 };
 
-/// Rows of memory that are steps of the depth. line(k): step k at the first row of the tile; null for zeros.
-template <int rows, class T, class Line>
-struct wide_lines {
-    static constexpr lie how = lie::wide;
-    static constexpr bool is_box = false;
-    Line line;
-    const T* anywhere;
-    int64_t length, width; ///< width: rows of the operand from the first of the tile on
+/// Two operands whose rows in memory are the steps of the depth. Each warp brings 16 steps of a stage; its lanes look up
+/// the rows of the next stage while the copies of one are under way. A row of zeros on either side is one on both, so that it adds
+/// nothing, whatever the other holds.
+template <int rows, int columns, class Down, class Across>
+struct paired_lines {
+    static constexpr int steps_of_warp = depth / 4;
+    const Down& down;          // (S,M)
+    const Across& across;      // (S,N)
+    int64_t begin, count;      ///< rows of memory
+    int64_t row, column;       ///< the tile's first
+    std::int32_t next[2] = {}; ///< this lane's step of the next stage: rows of memory, -1 for zeros
 
     template <class Block>
-    FASTMOE_HOST_DEVICE void bring(Block& block, std::byte* to, int64_t first) const
+    FASTMOE_HOST_DEVICE void start(Block& block)
     {
-        constexpr int chunks = rows / chunk, at_once = warpgroup_threads / chunks;
-        const int c = block.thread() % chunks;
-        const bool inside = c * chunk < width;
-        FASTMOE_UNROLL_4 // more addresses than that are more registers than a warpgroup that brings has
-        for (int i = 0; i < depth; i += at_once) {
-            const int k = i + block.thread() / chunks;
-            const T* from = inside && first + k < length ? line(first + k) : nullptr;
-            block.copy_line(to + chunk_at<how>(k, c), from ? from + c * chunk : anywhere, from ? chunk_bytes : 0);
+        look_up(block, 0);
+    }
+    template <class Block>
+    FASTMOE_HOST_DEVICE void bring(Block& block, std::byte* to, int64_t first)
+    {
+        const std::int32_t now[2] = {next[0], next[1]};
+        look_up(block, first + depth);
+        bring<rows>(block, to, now[0], down.data, row);
+        bring<columns>(block, to + rows * line_bytes, now[1], across.data, column);
+    }
+
+private:
+    template <class Rows>
+    static FASTMOE_HOST_DEVICE std::int32_t source(const Rows& from, int64_t s)
+    {
+        if constexpr (requires { from.index; }) return from.index(s);
+        else return static_cast<std::int32_t>(s);
+    }
+    template <class Block>
+    FASTMOE_HOST_DEVICE void look_up(Block& block, int64_t first)
+    {
+        const int64_t s = first + block.thread() / warp_threads * steps_of_warp + block.thread() % steps_of_warp;
+        const bool inside = s < count;
+        next[0] = inside ? source(down, begin + s) : -1;
+        next[1] = inside ? source(across, begin + s) : -1;
+        if (next[0] < 0 || next[1] < 0) next[0] = next[1] = -1;
+    }
+    template <int width, class Block, class T>
+    static FASTMOE_HOST_DEVICE void bring(Block& block, std::byte* to, std::int32_t mine, const matrix_view<const T>& from, int64_t column)
+    {
+        constexpr int chunks = width / chunk;
+        constexpr int at_once = warp_threads / chunks; // steps
+        static_assert(at_once * chunks == warp_threads);
+        const int lane = block.thread() % warp_threads, c = lane % chunks, above = block.thread() / warp_threads * steps_of_warp;
+        const bool inside = column + c * chunk < from.extent(1);
+        const T* const line = from.data_handle() + (inside ? column + c * chunk : 0);
+        FASTMOE_UNROLL_4
+        for (int i = 0; i < steps_of_warp; i += at_once) {
+            const int k = i + lane / chunks;
+            const std::int32_t r = static_cast<std::int32_t>(block.broadcast(static_cast<std::uint32_t>(mine), k));
+            const bool is = inside && r >= 0;
+            block.copy_line(to + chunk_at<lie::wide>(above + k, c), is ? line + r * from.extent(1) : from.data_handle(), is ? chunk_bytes : 0);
         }
     }
 };
@@ -101,7 +137,6 @@ struct wide_lines {
 template <lie lies, int rows, int cluster, class Map>
 struct boxes {
     static constexpr lie how = lies;
-    static constexpr bool is_box = true;
     const Map* map;
     int row, expert;
 
@@ -144,7 +179,8 @@ struct sums {
 ///     Product::rows_lie, ::columns_lie of both operands; Product::lines, Product::box_bytes: what the full barrier waits for
 ///     p.tiles()                        of a cluster
 ///     p.tile(t, rank)                  what follows is about; t.steps: the stages of its depth
-///     p.bring(block, tile, f)          f(rows' operand, columns' operand)
+///     p.bring(block, tile, f)          f(o): o.bring_lines(block, stage, first) by all who bring, o.bring_boxes(block, stage, full,
+///                                      first) by the first of them
 ///     p.store(block, tile, first_row, sums)
 template <class Product>
 struct multiply_tiles {
@@ -163,18 +199,21 @@ struct multiply_tiles {
     {
         barrier_word* const full = reinterpret_cast<barrier_word*>(block.shared() + how.stages * how.stage_bytes());
         barrier_word* const empty = full + how.stages;
-        if (block.thread() == 0)
+        barrier_word* const turns = empty + how.stages; // of the two who multiply
+        if (block.thread() == 0) {
+            for (int g = 0; g < 2; ++g) block.init(turns + g, warps);
             for (int s = 0; s < how.stages; ++s) {
                 block.init(full + s, (Product::lines ? warpgroup_threads : 0) + (Product::box_bytes > 0 ? 1 : 0));
                 block.init(empty + s, (ping_pong ? 1 : 2) * warps * how.cluster);
             }
+        }
         block.sync_cluster();
         if (block.warpgroup() == 0) {
-            block.template give_registers<40>();
+            block.template give_registers<56>();
             bring(block, full, empty);
         } else {
-            block.template take_registers<232>();
-            multiply(block, full, empty);
+            block.template take_registers<224>();
+            multiply(block, full, empty, turns);
         }
         block.sync_cluster(); // no block ends while another brings for it, or arrives at its barriers
     }
@@ -190,20 +229,17 @@ private:
                 at.count += static_cast<unsigned>(tile.steps);
                 continue;
             }
-            product.bring(block, tile, [&](const auto& rows, const auto& columns) {
+            product.bring(block, tile, [&](auto&& operands) {
                 FASTMOE_KEEP_LOOP
                 for (int s = 0; s < tile.steps; ++s, ++at.count) {
                     std::byte* const to = block.shared() + at.stage() * how.stage_bytes();
                     block.wait(empty + at.stage(), at.parity() ^ 1);
-                    if (Product::box_bytes > 0 && block.thread() == 0) {
-                        block.expect(full + at.stage(), Product::box_bytes);
-                        if constexpr (std::remove_cvref_t<decltype(rows)>::is_box) rows.bring(block, to, full + at.stage(), s * depth);
-                        if constexpr (std::remove_cvref_t<decltype(columns)>::is_box)
-                            columns.bring(block, to + how.row_bytes(), full + at.stage(), s * depth);
-                    }
-                    if constexpr (!std::remove_cvref_t<decltype(rows)>::is_box) rows.bring(block, to, int64_t{s} * depth);
-                    if constexpr (!std::remove_cvref_t<decltype(columns)>::is_box)
-                        columns.bring(block, to + how.row_bytes(), int64_t{s} * depth);
+                    if constexpr (Product::box_bytes > 0)
+                        if (block.thread() == 0) {
+                            block.expect(full + at.stage(), Product::box_bytes);
+                            operands.bring_boxes(block, to, full + at.stage(), s * depth);
+                        }
+                    if constexpr (Product::lines) operands.bring_lines(block, to, int64_t{s} * depth);
                     if constexpr (Product::lines) block.arrive_with_lines(full + at.stage());
                 }
             });
@@ -211,17 +247,23 @@ private:
     }
 
     template <class Block>
-    FASTMOE_HOST_DEVICE void multiply(Block& block, barrier_word* full, barrier_word* empty) const
+    FASTMOE_HOST_DEVICE void multiply(Block& block, barrier_word* full, barrier_word* empty, barrier_word* turns) const
     {
         const int group = block.warpgroup() - 1;
         const int first_row = ping_pong ? 0 : group * how.blocks() * 64;
         position at;
         bool mine = !ping_pong || group == 0;
+        unsigned done = 0; // tiles of this warpgroup
         for (int64_t t = block.cluster(), end = product.tiles(); t < end; t += block.clusters()) {
             const auto tile = product.tile(t, block.rank());
             if (mine) {
+                // Products take turns: epilogues lie under the other's, and nobody is so far ahead of a barrier that the parity of
+                // its phase comes round.
+                if constexpr (ping_pong) block.wait(turns + group, (done++ & 1) ^ (group == 0 ? 1 : 0));
                 sums<how> c;
-                sum(block, full, empty, first_row, tile.steps, at, c);
+                sum(block, full, empty, first_row, tile.steps, at, c, [&] {
+                    if (ping_pong && block.thread() % warp_threads == 0) block.arrive(turns + (1 - group), block.rank());
+                });
                 product.store(block, tile, first_row, c);
             }
             at.count += static_cast<unsigned>(tile.steps);
@@ -229,15 +271,18 @@ private:
         }
     }
 
-    template <class Block>
+    /// @param last  called when the last products are under way
+    template <class Block, class Last>
     FASTMOE_HOST_DEVICE void sum(Block& block, barrier_word* full, barrier_word* empty, int first_row, int steps, position at,
-                                 sums<how>& c) const
+                                 sums<how>& c, const Last& last) const
     {
         using T = typename Product::element;
         FASTMOE_UNROLL
         for (int b = 0; b < how.blocks(); ++b)
             FASTMOE_UNROLL
             for (int i = 0; i < how.columns / 2; ++i) c.of[b][i] = 0.0f;
+        FASTMOE_UNROLL
+        for (int b = 0; b < how.blocks(); ++b) block.hold(c.of[b]);
         const auto release = [&](const position& p) { // to all who bring into it
             if (block.thread() % warp_threads < how.cluster) block.arrive(empty + p.stage(), block.thread() % warp_threads);
         };
@@ -260,7 +305,11 @@ private:
             if (s > 0) release(before);
             before = at;
         }
+        if (steps == 0) block.template wait_products<0>(); // all of a warp have had their turn before it passes it on
+        last();
         block.template wait_products<0>();
+        FASTMOE_UNROLL
+        for (int b = 0; b < how.blocks(); ++b) block.hold(c.of[b]);
         if (steps > 0) release(before);
     }
 };

@@ -29,7 +29,7 @@ struct hopper_tuning {
     FASTMOE_HOST_DEVICE constexpr int row_bytes() const noexcept { return rows * line_bytes; }
     FASTMOE_HOST_DEVICE constexpr int column_bytes() const noexcept { return columns * line_bytes; }
     FASTMOE_HOST_DEVICE constexpr int stage_bytes() const noexcept { return row_bytes() + column_bytes(); }
-    FASTMOE_HOST_DEVICE constexpr int shared_bytes() const noexcept { return stages * stage_bytes() + 2 * stages * 8; }
+    FASTMOE_HOST_DEVICE constexpr int shared_bytes() const noexcept { return stages * stage_bytes() + (2 * stages + 2) * 8; }
     /// Tokens of a tile of one block.
     FASTMOE_HOST_DEVICE constexpr int tokens() const noexcept { return turned ? columns : rows; }
 
