@@ -16,6 +16,79 @@ enum class weigh_at : std::uint8_t { output, activation, input };
 
 namespace detail {
 
+/// Pairs need gate and up side by side, and rows of results in whole lines of 16 bytes.
+template <class Activation, class T>
+bool takes_pairs(const gated_columns& columns, const matrix_view<T>& a) noexcept
+{
+    return (!Activation::gated || columns.step == 2) && a.extent(1) % 8 == 0 && reinterpret_cast<std::uintptr_t>(a.data_handle()) % 16 == 0;
+}
+
+/// activate, by pairs: of gate and up, or of two units. The activation is of the rounded pre-activation, as backward reads it.
+template <class Activation, class T>
+struct activate_pairs {
+    static constexpr int more = Activation::gated ? 1 : 2;
+    static constexpr bool has_sums = false;
+    matrix_view<T> a; // (S,H)
+    expert_input<T> in;
+    bool weighted;
+    Activation activation;
+
+    FASTMOE_HOST_DEVICE const matrix_view<T>& result() const noexcept { return a; }
+    FASTMOE_HOST_DEVICE float begin(int64_t s) const { return weighted ? in.weight(s) : 1.0f; }
+    FASTMOE_HOST_DEVICE float pair(float w, int64_t, int64_t, const float (&sums)[2], T (&y)[2], T (&out)[2]) const
+    {
+        y[0] = T(sums[0]), y[1] = T(sums[1]);
+        if constexpr (Activation::gated) {
+            out[0] = T(w * activation.value(float(y[0]), float(y[1])));
+        } else {
+            out[0] = T(w * activation.value(float(y[0])));
+            out[1] = T(w * activation.value(float(y[1])));
+        }
+        return 0;
+    }
+};
+
+/// activate_backward, by pairs of hidden units.
+template <class Activation, class T>
+struct activate_backward_pairs {
+    static constexpr int more = 0;
+    static constexpr bool has_sums = true;
+    matrix_view<const T> pre; // (S,H')
+    matrix_view<T> dpre;      // (S,H')
+    expert_input<T> in;
+    bool weighted;
+    Activation activation;
+
+    FASTMOE_HOST_DEVICE float begin(int64_t s) const { return weighted ? in.weight(s) : 1.0f; }
+    FASTMOE_HOST_DEVICE float pair(float w, int64_t s, int64_t n, const float (&d)[2], T (&y)[2], T (&)[2]) const
+    {
+        constexpr int each = Activation::gated ? 2 : 1;
+        struct alignas(2 * each * sizeof(T)) units {
+            T of[2][each];
+        };
+        const int64_t at = s * pre.extent(1) + each * n;
+        const units x = *reinterpret_cast<const units*>(pre.data_handle() + at);
+        units dx;
+        float product = 0;
+        FASTMOE_UNROLL
+        for (int v = 0; v < 2; ++v) {
+            float value;
+            if constexpr (Activation::gated) {
+                const auto back = activation.gradient(float(x.of[v][0]), float(x.of[v][1]), w * d[v]);
+                value = activation.value(float(x.of[v][0]), float(x.of[v][1]));
+                dx.of[v][0] = T(back.gate), dx.of[v][1] = T(back.up);
+            } else {
+                value = activation.value(float(x.of[v][0]));
+                dx.of[v][0] = T(w * d[v] * activation.derivative(float(x.of[v][0])));
+            }
+            product += d[v] * value;
+            y[v] = T(w * value);
+        }
+        *reinterpret_cast<units*>(dpre.data_handle() + at) = dx;
+        return product;
+    }
+};
+
 /// After the first GEMM: a(s) = weight * activation(pre(s)).
 template <class Activation, class T>
 struct activate {
@@ -35,6 +108,8 @@ struct activate {
         activate_row<Activation, real>(team, activation, pre.data_handle() + s * pre.extent(1),
                                        a.data_handle() + s * a.extent(1), a.extent(1), columns, w);
     }
+    bool takes_pairs() const noexcept { return detail::takes_pairs<Activation>(columns, a); }
+    activate_pairs<Activation, T> in_pairs() const noexcept { return {a, in, weighted, activation}; }
 };
 
 /// After the second GEMM's dgrad: from d = dy W2 in `a`, the gradient of the pre-activation, the weighted activation
@@ -58,9 +133,22 @@ struct activate_backward {
     FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t e, int64_t s) const
     {
         const real w = where == weigh_at::input ? real(1) : in.weight(s);
-        real product = activate_row_backward<Activation, real>(
-            team, activation, pre.data_handle() + s * pre.extent(1), a.data_handle() + s * a.extent(1),
-            dpre.data_handle() + s * dpre.extent(1), a.extent(1), columns, w);
+        finish(team, e, s,
+               activate_row_backward<Activation, real>(team, activation, pre.data_handle() + s * pre.extent(1),
+                                                       a.data_handle() + s * a.extent(1), dpre.data_handle() + s * dpre.extent(1),
+                                                       a.extent(1), columns, w));
+    }
+    bool takes_pairs() const noexcept
+    {
+        return detail::takes_pairs<Activation>(columns, a) && detail::takes_pairs<Activation>(columns, pre) &&
+               detail::takes_pairs<Activation>(columns, dpre);
+    }
+    activate_backward_pairs<Activation, T> in_pairs() const noexcept { return {pre, dpre, in, where != weigh_at::input, activation}; }
+
+    /// @param product  <d, activation> of the row
+    template <class Team>
+    FASTMOE_HOST_DEVICE void finish(Team& team, int64_t e, int64_t s, real product) const
+    {
         if (where == weigh_at::output && down_bias.data_handle()) product += dot(team, dy.row(s), row(down_bias, e));
         const int64_t c = in.choice_of(s);
         if (where != weigh_at::input && team.lane() == 0 && c >= 0) dweights(c) = product;

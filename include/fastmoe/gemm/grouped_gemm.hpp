@@ -96,6 +96,39 @@ struct no_epilogue {
     }
 };
 
+/// An epilogue may have another form, in_pairs(), for policies that have sums in registers: two neighbouring columns of a
+/// row at a time, the first of them even. Such a policy calls it in place of the row form if takes_pairs() says on the host that
+/// it can; y is the output of the product, in 16 bits.
+///
+///     e.takes_pairs()                         for the layouts and memory that e was made with
+///     P::more                                 results beside y, in columns n / 2 (1), or n and n + 1 (2) of result(); or 0
+///     P::has_sums                             whether e.finish(team, expert, s, sum of all that pair() returned for row s) follows
+///     p.begin(s)                              what is the same for all of a row
+///     p.pair(row, s, n, sums, y, more)        rounds or replaces y[2], sets more[2], returns what is to be summed
+///
+/// Pairs of one row may be given by different threads; their order in the sum is fixed by the product's shape.
+template <class Epilogue>
+concept pairs_epilogue = requires(const Epilogue& e) {
+    { e.takes_pairs() } -> std::same_as<bool>;
+    { decltype(e.in_pairs())::more } -> std::convertible_to<int>;
+    { decltype(e.in_pairs())::has_sums } -> std::convertible_to<bool>;
+};
+
+/// Pairs that are rounded and nothing else.
+struct rounded_pairs {
+    static constexpr int more = 0;
+    static constexpr bool has_sums = false;
+    struct nothing {};
+
+    FASTMOE_HOST_DEVICE nothing begin(int64_t) const noexcept { return {}; }
+    template <class Y>
+    FASTMOE_HOST_DEVICE float pair(nothing, int64_t, int64_t, const float (&sums)[2], Y (&y)[2], Y (&)[2]) const
+    {
+        y[0] = static_cast<Y>(sums[0]), y[1] = static_cast<Y>(sums[1]);
+        return 0;
+    }
+};
+
 /// Checks that every verb of every policy makes at its door.
 namespace detail {
 
@@ -226,7 +259,8 @@ concept multiplies_weight_gradients = requires(const G& g, Executor& ex, row_gro
     g.wgrad(ex, groups, rows, rows, dw, write_mode::overwrite, a);
 };
 
-/// gathers_rows: reads indexed_rows without a copy. fuses_epilogue: runs the epilogue while the row is in cache.
+/// gathers_rows: reads indexed_rows without a copy. fuses_epilogue: runs epilogues, or those that have pairs,
+/// while what they are about is in cache or in registers.
 /// needs_host_counts: reads counts and offsets on the host even where that has to wait for the executor, so it cannot be
 /// captured in a graph.
 template <class G>

@@ -25,7 +25,7 @@ struct hopper_tunings {
 template <class Tunings>
 struct hopper_with {
     static constexpr bool gathers_rows = true;
-    static constexpr bool fuses_epilogue = false;
+    static constexpr bool fuses_epilogue = true;
     static constexpr bool needs_host_counts = false;
 
     /// As portable::forward.
@@ -35,11 +35,12 @@ struct hopper_with {
     {
         using namespace detail::hopper;
         if constexpr (takes<Executor, element<Rows>, W, Y>) {
-            if (memory.measuring()) reserve(groups, memory);
+            if (memory.measuring()) reserve<Epilogue>(groups, w.out, memory);
             else if (fits(w) && is_whole(x) && is_whole(y)) {
                 if (bias.data_handle()) expects_shape(bias, "bias (E,out)", groups.experts(), w.out);
-                const to_rows<std::remove_const_t<B>, Y> to{bias, y};
-                if (rows(ex, groups, x, weight_view<const std::remove_const_t<W>>(w), to, epilogue, memory)) return;
+                if (rows(ex, groups, x, weight_view<const std::remove_const_t<W>>(w), matrix_view<const std::remove_const_t<B>>(bias), y,
+                         epilogue, memory))
+                    return;
             }
         }
         portable{}.forward(ex, groups, x, w, bias, y, epilogue, memory);
@@ -52,10 +53,10 @@ struct hopper_with {
     {
         using namespace detail::hopper;
         if constexpr (takes<Executor, element<Rows>, W, Y>) {
-            if (memory.measuring()) reserve(groups, memory);
+            if (memory.measuring()) reserve<Epilogue>(groups, w.in, memory);
             else if (fits(w) && is_whole(dy) && is_whole(dx)) {
                 const auto turned = detail::portable::transposed(weight_view<const std::remove_const_t<W>>(w));
-                if (rows(ex, groups, dy, turned, to_rows<float, Y>{{}, dx}, epilogue, memory)) return;
+                if (rows(ex, groups, dy, turned, matrix_view<const float>{}, dx, epilogue, memory)) return;
             }
         }
         portable{}.dgrad(ex, groups, dy, w, dx, epilogue, memory);
@@ -83,7 +84,6 @@ struct hopper_with {
 private:
     template <class Rows>
     using element = detail::portable::row_element_t<Rows>;
-    static constexpr bool fits_wide = true;
 
     template <class Executor, class X, class W, class Y>
     static constexpr bool takes = runs_clusters<Executor> && std::is_same_v<X, std::remove_const_t<W>> && sizeof(X) == 2 &&
@@ -112,45 +112,65 @@ private:
                line >= length && line % 8 == 0 && line < most && w.expert_stride % 8 == 0 &&
                (w.experts == 1 || (w.expert_stride > 0 && w.expert_stride < most));
     }
-    static void reserve(const row_groups& groups, arena& memory)
+    template <class Epilogue>
+    static constexpr bool has_sums() noexcept
+    {
+        if constexpr (pairs_epilogue<Epilogue>) return decltype(std::declval<const Epilogue&>().in_pairs())::has_sums;
+        return false;
+    }
+
+    static constexpr hopper_tuning wide_rows = Tunings::of(hopper_product::rows, true), narrow_rows = Tunings::of(hopper_product::rows, false),
+                                   few_rows = Tunings::of(hopper_product::few_rows, false);
+
+    template <class Epilogue>
+    static void reserve(const row_groups& groups, int64_t out, arena& memory)
     {
         const arena::scope lent(memory);
+        constexpr int columns = wide_rows.columns < narrow_rows.columns ? wide_rows.columns : narrow_rows.columns;
         (void)memory.vector<int64_t>(groups.experts() + 1);
+        if (has_sums<Epilogue>()) (void)memory.matrix<float>(groups.slots, (out + columns - 1) / columns);
     }
 
     /// False if the device has no clusters: nothing is done then.
     template <class Executor, class Rows, class W, class B, class Y, class Epilogue>
-    static bool rows(Executor& ex, const row_groups& groups, const Rows& x, const weight_view<const W>& w,
-                     const detail::hopper::to_rows<B, Y>& to, const Epilogue& epilogue, arena& memory)
+    static bool rows(Executor& ex, const row_groups& groups, const Rows& x, const weight_view<const W>& w, matrix_view<const B> bias,
+                     matrix_view<Y> y, const Epilogue& epilogue, arena& memory)
     {
         detail::expects_groups(groups, x.extent(0));
         detail::expects_rows(x, "rows (S,.)");
-        detail::expects_weights(w, "W (E,out,in)", groups.experts(), to.y.extent(1), x.extent(1));
-        expects_shape(to.y, "output rows (S,.)", groups.slots, w.out);
-        using enum hopper_product;
-        const auto run = [&]<hopper_tuning how>() {
-            return w.col_stride == 1 ? tiles<how, detail::lie::deep>(ex, groups, x, w, to, memory)
-                                     : tiles<how, detail::lie::wide>(ex, groups, x, w, to, memory);
+        detail::expects_weights(w, "W (E,out,in)", groups.experts(), y.extent(1), x.extent(1));
+        expects_shape(y, "output rows (S,.)", groups.slots, w.out);
+        const auto run = [&]<hopper_tuning how>(const auto& end) {
+            return w.col_stride == 1 ? tiles<how, detail::lie::deep>(ex, groups, x, w, bias, y, end, epilogue, memory)
+                                     : tiles<how, detail::lie::wide>(ex, groups, x, w, bias, y, end, epilogue, memory);
+        };
+        const auto run_many = [&](const auto& end) {
+            return w.out > narrow_rows.columns ? run.template operator()<wide_rows>(end) : run.template operator()<narrow_rows>(end);
         };
         const bool is_few = groups.slots <= 16 * groups.experts();
-        const bool done = is_few          ? run.template operator()<Tunings::of(few_rows, false)>()
-                          : w.out > 128   ? run.template operator()<Tunings::of(hopper_product::rows, true)>()
-                                          : run.template operator()<Tunings::of(hopper_product::rows, false)>();
+        if constexpr (pairs_epilogue<Epilogue> && sizeof(Y) == 2)
+            if (!is_few && epilogue.takes_pairs()) return run_many(epilogue.in_pairs());
+        const bool done = is_few ? run.template operator()<few_rows>(rounded_pairs{}) : run_many(rounded_pairs{});
         if constexpr (!std::is_same_v<Epilogue, no_epilogue>)
             if (done) for_each_row(ex, groups.slots, detail::portable::end_row<Epilogue>{groups, epilogue}, {.width = w.out});
         return done;
     }
 
-    template <hopper_tuning how, detail::lie how_w, class Executor, class Rows, class W, class B, class Y>
-    static bool tiles(Executor& ex, const row_groups& groups, const Rows& x, const weight_view<const W>& w,
-                      const detail::hopper::to_rows<B, Y>& to, arena& memory)
+    template <hopper_tuning how, detail::lie how_w, class Executor, class Rows, class W, class B, class Y, class End, class Epilogue>
+    static bool tiles(Executor& ex, const row_groups& groups, const Rows& x, const weight_view<const W>& w, matrix_view<const B> bias,
+                      matrix_view<Y> y, const End& end, const Epilogue& epilogue, arena& memory)
     {
         using namespace detail::hopper;
-        using product = row_product<how, how_w, Rows, typename Executor::box_map, to_rows<B, Y>>;
+        using product = row_product<how, how_w, Rows, typename Executor::box_map, to_rows<B, Y, End>>;
         using multiply = multiply_tiles<product>;
         if (!ex.template has_clusters<multiply>()) return false;
+        arena needed;
+        reserve<Epilogue>(groups, w.out, needed);
+        memory.require(needed.bytes());
         const arena::scope lent(memory);
         const auto before = memory.vector<int64_t>(groups.experts() + 1);
+        matrix_view<float> sums;
+        if constexpr (End::has_sums) sums = memory.matrix<float>(groups.slots, ceil_div(w.out, how.columns));
         if (groups.slots == 0) return true;
         constexpr int64_t tokens = how.tokens() * how.cluster;
         for_each_row(ex, 1, detail::block::count_row_tiles{groups, before, tokens}, {.width = groups.experts()});
@@ -159,10 +179,29 @@ private:
                                 {deep ? w.in : w.out, deep ? w.out : w.in, w.experts},
                                 {2 * (deep ? w.row_stride : w.col_stride), w.experts > 1 ? 2 * w.expert_stride : 16},
                                 {depth, deep ? product::weight_rows / how.cluster : depth}};
-        const multiply f{{ex.describe(source), {groups, before}, x, w.out, to}};
+        const multiply f{{ex.describe(source), {groups, before}, x, w.out, {bias, y, end, sums}}};
         ex.for_each_cluster((groups.slots / tokens + groups.experts()) * ceil_div(w.out, product::weight_rows), f, multiply::shared_bytes);
+        if constexpr (End::has_sums) {
+            const finish_row<Epilogue> finish{epilogue, sums};
+            for_each_row(ex, groups.slots, detail::portable::end_row<finish_row<Epilogue>>{groups, finish}, {.width = sums.extent(1)});
+        }
         return true;
     }
+
+    template <class Epilogue>
+    struct finish_row {
+        using vectorized = void;
+        Epilogue epilogue;
+        matrix_view<const float> sums; // (S,tiles across)
+
+        template <class Team>
+        FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t e, int64_t s) const
+        {
+            const float* const from = sums.data_handle() + s * sums.extent(1);
+            const float total = team.reduce(sums.extent(1), 0.0f, [](float a, float b) { return a + b; }, [from](int64_t i) { return from[i]; });
+            epilogue.finish(team, e, s, total);
+        }
+    };
 
     template <class Executor, class DownRows, class AcrossRows, class G>
     static bool gradients(Executor& ex, const row_groups& groups, const DownRows& down, const AcrossRows& across,

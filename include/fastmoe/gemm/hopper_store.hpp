@@ -5,6 +5,8 @@
 
 #include <cstring>
 
+#include <cuda/std/bit>
+
 #include <fastmoe/gemm/grouped_gemm.hpp>
 #include <fastmoe/gemm/hopper_tile.hpp>
 
@@ -35,11 +37,44 @@ FASTMOE_HOST_DEVICE line turn_quad(Block& block, const std::uint32_t (&v)[4])
     return {{even_lane[0], odd_lane[0], even, odds}};
 }
 
+FASTMOE_HOST_DEVICE inline std::uint32_t as_word(float x) noexcept { return ::cuda::std::bit_cast<std::uint32_t>(x); }
+FASTMOE_HOST_DEVICE inline float as_float(std::uint32_t x) noexcept { return ::cuda::std::bit_cast<float>(x); }
+
+/// Four groups of 8 elements of row s, from column n on: each lane of four stores one of them whole.
+template <class Block, class Y>
+FASTMOE_HOST_DEVICE void store_lines(Block& block, const matrix_view<Y>& y, bool inside, int64_t s, int64_t n, const pair<Y>* two)
+{
+    std::uint32_t words[4];
+    FASTMOE_UNROLL
+    for (int g = 0; g < 4; ++g) std::memcpy(&words[g], &two[g], sizeof words[g]);
+    const line whole = turn_quad(block, words);
+    const int64_t mine = n + 8 * (block.thread() % 4);
+    if (inside && mine < y.extent(1)) *reinterpret_cast<line*>(y.data_handle() + s * y.extent(1) + mine) = whole;
+}
+/// Lanes of four hold element t of each group of four; then lane t of them holds groups 2 t and 2 t + 1, for eight groups.
+template <class Block, class T>
+FASTMOE_HOST_DEVICE line turn_quad(Block& block, const T (&v)[8])
+{
+    const bool odd = block.thread() & 1;
+    std::uint32_t words[4];
+    FASTMOE_UNROLL
+    for (int q = 0; q < 4; ++q) { // even lanes take what is of group 2 q from their neighbour, odd lanes of the next group
+        std::uint16_t bits[2];
+        std::memcpy(bits, &v[2 * q], sizeof bits);
+        const std::uint32_t others = block.exchange(odd ? bits[0] : bits[1], 1);
+        words[q] = odd ? others | static_cast<std::uint32_t>(bits[1]) << 16 : bits[0] | others << 16;
+    }
+    const line mixed = turn_quad(block, words);
+    return {{mixed.words[0], mixed.words[2], mixed.words[1], mixed.words[3]}};
+}
+
 /// Where a row product goes: y, and what is added to each row.
-template <class B, class Y>
+template <class B, class Y, class End>
 struct to_rows {
-    matrix_view<const B> bias; // (E,N), or no memory
-    matrix_view<Y> y;          // (S,N)
+    matrix_view<const B> bias;    // (E,N), or no memory
+    matrix_view<Y> y;             // (S,N)
+    End end;                      ///< by pairs; see grouped_gemm.hpp
+    matrix_view<float> sums = {}; // (S,tiles across), if the end has sums
 
     FASTMOE_HOST_DEVICE float plus(int64_t e, int64_t n) const
     {
@@ -48,45 +83,66 @@ struct to_rows {
 };
 
 /// Rows of tokens down, features across. Features are whole chunks of 8, and y is aligned to 16 bytes.
-template <class Block, class B, class Y, class Place, class IsZero, hopper_tuning how>
-FASTMOE_HOST_DEVICE void store_rows(Block& block, const to_rows<B, Y>& to, const Place& p, int first_row, int64_t out,
+template <class Block, class B, class Y, class End, class Place, class IsZero, hopper_tuning how>
+FASTMOE_HOST_DEVICE void store_rows(Block& block, const to_rows<B, Y, End>& to, const Place& p, int first_row, int64_t out,
                                     const IsZero& is_zero, const sums<how>& c)
 {
+    constexpr int groups = how.columns / 8, at_once = End::more == 1 ? 8 : 4;
+    static_assert(End::more != 1 || groups % 8 == 0, "an end with one result a pair: a hopper_tuning with columns of whole 64");
     const int thread = block.thread() % warpgroup_threads, t = thread % 4;
     FASTMOE_UNROLL
     for (int b = 0; b < how.blocks(); ++b)
         FASTMOE_UNROLL
         for (int half = 0; half < 2; ++half) {
             const int r = first_row + 64 * b + thread / warp_threads * 16 + thread % warp_threads / 4 + 8 * half;
+            const int64_t s = p.first + r;
             const bool inside = r < p.count;
-            const bool zero = inside && is_zero(p.first + r);
-            Y* const row = to.y.data_handle() + (p.first + r) * out;
+            const bool zero = inside && is_zero(s);
+            const auto of_row = to.end.begin(inside ? s : p.first);
+            float sum = 0;
             FASTMOE_UNROLL
-            for (int i = 0; i < how.columns / 8; i += 4) {
-                std::uint32_t words[4] = {};
+            for (int i = 0; i < groups; i += at_once) {
+                pair<Y> two[at_once] = {};
+                Y more[at_once][2] = {};
                 FASTMOE_UNROLL
-                for (int g = 0; g < 4 && i + g < how.columns / 8; ++g) {
+                for (int g = 0; g < at_once && i + g < groups; ++g) {
                     const int64_t n = p.feature + 8 * (i + g) + 2 * t;
-                    pair<Y> two{};
-                    if (n < out)
-                        FASTMOE_UNROLL
-                        for (int v = 0; v < 2; ++v)
-                            two.values[v] = static_cast<Y>((zero ? 0.0f : c.of[b][4 * (i + g) + 2 * half + v]) + to.plus(p.expert, n + v));
-                    if constexpr (sizeof(Y) == 2) std::memcpy(&words[g], &two, 4);
-                    else if (inside && n < out) *reinterpret_cast<pair<Y>*>(row + n) = two;
+                    if (!inside || n >= out) continue;
+                    float value[2];
+                    FASTMOE_UNROLL
+                    for (int v = 0; v < 2; ++v) value[v] = (zero ? 0.0f : c.of[b][4 * (i + g) + 2 * half + v]) + to.plus(p.expert, n + v);
+                    sum += to.end.pair(of_row, s, n, value, two[g].values, more[g]);
+                    if constexpr (sizeof(Y) == 4) *reinterpret_cast<pair<Y>*>(to.y.data_handle() + s * out + n) = two[g];
                 }
                 if constexpr (sizeof(Y) == 2) {
-                    const line whole = turn_quad(block, words);
-                    const int64_t n = p.feature + 8 * (i + t);
-                    if (inside && n < out && i + t < how.columns / 8) *reinterpret_cast<line*>(row + n) = whole;
+                    store_lines(block, to.y, inside, s, p.feature + 8 * i, two);
+                    if constexpr (at_once == 8) store_lines(block, to.y, inside, s, p.feature + 8 * i + 32, two + 4);
+                    if constexpr (End::more == 2) {
+                        pair<Y> second[4];
+                        FASTMOE_UNROLL
+                        for (int g = 0; g < 4; ++g) second[g] = {{more[g][0], more[g][1]}};
+                        store_lines(block, to.end.result(), inside, s, p.feature + 8 * i, second);
+                    } else if constexpr (End::more == 1) {
+                        Y results[8];
+                        FASTMOE_UNROLL
+                        for (int g = 0; g < 8; ++g) results[g] = more[g][0];
+                        const line whole = turn_quad(block, results);
+                        const int64_t n = p.feature / 2 + 4 * i + 8 * t;
+                        if (inside && 2 * n < out) *reinterpret_cast<line*>(to.end.result().data_handle() + s * (out / 2) + n) = whole;
+                    }
                 }
+            }
+            if constexpr (End::has_sums) {
+                sum += as_float(block.exchange(as_word(sum), 1));
+                sum += as_float(block.exchange(as_word(sum), 2));
+                if (inside && t == 0) to.sums(s, p.feature / how.columns) = sum;
             }
         }
 }
 
 /// Features down, rows of tokens across.
-template <class Block, class B, class Y, class Place, class IsZero, hopper_tuning how>
-FASTMOE_HOST_DEVICE void store_turned(Block& block, const to_rows<B, Y>& to, const Place& p, int first_row, int64_t out,
+template <class Block, class B, class Y, class End, class Place, class IsZero, hopper_tuning how>
+FASTMOE_HOST_DEVICE void store_turned(Block& block, const to_rows<B, Y, End>& to, const Place& p, int first_row, int64_t out,
                                       const IsZero& is_zero, const sums<how>& c)
 {
     const int thread = block.thread() % warpgroup_threads;
