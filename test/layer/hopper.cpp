@@ -45,7 +45,7 @@ void matches_oracle(unsigned seed)
                                                                          .weigh = weigh, .layout = layout};
             CAPTURE(expert.width);
             CAPTURE(expert.hidden);
-            compare_layer::setting s{.tokens = r.integer(40, 90), .masked = biases};
+            compare_layer::setting s{.tokens = r.integer(40, 90), .masked = biases, .aligned = true};
             compare_layer::check(compare_layer::run<cell<T>>(r, gate, expert, s));
             s.gradients = write_mode::accumulate;
             compare_layer::check(compare_layer::run<cell<T>, accumulate_t<T>>(r, gate, expert, s));

@@ -26,6 +26,9 @@ struct setting {
     bool other_layout = false; ///< gradients that come in a later call lie otherwise
     write_mode gradients = write_mode::overwrite; ///< accumulate: onto random numbers
     double loss_scale = 0.5;
+    bool aligned = false; ///< tokens start at whole 16 bytes, not an element after
+
+    int skew() const { return aligned ? 0 : 1; }
 };
 
 /// What came out, and what should have.
@@ -145,8 +148,8 @@ struct run_of_layer {
           model(support::random_model<T, Executor>(r, expert, width, gate.experts, bias_of(r, gate.experts, set))),
           before(set.gradients == write_mode::accumulate ? support::redrawn<G>(r, model) : support::poisoned(model)),
           w(ex, expert, model, set.layout), g(ex, expert, before, set.layout), later(ex, expert, before, other_layout(set)),
-          x(s.tokens, width, 1), y(s.tokens, width, 1),
-          inferred(s.tokens, width), dy(s.tokens, width, 1), dx(s.tokens, width, 1)
+          x(s.tokens, width, s.skew()), y(s.tokens, width, s.skew()),
+          inferred(s.tokens, width), dy(s.tokens, width, s.skew()), dx(s.tokens, width, s.skew())
     {
         x_values = support::fill_normal(r, x.view());
         dy_values = support::fill_normal(r, dy.view());

@@ -60,7 +60,7 @@ struct activate_backward_pairs {
     Activation activation;
 
     FASTMOE_HOST_DEVICE float begin(int64_t s) const { return weighted ? in.weight(s) : 1.0f; }
-    FASTMOE_HOST_DEVICE float pair(float w, int64_t s, int64_t n, const float (&d)[2], T (&y)[2], T (&)[2]) const
+    FASTMOE_HOST_DEVICE float pair(float w, int64_t s, int64_t n, const float (&sums)[2], T (&y)[2], T (&)[2]) const
     {
         constexpr int each = Activation::gated ? 2 : 1;
         struct alignas(2 * each * sizeof(T)) units {
@@ -72,16 +72,17 @@ struct activate_backward_pairs {
         float product = 0;
         FASTMOE_UNROLL
         for (int v = 0; v < 2; ++v) {
+            const float d = float(T(sums[v])); // rounded where a product that is stored would be: one result for all policies
             float value;
             if constexpr (Activation::gated) {
-                const auto back = activation.gradient(float(x.of[v][0]), float(x.of[v][1]), w * d[v]);
+                const auto back = activation.gradient(float(x.of[v][0]), float(x.of[v][1]), w * d);
                 value = activation.value(float(x.of[v][0]), float(x.of[v][1]));
                 dx.of[v][0] = T(back.gate), dx.of[v][1] = T(back.up);
             } else {
                 value = activation.value(float(x.of[v][0]));
-                dx.of[v][0] = T(w * d[v] * activation.derivative(float(x.of[v][0])));
+                dx.of[v][0] = T(w * d * activation.derivative(float(x.of[v][0])));
             }
-            product += d[v] * value;
+            product += d * value;
             y[v] = T(w * value);
         }
         *reinterpret_cast<units*>(dpre.data_handle() + at) = dx;
