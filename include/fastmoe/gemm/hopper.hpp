@@ -7,7 +7,29 @@
 #include <fastmoe/gemm/hopper_products.hpp>
 #include <fastmoe/gemm/portable.hpp>
 
-namespace fastmoe::inline FASTMOE_ABI::gemm {
+namespace fastmoe::inline FASTMOE_ABI {
+
+namespace detail::hopper {
+
+/// After a product whose end has sums: adds up what the tiles of a row found, in their order.
+template <class Epilogue>
+struct finish_row {
+    using vectorized = void;
+    Epilogue epilogue;
+    matrix_view<const float> sums; // (S,tiles across)
+
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t e, int64_t s) const
+    {
+        const float* const from = sums.data_handle() + s * sums.extent(1);
+        const float total = team.reduce(sums.extent(1), 0.0f, [](float a, float b) { return a + b; }, [from](int64_t i) { return from[i]; });
+        epilogue.finish(team, e, s, total);
+    }
+};
+
+} // namespace detail::hopper
+
+namespace gemm {
 
 /// Tunings that the library has chosen. A user's own is a struct with such a function.
 struct hopper_tunings {
@@ -188,21 +210,6 @@ private:
         return true;
     }
 
-    template <class Epilogue>
-    struct finish_row {
-        using vectorized = void;
-        Epilogue epilogue;
-        matrix_view<const float> sums; // (S,tiles across)
-
-        template <class Team>
-        FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t e, int64_t s) const
-        {
-            const float* const from = sums.data_handle() + s * sums.extent(1);
-            const float total = team.reduce(sums.extent(1), 0.0f, [](float a, float b) { return a + b; }, [from](int64_t i) { return from[i]; });
-            epilogue.finish(team, e, s, total);
-        }
-    };
-
     template <class Executor, class DownRows, class AcrossRows, class G>
     static bool gradients(Executor& ex, const row_groups& groups, const DownRows& down, const AcrossRows& across,
                           const weight_view<G>& dw, write_mode mode)
@@ -223,4 +230,6 @@ private:
 
 using hopper = hopper_with<hopper_tunings>;
 
-} // namespace fastmoe::inline FASTMOE_ABI::gemm
+} // namespace gemm
+
+} // namespace fastmoe::inline FASTMOE_ABI

@@ -52,6 +52,7 @@ struct row_product {
     using element = portable::row_element_t<Rows>;
     static constexpr lie rows_lie = how.turned ? how_w : lie::deep, columns_lie = how.turned ? lie::deep : how_w;
     static constexpr bool lines = true;
+    static constexpr int bring_registers = 40;
     static constexpr int box_bytes = how.turned ? how.row_bytes() : how.column_bytes();
     static constexpr int weight_rows = how.turned ? how.rows : how.columns; ///< features of a tile
     static constexpr int tokens = how.tokens();
@@ -115,6 +116,7 @@ struct gradient_product {
     using element = portable::row_element_t<DownRows>;
     static constexpr lie rows_lie = lie::wide, columns_lie = lie::wide;
     static constexpr bool lines = true;
+    static constexpr int bring_registers = 56;
     static constexpr int box_bytes = 0;
 
     row_groups groups;

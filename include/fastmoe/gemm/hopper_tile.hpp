@@ -177,6 +177,7 @@ struct sums {
 ///
 ///     Product::tuning, ::element       hopper_tuning; bfloat16 or half
 ///     Product::rows_lie, ::columns_lie of both operands; Product::lines, Product::box_bytes: what the full barrier waits for
+///     Product::bring_registers         of the 504 that three warpgroups' threads have together
 ///     p.tiles()                        of a cluster
 ///     p.tile(t, rank)                  what follows is about; t.steps: the stages of its depth
 ///     p.bring(block, tile, f)          f(o): o.bring_lines(block, stage, first) by all who bring, o.bring_boxes(block, stage, full,
@@ -209,10 +210,10 @@ struct multiply_tiles {
         }
         block.sync_cluster();
         if (block.warpgroup() == 0) {
-            block.template give_registers<56>();
+            block.template give_registers<Product::bring_registers>();
             bring(block, full, empty);
         } else {
-            block.template take_registers<224>();
+            block.template take_registers<(504 - Product::bring_registers) / 2>();
             multiply(block, full, empty, turns);
         }
         block.sync_cluster(); // no block ends while another brings for it, or arrives at its barriers
