@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: The FastMoE authors
 # SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-"""spills.py report...: a table of the kernels by registers, from what ptxas -v said; fails if a hot kernel spills, or if one
-of the hot names has no kernel at all. A kernel is hot if its time grows with tokens times width or tokens times choices, unless
+"""spills.py [--hot=name,name] report...: a table of the kernels by registers, from what ptxas -v said; fails if a hot kernel spills, or if one
+of the hot names has no kernel at all, or if the assembler says that warpgroups' products wait for each other. A kernel is hot if its time grows with tokens times width or tokens times choices, unless
 it is of double, which nobody trains in."""
 import re
 import sys
@@ -25,7 +25,7 @@ def is_double(kernel):
 
 def functor_of(kernel):
     """choose_row of ...8run_rowsIN7fastmoe4v0_16detail10choose_rowI...; names have their length before them."""
-    found = re.search(r"run_(?:rows|elements|blocks)IN?(?:S\w*?_)?(.*)", kernel)
+    found = re.search(r"run_(?:rows|elements|blocks|clusters)IN?(?:S\w*?_)?(.*)", kernel)
     rest, names = found[1] if found else kernel, []
     while length := re.match(r"\d+", rest):
         end = length.end() + int(length[0])
@@ -39,19 +39,23 @@ def read(text):
 
 
 def main():
-    kernels = [k for path in sys.argv[1:] for k in read(open(path).read())]
+    paths = [a for a in sys.argv[1:] if not a.startswith("--hot=")]
+    hot = {name for a in sys.argv[1:] if a.startswith("--hot=") for name in a[6:].split(",")} or HOT
+    texts = [open(path).read() for path in paths]
+    kernels = [k for text in texts for k in read(text)]
     table = {}
     for name, _, arch, stack, spilled, registers in kernels:
         row = table.setdefault((name, arch), [0, 0, 0, 0])
         table[name, arch] = [row[0] + 1, max(row[1], registers), max(row[2], stack), max(row[3], spilled)]
     print(f"{'functor':32} {'for':8} kernels registers stack spilled")
     for (name, arch), row in sorted(table.items(), key=lambda item: -item[1][1]):
-        print(f"{name:32} {arch:8} {row[0]:7} {row[1]:9} {row[2]:5} {row[3]:7}{'  hot' if name in HOT else ''}")
+        print(f"{name:32} {arch:8} {row[0]:7} {row[1]:9} {row[2]:5} {row[3]:7}{'  hot' if name in hot else ''}")
     wrong = [
         f"{name} spills {spilled} bytes for {arch}: {k}"
-        for name, k, arch, _, spilled, _ in kernels if name in HOT and not is_double(k) and spilled > 0
+        for name, k, arch, _, spilled, _ in kernels if name in hot and not is_double(k) and spilled > 0
     ]
-    wrong += [f"there is no kernel of {name}" for name in sorted(HOT) if not any(k[0] == name for k in kernels)]
+    wrong += [line for text in texts for line in text.splitlines() if "wgmma" in line]
+    wrong += [f"there is no kernel of {name}" for name in sorted(hot) if not any(k[0] == name for k in kernels)]
     if wrong:
         sys.exit("\n".join(wrong))
 
