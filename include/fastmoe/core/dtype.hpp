@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include <cuda/std/bit>
+#include <cuda/std/type_traits>
 
 #include <fastmoe/core/config.hpp>
 
@@ -15,9 +16,25 @@ namespace fastmoe::inline FASTMOE_ABI {
 
 namespace detail {
 
+// What follows are the conversions of the host, and of constant expressions; a GPU has instructions for them, to which
+// numbers are the same.
+#if defined(__CUDA_ARCH__)
+#define FASTMOE_CONVERT(instruction, result, constraint_to, from, constraint_from)    \
+    if (!::cuda::std::is_constant_evaluated()) {                   \
+        result converted;                                                                    \
+        asm(instruction " %0, %1;" : constraint_to(converted) : constraint_from(from));      \
+        return converted;                                                                    \
+    }
+#else
+#define FASTMOE_CONVERT(instruction, result, constraint_to, from, constraint_from)
+#endif
+
 /// Rounds to the nearest bfloat16, ties to even; NaN stays NaN. Branch-free, so that loops over it vectorize.
 FASTMOE_HOST_DEVICE constexpr std::uint16_t bfloat16_bits(float value) noexcept
 {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    FASTMOE_CONVERT("cvt.rn.bf16.f32", std::uint16_t, "=h", value, "f")
+#endif
     const auto u = ::cuda::std::bit_cast<std::uint32_t>(value);
     const std::uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
     const bool nan = (u & 0x7fffffffu) > 0x7f800000u;
@@ -27,6 +44,7 @@ FASTMOE_HOST_DEVICE constexpr std::uint16_t bfloat16_bits(float value) noexcept
 /// Rounds to the nearest IEEE binary16, ties to even; overflow gives infinity.
 FASTMOE_HOST_DEVICE constexpr std::uint16_t half_bits(float value) noexcept
 {
+    FASTMOE_CONVERT("cvt.rn.f16.f32", std::uint16_t, "=h", value, "f")
     using ::cuda::std::bit_cast;
     const auto u = bit_cast<std::uint32_t>(value);
     const std::uint32_t magnitude = u & 0x7fffffffu;
@@ -52,6 +70,7 @@ FASTMOE_HOST_DEVICE constexpr float rounded_to_odd(double value) noexcept
 
 FASTMOE_HOST_DEVICE constexpr float half_value(std::uint16_t bits) noexcept
 {
+    FASTMOE_CONVERT("cvt.f32.f16", float, "=f", bits, "h")
     using ::cuda::std::bit_cast;
     const std::uint32_t sign = (bits & 0x8000u) << 16;
     const std::uint32_t magnitude = bits & 0x7fffu;
@@ -62,6 +81,7 @@ FASTMOE_HOST_DEVICE constexpr float half_value(std::uint16_t bits) noexcept
     const std::uint32_t out = magnitude < 0x400u ? subnormal : (magnitude >= 0x7c00u ? special : normal);
     return bit_cast<float>(sign | out);
 }
+#undef FASTMOE_CONVERT
 
 } // namespace detail
 

@@ -127,7 +127,8 @@ struct gradient_product {
     fault_recorder faults;
 
     struct place {
-        int64_t expert, first, count, row, column;
+        int64_t first; ///< row of memory
+        std::int32_t expert, count, row, column;
         int steps;
         bool writes;
     };
@@ -142,8 +143,9 @@ struct gradient_product {
         const banded at = banded::of(t % (high * wide), high, wide, how.band);
         const bool inside = is_group_inside(groups.counts, groups.offsets, e, groups.slots);
         const int64_t count = inside ? groups.counts(e) : 0;
-        return {e, inside ? groups.offsets(e) : 0, count, at.row * how.rows, at.column * how.columns,
-                static_cast<int>(ceil_div(count, depth)), inside && (count > 0 || mode == write_mode::overwrite)};
+        const auto narrow = [](int64_t n) { return static_cast<std::int32_t>(n); };
+        return {inside ? groups.offsets(e) : 0, narrow(e), narrow(count), narrow(at.row * how.rows), narrow(at.column * how.columns),
+                narrow(ceil_div(count, depth)), inside && (count > 0 || mode == write_mode::overwrite)};
     }
     struct operands : paired_lines<how.rows, how.columns, DownRows, AcrossRows> {
         template <class Block>

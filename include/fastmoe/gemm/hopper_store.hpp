@@ -40,16 +40,13 @@ FASTMOE_HOST_DEVICE line turn_quad(Block& block, const std::uint32_t (&v)[4])
 FASTMOE_HOST_DEVICE inline std::uint32_t as_word(float x) noexcept { return ::cuda::std::bit_cast<std::uint32_t>(x); }
 FASTMOE_HOST_DEVICE inline float as_float(std::uint32_t x) noexcept { return ::cuda::std::bit_cast<float>(x); }
 
-/// Four groups of 8 elements of row s, from column n on: each lane of four stores one of them whole.
-template <class Block, class Y>
-FASTMOE_HOST_DEVICE void store_lines(Block& block, const matrix_view<Y>& y, bool inside, int64_t s, int64_t n, const pair<Y>* two)
+template <class Block, class T>
+FASTMOE_HOST_DEVICE line turn_quad(Block& block, const pair<T> (&two)[4])
 {
     std::uint32_t words[4];
     FASTMOE_UNROLL
     for (int g = 0; g < 4; ++g) std::memcpy(&words[g], &two[g], sizeof words[g]);
-    const line whole = turn_quad(block, words);
-    const int64_t mine = n + 8 * (block.thread() % 4);
-    if (inside && mine < y.extent(1)) *reinterpret_cast<line*>(y.data_handle() + s * y.extent(1) + mine) = whole;
+    return turn_quad(block, words);
 }
 /// Lanes of four hold element t of each group of four; then lane t of them holds groups 2 t and 2 t + 1, for eight groups.
 template <class Block, class T>
@@ -90,45 +87,51 @@ FASTMOE_HOST_DEVICE void store_rows(Block& block, const to_rows<B, Y, End>& to, 
     constexpr int groups = how.columns / 8, at_once = End::more == 1 ? 8 : 4;
     static_assert(End::more != 1 || groups % 8 == 0, "an end with one result a pair: a hopper_tuning with columns of whole 64");
     const int thread = block.thread() % warpgroup_threads, t = thread % 4;
+    const int across = static_cast<int>(out - p.feature < how.columns ? out - p.feature : how.columns);
     FASTMOE_UNROLL
     for (int b = 0; b < how.blocks(); ++b)
         FASTMOE_UNROLL
         for (int half = 0; half < 2; ++half) {
             const int r = first_row + 64 * b + thread / warp_threads * 16 + thread % warp_threads / 4 + 8 * half;
-            const int64_t s = p.first + r;
             const bool inside = r < p.count;
+            const int64_t s = inside ? p.first + r : p.first;
             const bool zero = inside && is_zero(s);
-            const auto of_row = to.end.begin(inside ? s : p.first);
+            const auto of_row = to.end.begin(s);
+            Y* const row = to.y.data_handle() + s * out + p.feature;
             float sum = 0;
             FASTMOE_UNROLL
             for (int i = 0; i < groups; i += at_once) {
-                pair<Y> two[at_once] = {};
-                Y more[at_once][2] = {};
+                pair<Y> two[at_once / 4][4] = {}, second[4] = {};
+                Y more[8] = {};
                 FASTMOE_UNROLL
                 for (int g = 0; g < at_once && i + g < groups; ++g) {
-                    const int64_t n = p.feature + 8 * (i + g) + 2 * t;
-                    if (!inside || n >= out) continue;
+                    const int n = 8 * (i + g) + 2 * t;
+                    if (!inside || 8 * (i + g) >= across) continue; // chunks of 8 are inside as a whole
                     float value[2];
+                    Y others[2] = {};
                     FASTMOE_UNROLL
-                    for (int v = 0; v < 2; ++v) value[v] = (zero ? 0.0f : c.of[b][4 * (i + g) + 2 * half + v]) + to.plus(p.expert, n + v);
-                    sum += to.end.pair(of_row, s, n, value, two[g].values, more[g]);
-                    if constexpr (sizeof(Y) == 4) *reinterpret_cast<pair<Y>*>(to.y.data_handle() + s * out + n) = two[g];
+                    for (int v = 0; v < 2; ++v)
+                        value[v] = (zero ? 0.0f : c.of[b][4 * (i + g) + 2 * half + v]) + to.plus(p.expert, p.feature + n + v);
+                    sum += to.end.pair(of_row, s, p.feature + n, value, two[g / 4][g % 4].values, others);
+                    if constexpr (End::more == 2) second[g] = {{others[0], others[1]}};
+                    else more[g] = others[0];
+                    if constexpr (sizeof(Y) == 4) *reinterpret_cast<pair<Y>*>(row + n) = two[g / 4][g % 4];
                 }
                 if constexpr (sizeof(Y) == 2) {
-                    store_lines(block, to.y, inside, s, p.feature + 8 * i, two);
-                    if constexpr (at_once == 8) store_lines(block, to.y, inside, s, p.feature + 8 * i + 32, two + 4);
+                    FASTMOE_UNROLL
+                    for (int q = 0; q < at_once / 4; ++q) {
+                        const line whole = turn_quad(block, two[q]);
+                        const int n = 8 * (i + 4 * q + t);
+                        if (inside && n < across) *reinterpret_cast<line*>(row + n) = whole;
+                    }
                     if constexpr (End::more == 2) {
-                        pair<Y> second[4];
-                        FASTMOE_UNROLL
-                        for (int g = 0; g < 4; ++g) second[g] = {{more[g][0], more[g][1]}};
-                        store_lines(block, to.end.result(), inside, s, p.feature + 8 * i, second);
+                        const line whole = turn_quad(block, second);
+                        const int n = 8 * (i + t);
+                        if (inside && n < across) *reinterpret_cast<line*>(to.end.result().data_handle() + s * out + p.feature + n) = whole;
                     } else if constexpr (End::more == 1) {
-                        Y results[8];
-                        FASTMOE_UNROLL
-                        for (int g = 0; g < 8; ++g) results[g] = more[g][0];
-                        const line whole = turn_quad(block, results);
-                        const int64_t n = p.feature / 2 + 4 * i + 8 * t;
-                        if (inside && 2 * n < out) *reinterpret_cast<line*>(to.end.result().data_handle() + s * (out / 2) + n) = whole;
+                        const line whole = turn_quad(block, more);
+                        const int n = 8 * i + 16 * t;
+                        if (inside && n < across) *reinterpret_cast<line*>(to.end.result().data_handle() + (s * out + p.feature + n) / 2) = whole;
                     }
                 }
             }
@@ -168,48 +171,47 @@ FASTMOE_HOST_DEVICE void store_turned(Block& block, const to_rows<B, Y, End>& to
 /// How many neighbours of a row of dW one access writes.
 enum class gradient_access { lines, pairs, singles };
 
-template <gradient_access access, class Block, class G, hopper_tuning how>
-FASTMOE_HOST_DEVICE void store_gradient(Block& block, const weight_view<G>& dw, write_mode mode, G* base, int64_t row, int64_t column,
-                                        const sums<how>& c)
+template <gradient_access access, write_mode mode, class Block, class G, hopper_tuning how>
+FASTMOE_HOST_DEVICE void store_gradient(Block& block, G* base, int64_t stride, int64_t rows, int64_t columns, const sums<how>& c)
 {
+    using Sum = wider_t<float, G>;
+    constexpr bool adds = mode == write_mode::accumulate;
     const int thread = block.thread() % warpgroup_threads, t = thread % 4;
-    const bool adds = mode == write_mode::accumulate;
-    const auto total = [adds](const G& to, float sum) {
-        using Sum = wider_t<float, G>;
-        return static_cast<G>(adds ? static_cast<Sum>(to) + static_cast<Sum>(sum) : static_cast<Sum>(sum));
-    };
+    const int first = thread / warp_threads * 16 + thread % warp_threads / 4;
+    const int down = static_cast<int>(rows < 256 ? rows : 256), across = static_cast<int>(columns < how.columns ? columns : how.columns);
     FASTMOE_UNROLL
     for (int b = 0; b < how.blocks(); ++b)
         FASTMOE_UNROLL
         for (int half = 0; half < 2; ++half) {
-            const int64_t o = row + 64 * b + thread / warp_threads * 16 + thread % warp_threads / 4 + 8 * half;
-            const bool inside = o < dw.out;
-            G* const to = base + o * dw.row_stride;
+            const int o = first + 64 * b + 8 * half;
+            const bool inside = o < down;
+            G* const row = base + o * stride;
+            G* const to = row + 2 * t;
             FASTMOE_UNROLL
             for (int i = 0; i < how.columns / 8; i += 4) {
-                std::uint32_t words[4] = {};
+                pair<G> two[4] = {};
                 FASTMOE_UNROLL
                 for (int g = 0; g < 4 && i + g < how.columns / 8; ++g) {
-                    const int64_t n = column + 8 * (i + g) + 2 * t;
-                    const float first = c.of[b][4 * (i + g) + 2 * half], second = c.of[b][4 * (i + g) + 2 * half + 1];
+                    const int n = 8 * (i + g);
+                    const float x = c.of[b][4 * (i + g) + 2 * half], y = c.of[b][4 * (i + g) + 2 * half + 1];
                     if constexpr (access == gradient_access::lines) {
-                        const pair<G> two{{static_cast<G>(first), static_cast<G>(second)}};
-                        std::memcpy(&words[g], &two, sizeof words[g]);
-                    } else if (inside && n < dw.in) {
+                        two[g] = {{static_cast<G>(x), static_cast<G>(y)}};
+                    } else if (inside && n < across) { // chunks of 8 are inside as a whole
                         if constexpr (access == gradient_access::pairs) {
                             pair<G>& at = *reinterpret_cast<pair<G>*>(to + n);
                             pair<G> old{};
-                            if (adds) old = at;
-                            at = {{total(old.values[0], first), total(old.values[1], second)}};
+                            if constexpr (adds) old = at;
+                            at = {{static_cast<G>(static_cast<Sum>(old.values[0]) + static_cast<Sum>(x)),
+                                   static_cast<G>(static_cast<Sum>(old.values[1]) + static_cast<Sum>(y))}};
                         } else {
-                            to[n] = total(to[n], first), to[n + 1] = total(to[n + 1], second);
+                            to[n] = static_cast<G>((adds ? static_cast<Sum>(to[n]) : Sum(0)) + static_cast<Sum>(x));
+                            to[n + 1] = static_cast<G>((adds ? static_cast<Sum>(to[n + 1]) : Sum(0)) + static_cast<Sum>(y));
                         }
                     }
                 }
                 if constexpr (access == gradient_access::lines) {
-                    const line whole = turn_quad(block, words);
-                    const int64_t n = column + 8 * (i + t);
-                    if (inside && n < dw.in && i + t < how.columns / 8) *reinterpret_cast<line*>(to + n) = whole;
+                    const line whole = turn_quad(block, two);
+                    if (inside && 8 * (i + t) < across) *reinterpret_cast<line*>(row + 8 * (i + t)) = whole;
                 }
             }
         }
@@ -221,14 +223,20 @@ FASTMOE_HOST_DEVICE void store_gradient(Block& block, const weight_view<G>& dw, 
                                         const sums<how>& c)
 {
     using enum gradient_access;
-    G* const base = dw.base(e);
+    using enum write_mode;
+    G* const base = dw.base(e) + row * dw.row_stride + column;
+    const int64_t rows = dw.out - row, columns = dw.in - column;
     const auto is_whole = [&](int elements) {
         return reinterpret_cast<std::uintptr_t>(base) % (static_cast<unsigned>(elements) * sizeof(G)) == 0 && dw.row_stride % elements == 0;
     };
+    const bool adds = mode == accumulate;
+    if (!is_whole(2))
+        return adds ? store_gradient<singles, accumulate>(block, base, dw.row_stride, rows, columns, c)
+                    : store_gradient<singles, overwrite>(block, base, dw.row_stride, rows, columns, c);
     if constexpr (sizeof(G) == 2)
-        if (mode == write_mode::overwrite && is_whole(8)) return store_gradient<lines>(block, dw, mode, base, row, column, c);
-    if (is_whole(2)) return store_gradient<pairs>(block, dw, mode, base, row, column, c);
-    store_gradient<singles>(block, dw, mode, base, row, column, c);
+        if (!adds && is_whole(8)) return store_gradient<lines, overwrite>(block, base, dw.row_stride, rows, columns, c);
+    adds ? store_gradient<pairs, accumulate>(block, base, dw.row_stride, rows, columns, c)
+         : store_gradient<pairs, overwrite>(block, base, dw.row_stride, rows, columns, c);
 }
 
 } // namespace fastmoe::inline FASTMOE_ABI::detail::hopper
