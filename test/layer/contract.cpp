@@ -63,6 +63,22 @@ TEST_CASE("what is saved is routing, plan and the expert's pre-activation, to th
     CHECK(rest.bytes() < choices * 200);                        // a few hundred bytes a token, no row of x or y
 }
 
+TEST_CASE("fine-grained experts save little: the rows of docs/performance.md, in bfloat16")
+{
+    struct shape {
+        int64_t tokens, width, hidden, experts, k;
+        double most; // GiB, the input included
+    };
+    for (const shape& s : {shape{32768, 4096, 256, 256, 16, 0.80}, shape{24576, 1536, 256, 128, 8, 0.28}}) {
+        const moe_layer layer{top_k_gate<softmax_score>{.experts = s.experts, .k = s.k}, mlp<swiglu>{.width = s.width, .hidden = s.hidden}, self{}};
+        const int64_t choices = s.tokens * s.k, kept = layer.saved_bytes<bfloat16>(s.tokens, s.width);
+        const int64_t pre = choices * 2 * s.hidden * 2;
+        CHECK(kept - pre >= 20 * choices + 4 * s.tokens * s.experts);         // expert, weight, slot, choice and token of each choice; logits
+        CHECK(kept - pre < 20 * choices + 4 * s.tokens * s.experts + 262144); // and nothing else but what is of experts
+        CHECK(static_cast<double>(kept + s.tokens * s.width * 2) / (1 << 30) < s.most);
+    }
+}
+
 TEST_CASE_TEMPLATE("without a workspace, forward takes from the executor's resource what it keeps and what it lends, no more", T,
                    FASTMOE_DTYPES)
 {

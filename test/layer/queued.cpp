@@ -8,9 +8,11 @@
 #include <doctest/doctest.h>
 
 #include <fastmoe/gemm/block_products.hpp>
+#include <fastmoe/gemm/hopper.hpp>
 #include <fastmoe/moe.hpp>
 
 #include "support/fiber_blocks.hpp"
+#include "support/fiber_clusters.hpp"
 #include "support/queued.hpp"
 #include "support/random.hpp"
 
@@ -113,6 +115,28 @@ layer_type make_layer(weigh_at weigh = weigh_at::output)
                      mlp<swiglu>{.width = width, .hidden = 16, .biases = true, .weigh = weigh}, self{}};
 }
 
+/// A step is captured and replayed with other routings: each time the bits of a step that was not, and the host's values.
+template <class T, class Layer, class HostLayer, class Device>
+void replays_as_host(const Layer& layer, const HostLayer& on_host, Device& device)
+{
+    host_executor host({.threads = 2});
+    step<T, Layer, Device> captured(layer, device), eager(layer, device);
+    step<T, HostLayer, host_executor> expected(on_host, host);
+    captured.fill(16);
+    const auto graph = device.capture([&] { captured.run(); });
+    for (const std::uint64_t seed : {17, 18}) {
+        captured.fill(seed);
+        eager.fill(seed);
+        expected.fill(seed);
+        device.replay(graph);
+        eager.run();
+        expected.run();
+        const auto results = captured.results();
+        CHECK(results == eager.results());
+        CHECK(difference(results, expected.results()) < bound<T>());
+    }
+}
+
 } // namespace
 
 TEST_CASE_TEMPLATE("a layer reads nothing on the host, waits for nothing, and computes what it computes on the host", T, double,
@@ -159,28 +183,24 @@ TEST_CASE_TEMPLATE("a captured step is replayed with other routing, and equals t
 TEST_CASE_TEMPLATE("with the products of blocks a layer computes what it computes on the host, and what is captured is replayed", T,
                    float, bfloat16, fastmoe::half)
 {
-    using blocks = support::fiber_blocks<support::queued>;
-    const auto layer = make_layer();
-    blocks device;
-    host_executor host({.threads = 2});
-    step<T, layer_type, blocks> captured(layer, device), eager(layer, device);
-    step<T, layer_type, host_executor> expected(layer, host);
-    captured.fill(16);
-    const auto graph = device.capture([&] { captured.run(); });
-    for (const std::uint64_t seed : {17, 18}) {
-        captured.fill(seed);
-        eager.fill(seed);
-        expected.fill(seed);
-        device.replay(graph);
-        eager.run();
-        expected.run();
-        const auto results = captured.results();
-        CHECK(results == eager.results());
-        CHECK(difference(results, expected.results()) < bound<T>());
-    }
+    support::fiber_blocks<support::queued> device;
+    replays_as_host<T>(make_layer(), make_layer(), device);
     CHECK((device.products > 1000) == (sizeof(T) == 2)); // tensor cores
     CHECK(device.lines > 1000);
     CHECK(device.bank_conflicts == 0);
+}
+
+TEST_CASE_TEMPLATE("so it does with those of warpgroups, activations in registers", T, bfloat16, fastmoe::half)
+{
+    support::fiber_clusters<support::queued> device;
+    const auto with = [](auto gemm) {
+        using expert = mlp<swiglu, decltype(gemm)>;
+        return moe_layer{top_k_gate<softmax_score>{.experts = 3, .k = 2, .capacity = {.factor = 1.25}},
+                         expert{.width = width, .hidden = 16, .biases = true, .layout = gated_layout::interleaved}, self{}};
+    };
+    replays_as_host<T>(with(gemm::hopper{}), with(gemm::portable{}), device);
+    CHECK(device.products > 100);
+    CHECK(device.box_bytes > 0);
 }
 
 TEST_CASE("other gates wait for nothing either; a replay draws what its step says")
