@@ -4,53 +4,36 @@
 /// where there is no GPU. Verbs that only move memory are given beside a device copy of the same run.
 ///
 ///     device_bench figures.json
-#include <algorithm>
 #include <cstdio>
 #include <string>
-#include <vector>
 
-#include <fastmoe/cuda.cuh>
 #include <fastmoe/cuda/cublaslt.cuh>
 #include <fastmoe/cuda/cublaslt_grouped.cuh>
+
+#include "timing.cuh"
 
 namespace {
 
 namespace fm = fastmoe;
 using fm::bfloat16;
 using fm::int64_t;
-
-/// The median time of what body() queues, in milliseconds.
-template <class Body>
-double milliseconds_of(fm::cuda_executor& ex, int rounds, const Body& body)
-{
-    cudaEvent_t begin = nullptr, end = nullptr;
-    fm::detail::cuda_check(cudaEventCreate(&begin), "cudaEventCreate");
-    fm::detail::cuda_check(cudaEventCreate(&end), "cudaEventCreate");
-    std::vector<float> times;
-    for (int round = -3; round < rounds; ++round) { // three to warm up
-        fm::detail::cuda_check(cudaEventRecord(begin, ex.stream()), "cudaEventRecord");
-        body();
-        fm::detail::cuda_check(cudaEventRecord(end, ex.stream()), "cudaEventRecord");
-        ex.synchronize();
-        float took = 0;
-        fm::detail::cuda_check(cudaEventElapsedTime(&took, begin, end), "cudaEventElapsedTime");
-        if (round >= 0) times.push_back(took);
-    }
-    cudaEventDestroy(begin);
-    cudaEventDestroy(end);
-    std::sort(times.begin(), times.end());
-    return times[times.size() / 2];
-}
+using timing::fill_values;
+using timing::milliseconds_of;
 
 struct figures {
     std::string json;
-    void add(const std::string& name, double ms, double bytes = 0)
+    /// @param bytes, operations  moved and done in that time; 0: not said
+    void add(const std::string& name, double ms, double bytes = 0, double operations = 0)
     {
         char line[256];
-        std::snprintf(line, sizeof line, "%s\n  {\"name\": \"%s\", \"ms\": %.6g, \"gb_per_s\": %.5g}", json.empty() ? "" : ",", name.c_str(), ms,
-                      bytes > 0 ? bytes / ms * 1e-6 : 0);
+        std::snprintf(line, sizeof line, "%s\n  {\"name\": \"%s\", \"ms\": %.6g, \"gb_per_s\": %.5g, \"tflops\": %.5g}", json.empty() ? "" : ",",
+                      name.c_str(), ms, bytes / ms * 1e-6, operations / ms * 1e-9);
         json += line;
-        std::printf("%-48s %10.4f ms %10.1f GB/s\n", name.c_str(), ms, bytes > 0 ? bytes / ms * 1e-6 : 0);
+        std::printf("%-72s %10.4f ms", name.c_str(), ms);
+        if (bytes > 0) std::printf(" %10.1f GB/s", bytes / ms * 1e-6);
+        if (operations > 0) std::printf(" %10.1f TFLOPS", operations / ms * 1e-9);
+        std::printf("\n");
+        std::fflush(stdout);
     }
 };
 
@@ -60,21 +43,14 @@ struct shape {
     int rounds;
 };
 
-struct fill_values {
-    bfloat16* to;
-    FASTMOE_HOST_DEVICE void operator()(int64_t i) const
-    {
-        to[i] = bfloat16(static_cast<float>(fm::philox({{static_cast<std::uint32_t>(i), 0, 0, 7}}, 1).word[0]) * 4.6566129e-10f - 1.0f);
-    }
-};
-
-/// A layer's three passes, and what moves rows around its products.
+/// A layer's three passes, and what moves rows around its products. Forward is 6 T K H D operations, backward 12.
 template <class Gemm>
-void layer(fm::cuda_executor& ex, figures& out, const shape& s, const std::string& label, const Gemm& gemm)
+void layer(fm::cuda_executor& ex, figures& out, const shape& s, const std::string& label, const Gemm& gemm,
+           fm::gated_layout layout = fm::gated_layout::concatenated)
 {
     using expert = fm::mlp<fm::swiglu, Gemm>;
-    const fm::moe_layer l{fm::top_k_gate<fm::softmax_score>{.experts = s.experts, .k = s.k}, expert{.width = s.width, .hidden = s.hidden, .gemm = gemm},
-                          fm::self{}};
+    const fm::moe_layer l{fm::top_k_gate<fm::softmax_score>{.experts = s.experts, .k = s.k},
+                          expert{.width = s.width, .hidden = s.hidden, .layout = layout, .gemm = gemm}, fm::self{}};
     const int64_t n = s.tokens * s.width;
     const auto weights = fm::random_weights<bfloat16>(ex, l, 1);
     const auto gradients = fm::zero_weights<bfloat16>(ex, l);
@@ -85,20 +61,21 @@ void layer(fm::cuda_executor& ex, figures& out, const shape& s, const std::strin
         lent(ex, l.template backward_bytes<bfloat16>(ex, s.tokens, s.width)), small(ex, l.template infer_bytes<bfloat16>(ex, s.tokens, s.width));
     const auto matrix = [&](auto& m) { return m.matrix(s.tokens, s.width); };
     const std::string name = std::string(s.name) + " " + label;
+    const double forward = 6.0 * static_cast<double>(s.tokens * s.k) * static_cast<double>(s.hidden * s.width);
     out.add(name + " infer", milliseconds_of(ex, s.rounds, [&] {
                 fm::arena a(small.view());
                 l.infer(ex, matrix(x), weights.view(), matrix(y), a);
-            }));
+            }), 0, forward);
     out.add(name + " forward", milliseconds_of(ex, s.rounds, [&] {
                 fm::arena a(kept.view());
                 l.forward(ex, matrix(x), weights.view(), matrix(y), a);
-            }));
+            }), 0, forward);
     fm::arena a(kept.view());
     const auto saved = l.forward(ex, matrix(x), weights.view(), matrix(y), a);
     out.add(name + " backward", milliseconds_of(ex, s.rounds, [&] {
                 fm::arena b(lent.view());
                 l.backward(ex, saved, matrix(dy), weights.view(), matrix(dx), gradients.view(), b);
-            }));
+            }), 0, 2 * forward);
     if (label != "portable") return;
     const auto& plan = saved.plan();
     fm::buffer<bfloat16, fm::cuda_executor> rows(ex, plan.slots * s.width);
@@ -106,9 +83,16 @@ void layer(fm::cuda_executor& ex, figures& out, const shape& s, const std::strin
     out.add(name + " dispatch", milliseconds_of(ex, s.rounds, [&] { fm::dispatch(ex, matrix(x), plan, rows.matrix(plan.slots, s.width)); }), moved);
 }
 
+/// gemm::hopper ends its products with activations where gate and up lie side by side.
+void layer_by_hopper(fm::cuda_executor& ex, figures& out, const shape& s)
+{
+    if (timing::runs_hopper(ex)) layer(ex, out, s, "hopper, interleaved", fm::gemm::hopper{}, fm::gated_layout::interleaved);
+}
+
 /// The same layer over each policy: cuBLASLt a group at a time, cuBLAS for all groups, and cuBLASLt for all on the device.
 void layer_by_each(fm::cuda_executor& ex, figures& out, const shape& s, fm::cublaslt_context& each, fm::cublaslt_context& all)
 {
+    layer_by_hopper(ex, out, s);
     layer(ex, out, s, "portable", fm::gemm::portable{});
     layer(ex, out, s, "cublaslt", fm::gemm::cublaslt{&each});
     layer(ex, out, s, "cublas, one call", fm::gemm::cublaslt{&all});
@@ -131,12 +115,19 @@ int main(int count, char** arguments)
     figures out;
     {
         fm::cuda_executor ex{stream};
+        if (!timing::runs_hopper(ex)) std::printf("gemm::hopper is left out: no GPU of 9.x, or not compiled for 9.0a\n");
         fm::cublaslt_context each, all({.calls = fm::group_calls::one_for_all});
         const int64_t bytes = int64_t{256} << 20;
         fm::buffer<std::byte, fm::cuda_executor> a(ex, bytes), b(ex, bytes);
         out.add("device copy of 256 MiB", milliseconds_of(ex, 20, [&] { ex.copy(b.data(), a.data(), bytes); }), 2.0 * static_cast<double>(bytes));
         layer_by_each(ex, out, {"T 4096 D 1024 H 1024 E 16 K 2", 4096, 1024, 1024, 16, 2, 10}, each, all);
         layer_by_each(ex, out, {"T 32768 D 4096 H 2048 E 64 K 4", 32768, 4096, 2048, 64, 4, 10}, each, all);
+        for (const shape& s : {shape{"T 32768 D 4096 H 1024 E 128 K 8", 32768, 4096, 1024, 128, 8, 5},
+                               shape{"T 32768 D 4096 H 256 E 256 K 16", 32768, 4096, 256, 256, 16, 5},
+                               shape{"T 24576 D 1536 H 256 E 128 K 8", 24576, 1536, 256, 128, 8, 5}}) {
+            layer_by_hopper(ex, out, s);
+            layer(ex, out, s, "cublaslt", fm::gemm::cublaslt{&each});
+        }
         for (const int64_t tokens : {1, 8, 32, 128}) {
             const std::string name = "T " + std::to_string(tokens) + " D 4096 H 14336 E 8 K 2";
             layer_by_each(ex, out, {name.c_str(), tokens, 4096, 14336, 8, 2, 20}, each, all);
