@@ -32,8 +32,8 @@ void tune_few_rows(session& to, layer& l)
 {
     auto& ex = to.executor();
     const shape& s = l.s;
-    const int64_t S = l.slots(), wide = 2 * s.hidden;
-    const auto pre = l.pre.matrix(S, wide), a = l.a.matrix(S, s.hidden), y = l.y.matrix(S, s.width);
+    const int64_t slots = l.slots(), wide = 2 * s.hidden;
+    const auto pre = l.pre.matrix(slots, wide), a = l.a.matrix(slots, s.hidden), y = l.y.matrix(slots, s.width);
     const auto up = layer::stack(l.up, s.experts, wide, s.width), down = layer::stack(l.down, s.experts, s.width, s.hidden);
     const fm::matrix_view<const float> no_bias{};
     const auto what = [&](const char* product, int64_t depth, int64_t out) {
@@ -52,12 +52,12 @@ void tune_gradients(session& to, layer& l)
 {
     auto& ex = to.executor();
     const shape& s = l.s;
-    const int64_t S = l.slots(), wide = 2 * s.hidden;
-    const auto dpre = l.dpre.matrix(S, wide), a = l.a.matrix(S, s.hidden);
+    const int64_t slots = l.slots(), wide = 2 * s.hidden;
+    const auto dpre = l.dpre.matrix(slots, wide), a = l.a.matrix(slots, s.hidden);
     layer::words gradients(ex, s.experts * wide * s.width);
     const auto what = [&](const char* product, int64_t rows, int64_t columns) {
         return comparison{columns > 128 ? "wide gradients" : "narrow gradients", std::string(product) + ", " + s.name(),
-                          2.0 * static_cast<double>(S) * static_cast<double>(rows * columns), false, columns};
+                          2.0 * static_cast<double>(slots) * static_cast<double>(rows * columns), false, columns};
     };
     compare(to, gradients_candidates{}, what("dy^T a", s.width, s.hidden),
             fm::vector_view<bfloat16>(gradients.data(), s.experts * s.width * s.hidden), [&](const auto& gemm, fm::arena& memory) {

@@ -28,15 +28,15 @@ void tune_rows(session& to, layer& l)
 {
     auto& ex = to.executor();
     const shape& s = l.s;
-    const int64_t S = l.slots(), wide = 2 * s.hidden;
+    const int64_t slots = l.slots(), wide = 2 * s.hidden;
     const auto columns = fm::detail::gated_columns::of(fm::gated_layout::interleaved, s.hidden);
-    const auto pre = l.pre.matrix(S, wide), dpre = l.dpre.matrix(S, wide), a = l.a.matrix(S, s.hidden), y = l.y.matrix(S, s.width);
+    const auto pre = l.pre.matrix(slots, wide), dpre = l.dpre.matrix(slots, wide), a = l.a.matrix(slots, s.hidden), y = l.y.matrix(slots, s.width);
     const auto up = layer::stack(l.up, s.experts, wide, s.width), down = layer::stack(l.down, s.experts, s.width, s.hidden);
     const auto in = l.input();
     const fm::matrix_view<const float> no_bias{};
     const auto what = [&](const char* product, int64_t depth, int64_t out) {
         return comparison{out > 128 ? "wide rows" : "narrow rows", std::string(product) + ", " + s.name(),
-                          2.0 * static_cast<double>(S) * static_cast<double>(depth * out), false, out};
+                          2.0 * static_cast<double>(slots) * static_cast<double>(depth * out), false, out};
     };
     compare(to, rows_candidates{}, what("x up, activated", s.width, wide), l.a.view(), [&](const auto& gemm, fm::arena& memory) {
         gemm.forward(ex, in.groups, in.x, up, no_bias, pre,
