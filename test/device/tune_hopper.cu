@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <exception>
 #include <map>
+#include <stdexcept>
 #include <utility>
 
 #include "tune_hopper.cuh"
@@ -55,7 +56,6 @@ layer::words random_words(fm::cuda_executor& ex, int64_t count, double scale)
 
 void print(const comparison& c)
 {
-    std::printf("%s: %s\n", c.slot.c_str(), c.name.c_str());
     for (const candidate& t : c.tried) {
         std::printf("    %9.1f %s %9.4f ms  %s", c.work / t.ms() * (c.is_bytes ? 1e-6 : 1e-9), c.is_bytes ? "GB/s  " : "TFLOPS", t.ms(),
                     initializer(t.how).c_str());
@@ -123,14 +123,20 @@ int run(const char* path)
                             {4096, 4096, 14336, 8, 2},   {32768, 1024, 64, 64, 8}};
     const shape decoding[] = {{8, 4096, 14336, 8, 2}, {64, 4096, 14336, 8, 2}};
     session to(ex, 6 * static_cast<int>(std::size(layers)) + 2 * static_cast<int>(std::size(decoding)));
-    for (const shape& s : layers) {
-        layer l(ex, s);
-        tune_rows(to, l);
-        tune_gradients(to, l);
-    }
-    for (const shape& s : decoding) {
-        layer l(ex, s);
-        tune_few_rows(to, l);
+    bool is_whole = true;
+    try {
+        for (const shape& s : layers) {
+            layer l(ex, s);
+            tune_rows(to, l);
+            tune_gradients(to, l);
+        }
+        for (const shape& s : decoding) {
+            layer l(ex, s);
+            tune_few_rows(to, l);
+        }
+    } catch (const std::exception& e) { // after most of them the device takes no more
+        std::printf("stopped: %s\n", e.what());
+        is_whole = false;
     }
     for (const char* slot : {"wide rows", "narrow rows", "few rows", "wide gradients", "narrow gradients"}) print_choice(slot, to.all());
     if (path && !write_json(path, to.all())) {
@@ -140,7 +146,7 @@ int run(const char* path)
     for (const comparison& c : to.all())
         for (const candidate& t : c.tried)
             if (t.wrong > 0) return 1;
-    return 0;
+    return is_whole ? 0 : 1;
 }
 
 } // namespace
@@ -188,6 +194,8 @@ session::session(fm::cuda_executor& ex, int comparisons)
 void session::compare(comparison what, const std::function<void(fm::arena&)>& reference, fm::vector_view<bfloat16> result)
 {
     progress_.next(what.slot + ": " + what.name);
+    std::printf("%s: %s\n", what.slot.c_str(), what.name.c_str()); // first, to be there if a candidate never ends
+    std::fflush(stdout);
     fm::arena measure;
     reference(measure);
     for (const candidate& c : what.tried) {
@@ -204,14 +212,19 @@ void session::compare(comparison what, const std::function<void(fm::arena&)>& re
     layer::words expected(ex_, count);
     run(reference);
     ex_.copy(expected.data(), result.data_handle(), bytes);
+    ex_.synchronize();
     for (candidate& c : what.tried) {
         fm::for_each(ex_, count, timing::fill_values{result.data_handle(), 64.0f}); // what is left unwritten is found
         const unsigned long long none = 0;
         ex_.copy(wrong_.data(), &none, sizeof none);
-        run(c.run);
-        fm::for_each(ex_, count, count_unlike{expected.data(), result.data_handle(), wrong_.data()});
-        ex_.copy_to_host(&c.wrong, wrong_.data(), sizeof c.wrong);
-        ex_.synchronize();
+        try {
+            run(c.run);
+            fm::for_each(ex_, count, count_unlike{expected.data(), result.data_handle(), wrong_.data()});
+            ex_.copy_to_host(&c.wrong, wrong_.data(), sizeof c.wrong);
+            ex_.synchronize();
+        } catch (const std::exception& e) {
+            throw std::runtime_error(initializer(c.how) + ": " + e.what());
+        }
     }
     timing::stopwatch watch(ex_);
     for (int round = 0; round < rounds; ++round)
