@@ -87,6 +87,7 @@ void print_choice(const std::string& slot, const std::vector<comparison>& all)
             s.logs += std::log(best / t.ms()), ++s.found;
         }
     }
+    if (comparisons == 0) return;
     std::vector<std::pair<double, std::string>> order;
     for (const auto& [how, s] : scores)
         if (s.found == comparisons) order.emplace_back(std::exp(s.logs / comparisons), how);
