@@ -29,6 +29,8 @@ TWINS = {
     "cuda_check": "exec",
     "cuda_memory": "exec",
     "cuda_block": "exec",
+    "cuda_cluster": "exec",
+    "warpgroup_product": "exec",
     "pinned_memory": "exec",
     "cuda_team": "exec",
     "cuda_executor": "exec",

@@ -73,6 +73,90 @@ void check_whole(unsigned seed, const Gemm& gemm, std::size_t each = 3)
 }
 
 
+#if !defined(FASTMOE_TEST_CUDA)
+/// An epilogue by pairs that keeps an account of its calls: results beside y are the half difference or the negated values, and
+/// a row's sum is that of its values.
+template <class T, int more_>
+struct counting_pairs {
+    static constexpr int more = more_;
+    static constexpr bool has_sums = true;
+    int64_t slots, width;
+    int* begun; // rows that are none
+    int* calls; // (S,N / 2)
+    T* more_to; // (S,N / 2) or (S,N)
+
+    fm::matrix_view<T> result() const { return fm::matrix_view<T>(more_to, slots, more == 1 ? width / 2 : width); }
+    int begin(int64_t s) const
+    {
+        if (s < 0 || s >= slots) ++*begun;
+        return static_cast<int>(s);
+    }
+    float pair(int row, int64_t s, int64_t n, const float (&sums)[2], T (&y)[2], T (&out)[2]) const
+    {
+        if (row != s || n % 2 != 0) ++*begun;
+        ++calls[(s * width + n) / 2];
+        y[0] = T(sums[0]), y[1] = T(sums[1]);
+        if (more == 1) out[0] = T((float(y[0]) - float(y[1])) / 2);
+        else out[0] = T(-float(y[0])), out[1] = T(-float(y[1]));
+        return float(y[0]) + float(y[1]);
+    }
+};
+template <class T, int more_>
+struct counting_epilogue {
+    counting_pairs<T, more_> pairs;
+    float* totals; // (S)
+    template <class Team>
+    void operator()(Team&, int64_t, int64_t) const
+    {
+        ++*pairs.begun; // the row form, which nobody asked for
+    }
+    bool takes_pairs() const { return true; }
+    counting_pairs<T, more_> in_pairs() const { return pairs; }
+    template <class Team>
+    void finish(Team& team, int64_t, int64_t s, float total) const
+    {
+        if (team.lane() == 0) totals[s] += total;
+    }
+};
+
+template <class T, int more>
+void check_pairs(support::random& r)
+{
+    const ragged g = ragged::of(r, {100, 0, 140, 30, 1}, 3);
+    const int64_t in = 72, out = 264;
+    const test_rows<T> x(r, g, in, support::start::aligned);
+    test_weights<T> w(weight_storage::stacked, g.experts(), out, in, support::start::aligned);
+    w.fill(r);
+    const fm::weight_view<const T> weights = w.view();
+    int begun = 0;
+    std::vector<int> calls(static_cast<std::size_t>(g.slots * out / 2));
+    support::guarded<T> y(g.slots, out), results(g.slots, more == 1 ? out / 2 : out);
+    std::vector<float> totals(static_cast<std::size_t>(g.slots));
+    clusters ex(2, 3);
+    support::in_workspace(ex, [&](fm::arena& memory) {
+        const counting_epilogue<T, more> epilogue{{g.slots, out, &begun, calls.data(), results.data()}, totals.data()};
+        fm::gemm::hopper{}.forward(ex, g.view(), x.indexed(), weights, fm::matrix_view<const T>{}, y.view(), epilogue, memory);
+        ex.synchronize();
+    });
+    CHECK(begun == 0);
+    CHECK(y.damage() == "");
+    CHECK(results.damage() == "");
+    for (int64_t s = 0; s < g.slots; ++s) {
+        const bool is_row = g.expert_of(s) >= 0;
+        double total = 0;
+        for (int64_t n = 0; n < out; n += 2) {
+            const T* of = y.data() + s * out + n;
+            CHECK_EQ(calls[static_cast<std::size_t>((s * out + n) / 2)], int{is_row});
+            if (!is_row) continue;
+            total += double(float(of[0])) + double(float(of[1]));
+            if (more == 1) CHECK_EQ(float(results.data()[(s * out + n) / 2]), float(T((float(of[0]) - float(of[1])) / 2)));
+            else CHECK_EQ(float(results.data()[s * out + n + 1]), -float(of[1]));
+        }
+        CHECK(std::fabs(totals[static_cast<std::size_t>(s)] - total) < 1e-3);
+    }
+}
+#endif
+
 } // namespace
 
 TEST_CASE_TEMPLATE("forward, dgrad and wgrad are their sums, whatever lies how", T, bfloat16, fm::half)
@@ -121,3 +205,12 @@ TEST_CASE("every way of cutting gives the sums")
         check_whole<bfloat16, bfloat16>(64, hopper_with<always<hopper_tuning{.rows = 64, .columns = 16, .stages = 3, .schedule = ping_pong, .turned = true}>>{});
     }
 }
+
+#if !defined(FASTMOE_TEST_CUDA)
+TEST_CASE_TEMPLATE("an epilogue by pairs is called once for each pair, and begun for rows alone", T, bfloat16, fm::half)
+{
+    FASTMOE_SEEDED(r, 65);
+    check_pairs<T, 1>(r);
+    check_pairs<T, 2>(r);
+}
+#endif

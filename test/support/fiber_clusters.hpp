@@ -271,6 +271,10 @@ public:
     {
         own_group().registers = n;
     }
+    void sync_warp()
+    {
+        meet(own().warps[thread() / 32].here, 32, [] {});
+    }
     std::uint32_t exchange(std::uint32_t v, int mask) { return broadcast(v, thread() % 32 ^ mask); }
     std::uint32_t broadcast(std::uint32_t v, int from)
     {
@@ -478,6 +482,7 @@ public:
         is(reinterpret_cast<std::uintptr_t>(source.data) % 16 == 0, "a map's data is aligned to 16 bytes");
         for (const std::int64_t each : source.extent) is(each > 0 && each <= std::int64_t{1} << 32, "a map's extent is 1 to 2^32");
         for (const std::int64_t each : source.stride) is(each > 0 && each % 16 == 0 && each < std::int64_t{1} << 40, "a map's stride is of whole 16 bytes");
+        is(source.stride[0] >= 2 * source.extent[0] && source.stride[1] >= source.stride[0] * source.extent[1], "a map's stride is no less than what it steps over");
         is(source.box[0] == 64 && source.box[1] > 0 && source.box[1] <= 256, "a box is 64 by up to 256");
         return {source};
     }

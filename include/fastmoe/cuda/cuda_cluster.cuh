@@ -20,6 +20,8 @@ namespace fastmoe::inline FASTMOE_ABI::detail::inline FASTMOE_CUDA_ABI {
 #endif
 
 /// A thread's view of its CUDA block, on sm_90a. Members do nothing elsewhere.
+/// @tparam size  blocks of a cluster
+template <unsigned size>
 struct device_cluster {
     std::byte* memory;
 
@@ -40,9 +42,9 @@ struct device_cluster {
         return 0;
 #endif
     }
-    FASTMOE_HOST_DEVICE int64_t cluster() const noexcept { return special<0>(); }
-    FASTMOE_HOST_DEVICE int64_t clusters() const noexcept { return special<1>(); }
-    FASTMOE_HOST_DEVICE int rank() const noexcept { return static_cast<int>(special<2>()); }
+    FASTMOE_HOST_DEVICE int64_t cluster() const noexcept { return index(); }
+    FASTMOE_HOST_DEVICE int64_t clusters() const noexcept { return count(); }
+    FASTMOE_HOST_DEVICE int rank() const noexcept { return rank_of(); }
     FASTMOE_HOST_DEVICE std::byte* shared() const noexcept { return memory; }
     FASTMOE_HOST_DEVICE std::uint32_t address([[maybe_unused]] const void* shared) const noexcept
     {
@@ -181,6 +183,12 @@ struct device_cluster {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(n));
 #endif
     }
+    FASTMOE_HOST_DEVICE void sync_warp() const noexcept
+    {
+#if FASTMOE_HAS_CLUSTERS
+        __syncwarp();
+#endif
+    }
     FASTMOE_HOST_DEVICE std::uint32_t exchange([[maybe_unused]] std::uint32_t v, [[maybe_unused]] int mask) const noexcept
     {
 #if FASTMOE_HAS_CLUSTERS
@@ -199,20 +207,34 @@ struct device_cluster {
     }
 
 private:
-    template <int which>
-    FASTMOE_HOST_DEVICE static std::uint32_t special() noexcept
+    // Of the grid, not of the special registers for clusters: a kernel of one block a cluster is launched as any other.
+    FASTMOE_HOST_DEVICE static std::uint32_t index() noexcept
     {
-        std::uint32_t value = 0;
 #if FASTMOE_HAS_CLUSTERS
-        if constexpr (which == 0) asm("mov.u32 %0, %%clusterid.x;" : "=r"(value));
-        else if constexpr (which == 1) asm("mov.u32 %0, %%nclusterid.x;" : "=r"(value));
-        else asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(value));
+        return blockIdx.x / size;
+#else
+        return 0;
 #endif
-        return value;
+    }
+    FASTMOE_HOST_DEVICE static std::uint32_t count() noexcept
+    {
+#if FASTMOE_HAS_CLUSTERS
+        return gridDim.x / size;
+#else
+        return 1;
+#endif
+    }
+    FASTMOE_HOST_DEVICE static int rank_of() noexcept
+    {
+#if FASTMOE_HAS_CLUSTERS
+        return static_cast<int>(blockIdx.x % size);
+#else
+        return 0;
+#endif
     }
 };
 
-static_assert(cluster_block<device_cluster, CUtensorMap>);
+static_assert(cluster_block<device_cluster<2>, CUtensorMap>);
 
 /// Code for anything but sm_90a is a kernel for one thread, by which has_clusters() knows it.
 inline constexpr int clusterless_threads = 32;
@@ -222,7 +244,7 @@ __global__ void __launch_bounds__(FASTMOE_HAS_CLUSTERS ? cluster_block_threads :
 {
 #if FASTMOE_HAS_CLUSTERS
     extern __shared__ __align__(1024) unsigned char fastmoe_cluster_shared[];
-    device_cluster block{reinterpret_cast<std::byte*>(fastmoe_cluster_shared)};
+    device_cluster<F::cluster> block{reinterpret_cast<std::byte*>(fastmoe_cluster_shared)};
     block.memory += (1024 - block.address(block.memory) % 1024) % 1024;
     f(block);
 #elif defined(__CUDA_ARCH__)

@@ -45,6 +45,7 @@ using barrier_word = std::uint64_t;
 ///                                   16 w + g + 8 (v / 2), column 8 i + 2 t + v % 2. from_a, from_b: see operand_words
 ///     b.hold(c)                     uses of sums before it are not moved behind it, nor the other way
 ///     b.give_registers<n>(), b.take_registers<n>()   the warpgroup: how many it keeps
+///     b.sync_warp()                 the warp
 ///     b.exchange(v, mask)           the warp: v of the lane whose number differs in the mask's bits
 ///     b.broadcast(v, lane)          the warp: v of that lane, which each lane may choose
 ///
@@ -73,6 +74,7 @@ concept cluster_block = requires(B b, const Map& map, void* to, const void* from
     b.template give_registers<40>();
     b.template take_registers<232>();
     { b.address(to) } -> std::same_as<std::uint32_t>;
+    b.sync_warp();
     { b.exchange(v, 1) } -> std::same_as<std::uint32_t>;
     { b.broadcast(v, 1) } -> std::same_as<std::uint32_t>;
 };

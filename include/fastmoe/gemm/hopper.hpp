@@ -90,7 +90,7 @@ struct hopper_with {
                write_mode mode, arena& memory) const
     {
         if constexpr (takes<Executor, element<DyRows>, element<XRows>, G>)
-            if (!memory.measuring() && groups.experts() > 0 && dw.out > 0 && dw.in > 0 && is_whole(dy) && is_whole(x)) {
+            if (!memory.measuring() && groups.experts() > 0 && groups.slots <= INT32_MAX && dw.out > 0 && dw.in > 0 && is_whole(dy) && is_whole(x)) {
                 detail::expects_groups(groups, x.extent(0));
                 expects(dy.extent(0) == x.extent(0), "rows of dY", dy.extent(0), "S = ", x.extent(0));
                 detail::expects_rows(dy, "rows of dY");
@@ -127,12 +127,13 @@ private:
     template <class W>
     static bool fits(const weight_view<W>& w) noexcept
     {
-        const int64_t line = w.col_stride == 1 ? w.row_stride : w.col_stride, length = w.col_stride == 1 ? w.in : w.out;
-        constexpr int64_t most = int64_t{1} << 38;
-        return w.experts > 0 && w.out > 0 && w.in > 0 && !w.pointers && is_line(w.data) && w.in % 8 == 0 && w.out % 8 == 0 &&
-               (w.row_stride == 1 || w.col_stride == 1) && w.in <= INT32_MAX && w.out <= INT32_MAX && w.experts <= INT32_MAX &&
-               line >= length && line % 8 == 0 && line < most && w.expert_stride % 8 == 0 &&
-               (w.experts == 1 || (w.expert_stride > 0 && w.expert_stride < most));
+        const bool deep = w.col_stride == 1;
+        const int64_t line = deep ? w.row_stride : w.col_stride, length = deep ? w.in : w.out, lines = deep ? w.out : w.in;
+        constexpr int64_t most = int64_t{1} << 38; // of bytes 2^40
+        if (w.experts <= 0 || w.out <= 0 || w.in <= 0 || w.pointers || !is_line(w.data) || w.in % 8 != 0 || w.out % 8 != 0) return false;
+        if (w.experts > INT32_MAX || w.in > INT32_MAX || w.out > INT32_MAX || (w.row_stride != 1 && !deep)) return false;
+        if (line < length || line % 8 != 0 || line >= most / lines) return false;
+        return w.experts == 1 || (w.expert_stride >= line * lines && w.expert_stride % 8 == 0 && w.expert_stride < most);
     }
     template <class Epilogue>
     static constexpr bool has_sums() noexcept
@@ -170,7 +171,7 @@ private:
             return w.out > narrow_rows.columns ? run.template operator()<wide_rows>(end) : run.template operator()<narrow_rows>(end);
         };
         const bool is_few = groups.slots <= 16 * groups.experts();
-        if constexpr (pairs_epilogue<Epilogue> && sizeof(Y) == 2)
+        if constexpr (pairs_epilogue<Epilogue> && sizeof(Y) == 2 && !wide_rows.turned && !narrow_rows.turned) // pairs are not turned
             if (!is_few && epilogue.takes_pairs()) return run_many(epilogue.in_pairs());
         const bool done = is_few ? run.template operator()<few_rows>(rounded_pairs{}) : run_many(rounded_pairs{});
         if constexpr (!std::is_same_v<Epilogue, no_epilogue>)
@@ -199,7 +200,7 @@ private:
         constexpr bool deep = how_w == detail::lie::deep;
         const box_source source{w.data,
                                 {deep ? w.in : w.out, deep ? w.out : w.in, w.experts},
-                                {2 * (deep ? w.row_stride : w.col_stride), w.experts > 1 ? 2 * w.expert_stride : 16},
+                                {2 * (deep ? w.row_stride : w.col_stride), w.experts > 1 ? 2 * w.expert_stride : 2 * (deep ? w.row_stride * w.out : w.col_stride * w.in)},
                                 {depth, deep ? product::weight_rows / how.cluster : depth}};
         const multiply f{{ex.describe(source), {groups, before}, x, w.out, {bias, y, end, sums}}};
         ex.for_each_cluster((groups.slots / tokens + groups.experts()) * ceil_div(w.out, product::weight_rows), f, multiply::shared_bytes);

@@ -49,6 +49,7 @@ struct banded {
 template <hopper_tuning how, lie how_w, class Rows, class Map, class Store>
 struct row_product {
     static constexpr hopper_tuning tuning = how;
+    static_assert(!how.turned || std::is_same_v<decltype(Store::end), rounded_pairs>, "pairs are of features, which lie down here");
     using element = portable::row_element_t<Rows>;
     static constexpr lie rows_lie = how.turned ? how_w : lie::deep, columns_lie = how.turned ? lie::deep : how_w;
     static constexpr bool lines = true;
@@ -112,7 +113,8 @@ struct row_product {
 template <hopper_tuning how, class DownRows, class AcrossRows, class G>
 struct gradient_product {
     static constexpr hopper_tuning tuning = how;
-    static_assert(how.cluster == 1 && !how.turned, "gradients are brought in lines: a hopper_tuning with cluster = 1");
+    static_assert(how.cluster == 1 && !how.turned && how.columns != 192,
+                  "gradients are brought in lines: a hopper_tuning with cluster = 1 and 64, 128 or 256 columns");
     using element = portable::row_element_t<DownRows>;
     static constexpr lie rows_lie = lie::wide, columns_lie = lie::wide;
     static constexpr bool lines = true;
@@ -165,7 +167,7 @@ struct gradient_product {
     FASTMOE_HOST_DEVICE void store(Block& block, const place& p, int first_row, const sums<how>& c) const
     {
         if (p.writes) return store_gradient(block, dw, mode, p.expert, p.row + first_row, p.column, c);
-        if (block.thread() == warpgroup_threads && !is_group_inside(groups.counts, groups.offsets, p.expert, groups.slots))
+        if (block.thread() % warpgroup_threads == 0 && first_row == 0 && !is_group_inside(groups.counts, groups.offsets, p.expert, groups.slots))
             faults.record(fault_kind::group_out_of_range, p.expert, groups.counts(p.expert));
     }
 };

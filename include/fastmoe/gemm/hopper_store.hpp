@@ -94,9 +94,9 @@ FASTMOE_HOST_DEVICE void store_rows(Block& block, const to_rows<B, Y, End>& to, 
         for (int half = 0; half < 2; ++half) {
             const int r = first_row + 64 * b + thread / warp_threads * 16 + thread % warp_threads / 4 + 8 * half;
             const bool inside = r < p.count;
-            const int64_t s = inside ? p.first + r : p.first;
+            const int64_t s = inside ? p.first + r : 0; // p.first may lie beyond all rows
             const bool zero = inside && is_zero(s);
-            const auto of_row = to.end.begin(s);
+            const auto of_row = inside ? to.end.begin(s) : decltype(to.end.begin(s)){};
             Y* const row = to.y.data_handle() + s * out + p.feature;
             float sum = 0;
             FASTMOE_UNROLL

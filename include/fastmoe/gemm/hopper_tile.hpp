@@ -278,6 +278,7 @@ private:
                                  sums<how>& c, const Last& last) const
     {
         using T = typename Product::element;
+        block.sync_warp(); // whose lanes may have parted where the last tile was stored
         FASTMOE_UNROLL
         for (int b = 0; b < how.blocks(); ++b)
             FASTMOE_UNROLL
@@ -306,7 +307,7 @@ private:
             if (s > 0) release(before);
             before = at;
         }
-        if (steps == 0) block.template wait_products<0>(); // all of a warp have had their turn before it passes it on
+        if (steps == 0) block.sync_warp(); // all of a warp have had their turn before it passes it on
         last();
         block.template wait_products<0>();
         FASTMOE_UNROLL

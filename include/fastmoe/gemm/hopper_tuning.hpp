@@ -14,7 +14,7 @@ enum class hopper_schedule { cooperative, ping_pong };
 /// (turned), `rows` counts features and `columns` tokens.
 struct hopper_tuning {
     int rows = 128;    ///< 128, or with ping_pong 64 or 128
-    int columns = 256; ///< 16, 32, 64, 128, 192 or 256
+    int columns = 256; ///< 64, 128, 192 or 256, of whole 64 for each block of a cluster; of gradients not 192; turned also 16 or 32
     int stages = 4;    ///< in shared memory
     int cluster = 1;   ///< blocks that share a tile of weights: 1 or 2
     hopper_schedule schedule = hopper_schedule::cooperative;
@@ -33,10 +33,12 @@ struct hopper_tuning {
     /// Tokens of a tile of one block.
     FASTMOE_HOST_DEVICE constexpr int tokens() const noexcept { return turned ? columns : rows; }
 
-    /// Whether registers and shared memory of sm_90 hold it.
+    /// Whether registers and shared memory of sm_90 hold it, and the instructions of its columns exist.
     constexpr bool fits() const noexcept
     {
-        return (rows == 64 || rows == 128) && blocks() >= 1 && blocks() * columns <= 256 && stages >= 2 && cluster >= 1 && cluster <= 2 &&
+        const bool whole = columns == 64 || columns == 128 || columns == 192 || columns == 256;
+        const bool narrow = turned && (columns == 16 || columns == 32);
+        return (narrow || (whole && (turned || columns % (64 * cluster) == 0))) && (rows == 64 || rows == 128) && blocks() >= 1 && blocks() * columns <= 256 && stages >= 2 && cluster >= 1 && cluster <= 2 &&
                shared_bytes() <= 227 * 1024 - 1024 && band >= 1 && (!turned || cluster == 1);
     }
 };
@@ -45,7 +47,7 @@ struct hopper_tuning {
 enum class hopper_product { rows, few_rows, gradients };
 
 /// What a product is cut into where the user does not say.
-/// @param width  columns of the result
+/// @param wide  whether the result has more than 128 columns
 constexpr hopper_tuning hopper_default(hopper_product product, bool wide) noexcept
 {
     switch (product) {
