@@ -41,9 +41,13 @@ struct hopper_tunings {
 /// for sm_90a, rows or matrices that do not start at whole 16 bytes (D, H, strides and pointers), W held apart by pointers.
 /// One shape on one device takes one way, so the bits are the same on every run.
 ///
-/// With 16 rows or fewer an expert, on average, rows of tokens are the short side of a tile and W is read once.
+/// With 16 rows or fewer an expert, on average, rows of tokens are the short side of a tile and W is read once. With more, an
+/// epilogue that can work by pairs is run on the sums in registers: an mlp's activation and its backward, if gate and up
+/// are interleaved (copy_gated_weights() makes them so).
 ///
-///     fm::mlp<fm::swiglu, fm::gemm::hopper> expert{.width = 4096, .hidden = 2048};
+///     fm::mlp<fm::swiglu, fm::gemm::hopper> expert{.width = 4096, .hidden = 2048, .layout = fm::gated_layout::interleaved};
+///
+/// @tparam Tunings  how products are cut into tiles: hopper_tunings, or a struct with the same function
 template <class Tunings>
 struct hopper_with {
     static constexpr bool gathers_rows = true;

@@ -37,9 +37,10 @@ struct hopper_tuning {
     constexpr bool fits() const noexcept
     {
         const bool whole = columns == 64 || columns == 128 || columns == 192 || columns == 256;
-        const bool narrow = turned && (columns == 16 || columns == 32);
-        return (narrow || (whole && (turned || columns % (64 * cluster) == 0))) && (rows == 64 || rows == 128) && blocks() >= 1 && blocks() * columns <= 256 && stages >= 2 && cluster >= 1 && cluster <= 2 &&
-               shared_bytes() <= 227 * 1024 - 1024 && band >= 1 && (!turned || cluster == 1);
+        const bool has_instruction = whole || (turned && (columns == 16 || columns == 32));
+        const bool is_cut = turned ? cluster == 1 : (cluster == 1 || cluster == 2) && columns % (64 * cluster) == 0;
+        const bool has_sums = (rows == 64 || rows == 128) && blocks() >= 1 && blocks() * columns <= 256;
+        return has_instruction && is_cut && has_sums && stages >= 2 && band >= 1 && shared_bytes() <= 227 * 1024 - 1024;
     }
 };
 
