@@ -266,7 +266,7 @@ inline CUtensorMap tensor_map(const box_source& s)
     for (int i = 0; i < 3; ++i) extent[i] = static_cast<cuuint64_t>(s.extent[i]);
     for (int i = 0; i < 2; ++i) stride[i] = static_cast<cuuint64_t>(s.stride[i]);
     const cuuint32_t box[3] = {static_cast<cuuint32_t>(s.box[0]), static_cast<cuuint32_t>(s.box[1]), 1}, every[3] = {1, 1, 1};
-    alignas(64) CUtensorMap out;
+    CUtensorMap out; // aligned by its type
     const CUresult status = reinterpret_cast<encode*>(entry)(
         &out, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(s.data), extent, stride, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
         CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
