@@ -100,7 +100,8 @@ struct no_epilogue {
 /// row at a time, the first of them even. Such a policy calls it in place of the row form if takes_pairs() says on the host that
 /// it can; y is the output of the product, in 16 bits.
 ///
-///     e.takes_pairs()                         for the layouts and memory that e was made with
+///     e.takes_pairs()                         for the layouts and memory that e was made with; rows of result() are then
+///                                             whole lines of 16 bytes
 ///     P::more                                 results beside y, in columns n / 2 (1), or n and n + 1 (2) of result(); or 0
 ///     P::has_sums                             whether e.finish(team, expert, s, sum of all that pair() returned for row s) follows
 ///     p.begin(s)                              what is the same for all of a row
