@@ -207,6 +207,71 @@ TEST_CASE("every way of cutting gives the sums")
 }
 
 #if !defined(FASTMOE_TEST_CUDA)
+TEST_CASE("any number of clusters gives the same bits")
+{
+    FASTMOE_SEEDED(r, 66);
+    const ragged g = ragged::of(r, {130, 3, 0, 260, 50}, 3);
+    const int64_t in = 72, out = 520;
+    const test_rows<bfloat16> x(r, g, in, support::start::aligned), dy(r, g, out, support::start::aligned);
+    test_weights<bfloat16> w(weight_storage::transposed, g.experts(), out, in, support::start::aligned);
+    w.fill(r);
+    const fm::weight_view<const bfloat16> weights = w.view();
+    const auto values = [&](int64_t most, unsigned seed) {
+        clusters ex(most, seed);
+        auto got = rows_outcome<float>(ex, g, out, [&](auto y, const auto& epilogue, fm::arena& memory) {
+            fm::gemm::hopper{}.forward(ex, g.view(), x.indexed(), weights, fm::matrix_view<const float>{}, y, epilogue, memory);
+        }, support::start::aligned);
+        CHECK(got.complaint == "");
+        const auto dw = gradient_outcome<float>(ex, g, std::vector<float>{}, weight_storage::stacked, shape{g.counts, out, in}, [&](auto& e, const fm::weight_view<float>& to, fm::arena& memory) {
+            fm::gemm::hopper{}.wgrad(e, g.view(), dy.plain(), x.indexed(), to, fm::write_mode::overwrite, memory);
+        }, support::start::aligned);
+        CHECK(ex.products > 100);
+        got.values.insert(got.values.end(), dw.begin(), dw.end());
+        return got.values;
+    };
+    const auto one = values(1, 2);
+    for (const int64_t most : {2, 5, 1000}) CHECK(support::same_bits(values(most, static_cast<unsigned>(most + 1)), one));
+}
+
+TEST_CASE("a group that lies elsewhere is a fault of wgrad, whoever has its tiles, and forward writes no row outside of S")
+{
+    FASTMOE_SEEDED(r, 67);
+    const ragged inside = ragged::of(r, {20, 30}, 0);
+    const test_rows<bfloat16> x(r, inside, 16, support::start::aligned), dy(r, inside, 24, support::start::aligned);
+    test_weights<bfloat16> w(weight_storage::stacked, 2, 24, 16, support::start::aligned);
+    w.fill(r);
+    const fm::weight_view<const bfloat16> weights = w.view();
+    const auto check = [&](const auto& gemm) {
+        for (const int64_t wrong : {int64_t{-7}, inside.slots - 5, inside.slots + 5, INT64_MAX - 3, INT64_MIN}) {
+            CAPTURE(wrong);
+            clusters ex(1);
+            ragged g = inside;
+            g.offsets[1] = wrong;
+            support::guarded<bfloat16> y(g.slots, 24);
+            support::in_workspace(ex, [&](fm::arena& memory) {
+                gemm.forward(ex, g.view(), x.plain(), weights, fm::matrix_view<const bfloat16>{}, y.view(), fm::no_epilogue{}, memory);
+            });
+            CHECK(y.damage() == "");
+            CHECK(ex.products > 0);
+            std::vector<float> dw(2 * 24 * 16);
+            CHECK_THROWS_WITH_AS(support::in_workspace(ex, [&](fm::arena& memory) {
+                gemm.wgrad(ex, g.view(), dy.plain(), x.plain(), fm::stacked(fm::tensor_view<float, 3>(dw.data(), 2, 24, 16)),
+                           fm::write_mode::overwrite, memory);
+                ex.synchronize();
+            }), doctest::Contains("1"), fm::invalid_argument);
+        }
+    };
+    check(fm::gemm::hopper{});
+    // The second expert's only tile is the second warpgroup's.
+    check(fm::gemm::hopper_with<always<hopper_tuning{.columns = 128, .stages = 2}, hopper_tuning{.columns = 128, .stages = 2, .schedule = hopper_schedule::ping_pong}>>{});
+}
+
+// What would hang, or write beyond a stage, does not fit.
+static_assert(fm::gemm::hopper_default(hopper_product::rows, true).fits() && fm::gemm::hopper_default(hopper_product::rows, false).fits());
+static_assert(!hopper_tuning{.columns = 32, .stages = 2}.fits() && !hopper_tuning{.columns = 96, .stages = 2}.fits());
+static_assert(!hopper_tuning{.columns = 64, .stages = 2, .cluster = 2}.fits() && !hopper_tuning{.columns = 192, .stages = 2, .cluster = 2}.fits());
+static_assert(!hopper_tuning{.rows = 64, .columns = 128, .stages = 2}.fits() && !hopper_tuning{.columns = 256, .stages = 5}.fits());
+
 TEST_CASE_TEMPLATE("an epilogue by pairs is called once for each pair, and begun for rows alone", T, bfloat16, fm::half)
 {
     FASTMOE_SEEDED(r, 65);
