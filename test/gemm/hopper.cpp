@@ -6,6 +6,7 @@
 #include "block_cases.hpp"
 #if !defined(FASTMOE_TEST_CUDA)
 #include "support/fiber_clusters.hpp"
+#include "support/queued.hpp"
 #endif
 
 namespace {
@@ -50,24 +51,24 @@ using first_kernel = fm::detail::hopper::multiply_tiles<
     fm::detail::hopper::gradient_product<fm::gemm::hopper_default(hopper_product::gradients, false), fm::plain_rows<bfloat16>, fm::plain_rows<bfloat16>, float>>;
 #endif
 
-/// All of them, or every third, in every storage that boxes can bring. The instructions that ran are warpgroups' own.
+/// All of them, or every third, in every storage: three that boxes bring, and matrices held apart, which lines do. The instructions that ran are warpgroups' own.
 template <class T, class Y, class Gemm>
 void check_whole(unsigned seed, const Gemm& gemm, std::size_t each = 3)
 {
     FASTMOE_SEEDED(r, seed);
     const std::vector<shape> shapes = whole_shapes(r);
     std::size_t turn = 0;
-    for (const weight_storage storage : {weight_storage::stacked, weight_storage::padded, weight_storage::transposed}) {
+    for (const weight_storage storage : {weight_storage::stacked, weight_storage::padded, weight_storage::transposed, weight_storage::pointers}) {
 #if defined(FASTMOE_TEST_CUDA)
         clusters ex;
         if (!ex.has_clusters<first_kernel>()) FASTMOE_SKIP("the device is not of compute capability 9.0, or the code not for sm_90a");
 #else
         clusters ex(r.integer(1, 4), static_cast<unsigned>(r.integer(1, 1000)));
 #endif
-        for (std::size_t i = turn++; i < shapes.size(); i += each) check_products<T, T, Y>(r, shapes[i], ex, gemm, storage, support::start::aligned);
+        for (std::size_t i = turn++ % each; i < shapes.size(); i += each) check_products<T, T, Y>(r, shapes[i], ex, gemm, storage, support::start::aligned);
 #if !defined(FASTMOE_TEST_CUDA)
         CHECK(ex.products > 100);
-        CHECK(ex.box_bytes > 0);
+        CHECK((ex.box_bytes > 0) == (storage != weight_storage::pointers));
 #endif
     }
 }
@@ -264,6 +265,29 @@ TEST_CASE("a group that lies elsewhere is a fault of wgrad, whoever has its tile
     check(fm::gemm::hopper{});
     // The second expert's only tile is the second warpgroup's.
     check(fm::gemm::hopper_with<always<hopper_tuning{.columns = 128, .stages = 2}, hopper_tuning{.columns = 128, .stages = 2, .schedule = hopper_schedule::ping_pong}>>{});
+}
+
+TEST_CASE("a matrix held apart that no line of 16 bytes begins is a fault where the host cannot look, and zeros")
+{
+    FASTMOE_SEEDED(r, 68);
+    const ragged g = ragged::of(r, {20, 30, 7}, 0);
+    const test_rows<bfloat16> x(r, g, 16, support::start::aligned);
+    test_weights<bfloat16> w(weight_storage::stacked, 3, 24, 32, support::start::aligned);
+    w.fill(r);
+    support::fiber_clusters<support::queued> device;
+    const bfloat16* pointers[3];
+    for (int64_t e = 0; e < 3; ++e) pointers[e] = w.view().base(e);
+    ++pointers[1];
+    auto matrices = fm::separate(fm::vector_view<const bfloat16* const>(pointers, 3), 24, 16);
+    support::guarded<bfloat16> y(g.slots, 24);
+    fm::arena arena(fm::vector_view<std::byte>(static_cast<std::byte*>(device.allocate(1 << 16)), 1 << 16));
+    fm::gemm::hopper{}.forward(device, g.view(), x.plain(), matrices, fm::matrix_view<const bfloat16>{}, y.view(), fm::no_epilogue{}, arena);
+    CHECK_THROWS_WITH_AS(device.synchronize(), doctest::Contains("matrix of expert 1 begins 2 bytes"), fm::invalid_argument);
+    CHECK(device.products > 0);
+    CHECK(y.damage() == "");
+    for (int64_t s = 0; s < g.slots; ++s)
+        for (int64_t n = 0; n < 24; ++n) CHECK((g.expert_of(s) == 1) == (static_cast<float>(y.data()[s * 24 + n]) == 0.0f));
+    device.synchronize(); // usable
 }
 
 // What would hang, or write beyond a stage, does not fit.

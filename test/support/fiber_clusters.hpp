@@ -157,7 +157,7 @@ public:
     {
         const auto& s = map.source;
         const std::int64_t place = offset(to, 128), at = offset(w, 8);
-        const int bytes = 2 * s.box[0] * s.box[1];
+        const int size = s.element_bytes, bytes = size * s.box[0] * s.box[1];
         if (place % 1024) complain("a box of swizzled lines begins at a multiple of 1024 bytes");
         if (place + bytes > bytes_) return complain("a box goes elsewhere");
         box_bytes_ += bytes;
@@ -165,21 +165,21 @@ public:
             if (!(ranks >> rank & 1)) continue;
             block& b = blocks_.at(rank);
             std::memset(b.shared + place, 0xff, static_cast<std::size_t>(bytes));
-            fly([this, &b, s, place, at, x, y, z, bytes, rank] {
+            fly([this, &b, s, place, at, x, y, z, bytes, size, rank] {
                 if (std::all_of(threads_.begin() + static_cast<std::ptrdiff_t>(rank) * fastmoe::cluster_block_threads,
                                 threads_.begin() + static_cast<std::ptrdiff_t>(rank + 1) * fastmoe::cluster_block_threads,
                                 [](const fiber& t) { return t.done; }))
                     complain("a box comes to a block that has ended");
                 for (int row = 0; row < s.box[1]; ++row)
-                    for (int c = 0; c < s.box[0] / 8; ++c)
-                        for (int i = 0; i < 8; ++i) {
-                            const std::int64_t px = x + 8 * c + i, py = y + row;
-                            std::uint16_t value = 0;
-                            if (px >= 0 && px < s.extent[0] && py >= 0 && py < s.extent[1] && z >= 0 && z < s.extent[2])
-                                std::memcpy(&value, static_cast<const std::byte*>(s.data) + 2 * px + py * s.stride[0] + z * s.stride[1], 2);
-                            const std::int64_t linear = place + row * 128 + c * 16 + 2 * i;
-                            std::memcpy(b.shared + (linear ^ ((linear >> 7 & 7) << 4)), &value, 2);
-                        }
+                    for (int c = 0; c < s.box[0]; ++c) {
+                        const std::int64_t px = x + c, py = y + row;
+                        std::uint16_t value = 0;
+                        if (px >= 0 && px < s.extent[0] && py >= 0 && py < s.extent[1] && z >= 0 && z < s.extent[2])
+                            std::memcpy(&value, static_cast<const std::byte*>(s.data) + size * px + py * s.stride[0] + z * s.stride[1],
+                                        static_cast<std::size_t>(size));
+                        const std::int64_t linear = place + row * 128 + c * size;
+                        std::memcpy(b.shared + (linear ^ ((linear >> 7 & 7) << 4)), &value, static_cast<std::size_t>(size));
+                    }
                 for (std::int64_t l = place / 16; l < (place + bytes) / 16; ++l) b.written[static_cast<std::size_t>(l)] = 0;
                 barrier& bar = find(b, at);
                 bar.bytes -= bytes;
@@ -190,9 +190,11 @@ public:
     void show_lines() { threads_[static_cast<std::size_t>(now_)].shown = ++time_; }
 
     void begin_products() { threads_[static_cast<std::size_t>(now_)].begun = true; }
-    template <class T, int n, fastmoe::detail::lie a, fastmoe::detail::lie b>
+    template <class T, int n, fastmoe::detail::lie a, fastmoe::detail::lie b, bool adds = true>
     void multiply(float (&c)[n / 2], std::uint64_t from_a, std::uint64_t from_b)
     {
+        constexpr int depth = 32 / static_cast<int>(sizeof(T));
+        static_assert(sizeof(T) == 2 || (a == fastmoe::detail::lie::deep && b == fastmoe::detail::lie::deep), "bytes lie deep");
         fiber& mine = threads_[static_cast<std::size_t>(now_)];
         if (!mine.begun) complain("products without begin_products()");
         group& g = own_group();
@@ -212,7 +214,7 @@ public:
             }
             const std::uint64_t shown = *std::min_element(g.shown, g.shown + fastmoe::warpgroup_threads);
             p.run = [this, &memory = own(), from_a, from_b, shown, key = g.c[0], &g] {
-                std::vector<float> left(64 * 16), right(static_cast<std::size_t>(n) * 16);
+                std::vector<float> left(64 * depth), right(static_cast<std::size_t>(n) * depth);
                 read<T, a>(memory, from_a, 64, shown, left);
                 read<T, b>(memory, from_b, n, shown, right);
                 std::vector<float>& sums = g.held.at(key);
@@ -220,8 +222,10 @@ public:
                     for (int i = 0; i < n / 2; ++i) {
                         const int row = lane / 32 * 16 + lane % 32 / 4 + 8 * (i % 4 / 2), column = i / 4 * 8 + lane % 4 * 2 + i % 2;
                         float sum = 0;
-                        for (int k = 0; k < 16; ++k) sum += left[static_cast<std::size_t>(row * 16 + k)] * right[static_cast<std::size_t>(column * 16 + k)];
-                        sums[static_cast<std::size_t>(lane * (n / 2) + i)] += sum;
+                        for (int k = 0; k < depth; ++k)
+                            sum += left[static_cast<std::size_t>(row * depth + k)] * right[static_cast<std::size_t>(column * depth + k)];
+                        float& total = sums[static_cast<std::size_t>(lane * (n / 2) + i)];
+                        total = adds ? total + sum : sum;
                     }
             };
             if (!late_) p.run(), p.run = nullptr;
@@ -429,24 +433,25 @@ private:
         }
         wait_until([&m, turn] { return m.held != turn; });
     }
-    /// Rows x 16 of an operand, as its word says where they lie.
+    /// Rows x 32 bytes of an operand, as its word says where they lie.
     template <class T, fastmoe::detail::lie how>
     void read(const block& b, std::uint64_t word, int rows, std::uint64_t shown, std::vector<float>& out)
     {
         const std::int64_t start = static_cast<std::int64_t>(word & 0x3fff) << 4, leading = static_cast<std::int64_t>(word >> 16 & 0x3fff) << 4,
                            stride = static_cast<std::int64_t>(word >> 32 & 0x3fff) << 4;
+        constexpr int depth = 32 / static_cast<int>(sizeof(T)), bytes = static_cast<int>(sizeof(T));
         if ((word >> 62) != 1 || (word >> 46 & 0xffff) != 0) return complain("an operand's word is of another layout");
         for (int r = 0; r < rows; ++r)
-            for (int k = 0; k < 16; ++k) {
+            for (int k = 0; k < depth; ++k) {
                 const std::int64_t linear = how == fastmoe::detail::lie::deep
-                                                ? start + r / 8 * stride + r % 8 * 128 + 2 * k
+                                                ? start + r / 8 * stride + r % 8 * 128 + bytes * k
                                                 : start + r / 64 * leading + k / 8 * stride + k % 8 * 128 + r % 64 * 2;
                 const std::int64_t at = (linear ^ ((linear >> 7 & 7) << 4)) - first_address;
-                if (at < 0 || at + 2 > bytes_) return complain("an operand lies elsewhere");
+                if (at < 0 || at + bytes > bytes_) return complain("an operand lies elsewhere");
                 if (b.written[static_cast<std::size_t>(at / 16)] > shown) complain("an operand's lines were not shown to the products");
                 T value;
-                std::memcpy(static_cast<void*>(&value), b.shared + at, 2);
-                out[static_cast<std::size_t>(r * 16 + k)] = static_cast<float>(value);
+                std::memcpy(static_cast<void*>(&value), b.shared + at, sizeof value);
+                out[static_cast<std::size_t>(r * depth + k)] = static_cast<float>(value);
             }
     }
 
@@ -482,8 +487,9 @@ public:
         is(reinterpret_cast<std::uintptr_t>(source.data) % 16 == 0, "a map's data is aligned to 16 bytes");
         for (const std::int64_t each : source.extent) is(each > 0 && each <= std::int64_t{1} << 32, "a map's extent is 1 to 2^32");
         for (const std::int64_t each : source.stride) is(each > 0 && each % 16 == 0 && each < std::int64_t{1} << 40, "a map's stride is of whole 16 bytes");
-        is(source.stride[0] >= 2 * source.extent[0] && source.stride[1] >= source.stride[0] * source.extent[1], "a map's stride is no less than what it steps over");
-        is(source.box[0] == 64 && source.box[1] > 0 && source.box[1] <= 256, "a box is 64 by up to 256");
+        is(source.element_bytes == 1 || source.element_bytes == 2, "a map's elements are of one or two bytes");
+        is(source.stride[0] >= source.element_bytes * source.extent[0] && source.stride[1] >= source.stride[0] * source.extent[1], "a map's stride is no less than what it steps over");
+        is(source.box[0] * source.element_bytes == 128 && source.box[1] > 0 && source.box[1] <= 256, "a box is 128 bytes by up to 256");
         return {source};
     }
     template <class F>

@@ -151,12 +151,12 @@ struct device_cluster {
         asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(n) : "memory");
 #endif
     }
-    template <class T, int n, lie a, lie b>
+    template <class T, int n, lie a, lie b, bool adds = true>
     FASTMOE_HOST_DEVICE void multiply([[maybe_unused]] float (&c)[n / 2], [[maybe_unused]] std::uint64_t from_a,
                                       [[maybe_unused]] std::uint64_t from_b) const noexcept
     {
 #if FASTMOE_HAS_CLUSTERS
-        warpgroup_product<T, n, a == lie::wide, b == lie::wide>::add(c, from_a, from_b);
+        warpgroup_product<T, n, a == lie::wide, b == lie::wide>::template run<adds>(c, from_a, from_b);
 #endif
     }
 
@@ -268,7 +268,7 @@ inline CUtensorMap tensor_map(const box_source& s)
     const cuuint32_t box[3] = {static_cast<cuuint32_t>(s.box[0]), static_cast<cuuint32_t>(s.box[1]), 1}, every[3] = {1, 1, 1};
     CUtensorMap out; // aligned by its type
     const CUresult status = reinterpret_cast<encode*>(entry)(
-        &out, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(s.data), extent, stride, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
+        &out, s.element_bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(s.data), extent, stride, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
         CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     expects<cuda_error>(status == CUDA_SUCCESS, "cuTensorMapEncodeTiled", static_cast<int>(status), "CUDA_SUCCESS for a matrix of ",
                         s.extent[0], " by ", s.extent[1]);

@@ -1,17 +1,18 @@
 // SPDX-FileCopyrightText: The FastMoE authors
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-/// wgmma of 16-bit elements: one instruction a size, as the registers of its sums have to be named one by one. Part of
+/// wgmma of elements of 16 and of 8 bits: one instruction a size, as the registers of its sums have to be named one by one. Part of
 /// cuda_cluster.cuh.
 #pragma once
 
 #include <cstdint>
 
 #include <fastmoe/core/dtype.hpp>
+#include <fastmoe/core/float8.hpp>
 #include <fastmoe/exec/cluster.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI::detail::inline FASTMOE_CUDA_ABI {
 
-/// C (64,n) += A (64,16) B (n,16)^T. transposed: 1 where an operand lies wide.
+/// C (64,n) += A (64,k) B (n,k)^T, or = if it does not add; k is 32 bytes of elements. transposed: 1 where an operand lies wide.
 template <class T, int n, int transposed_a, int transposed_b>
 struct warpgroup_product;
 
@@ -31,20 +32,26 @@ struct warpgroup_product;
 #define FASTMOE_SUMS_64(at) FASTMOE_SUMS_32(at), FASTMOE_SUMS_32(at + 32)
 #define FASTMOE_SUMS_96(at) FASTMOE_SUMS_64(at), FASTMOE_SUMS_32(at + 64)
 #define FASTMOE_SUMS_128(at) FASTMOE_SUMS_64(at), FASTMOE_SUMS_64(at + 64)
-#define FASTMOE_PRODUCT(element, type, n, names, registers, from_a, from_b, turned_a, turned_b)                                   \
-    template <int transposed_a, int transposed_b>                                                                                  \
-    struct warpgroup_product<element, n, transposed_a, transposed_b> {                                                             \
-        static __device__ void add(float (&c)[n / 2], std::uint64_t a, std::uint64_t b)                                            \
-        {                                                                                                                          \
-            asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" names "}, " from_a ", " from_b       \
-                         ", 1, 1, 1, " turned_a ", " turned_b ";"                                                                  \
-                         : registers(0)                                                                                            \
-                         : "l"(a), "l"(b), "n"(transposed_a), "n"(transposed_b));                                                  \
-        }                                                                                                                          \
+#define FASTMOE_PRODUCT(element, type, n, k, names, registers, operands, turned, ...)                                                 \
+    template <int transposed_a, int transposed_b>                                                                                     \
+    struct warpgroup_product<element, n, transposed_a, transposed_b> {                                                                \
+        template <bool adds>                                                                                                          \
+        static __device__ void run(float (&c)[n / 2], std::uint64_t a, std::uint64_t b)                                               \
+        {                                                                                                                             \
+            if constexpr (adds)                                                                                                       \
+                asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k" #k ".f32." type "." type " {" names "}, " operands ", 1, 1, 1" turned ";" \
+                             : registers(0)                                                                                           \
+                             : "l"(a), "l"(b) __VA_OPT__(, ) __VA_ARGS__);                                                            \
+            else                                                                                                                      \
+                asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k" #k ".f32." type "." type " {" names "}, " operands ", 0, 1, 1" turned ";" \
+                             : registers(0)                                                                                           \
+                             : "l"(a), "l"(b) __VA_OPT__(, ) __VA_ARGS__);                                                            \
+        }                                                                                                                             \
     };
-#define FASTMOE_PRODUCTS(n, names, registers, from_a, from_b, turned_a, turned_b)                          \
-    FASTMOE_PRODUCT(bfloat16, "bf16", n, names, registers, from_a, from_b, turned_a, turned_b)              \
-    FASTMOE_PRODUCT(half, "f16", n, names, registers, from_a, from_b, turned_a, turned_b)
+#define FASTMOE_PRODUCTS(n, names, registers, from_a, from_b, turned_a, turned_b)                                                     \
+    FASTMOE_PRODUCT(bfloat16, "bf16", n, 16, names, registers, from_a ", " from_b, ", " turned_a ", " turned_b, "n"(transposed_a), "n"(transposed_b)) \
+    FASTMOE_PRODUCT(half, "f16", n, 16, names, registers, from_a ", " from_b, ", " turned_a ", " turned_b, "n"(transposed_a), "n"(transposed_b))      \
+    FASTMOE_PRODUCT(float8_e4m3, "e4m3", n, 32, names, registers, from_a ", " from_b, "")
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 FASTMOE_PRODUCTS(16, "%0, %1, %2, %3, %4, %5, %6, %7", FASTMOE_SUMS_8, "%8", "%9", "%10", "%11")

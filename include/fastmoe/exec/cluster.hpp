@@ -41,8 +41,9 @@ using barrier_word = std::uint64_t;
 ///     b.begin_products(), b.commit_products(), b.wait_products<n>()   the warpgroup: multiply() calls make groups; all but
 ///                                   the last n of them are done. Nobody touches sums in between
 ///     b.multiply<T, N, a, b>(c, from_a, from_b)   the warpgroup: C (64,N) += A (64,16) B (N,16)^T in float, of bfloat16 or
-///                                   half, out of shared memory. With warp w, g = lane / 4, t = lane % 4: c[4 i + v] is row
-///                                   16 w + g + 8 (v / 2), column 8 i + 2 t + v % 2. from_a, from_b: see operand_words
+///                                   half, out of shared memory; of float8_e4m3 (64,32) and (N,32), which lie deep. With warp w,
+///                                   g = lane / 4, t = lane % 4: c[4 i + v] is row 16 w + g + 8 (v / 2), column 8 i + 2 t + v % 2.
+///                                   from_a, from_b: see operand_word(). multiply<T, N, a, b, false>: C is overwritten
 ///     b.hold(c)                     uses of sums before it are not moved behind it, nor the other way
 ///     b.give_registers<n>(), b.take_registers<n>()   the warpgroup: how many it keeps
 ///     b.sync_warp()                 the warp
@@ -89,13 +90,14 @@ FASTMOE_HOST_DEVICE constexpr std::uint64_t operand_word(std::uint32_t address, 
            (static_cast<std::uint64_t>(next_lines >> 4) << 32) | (swizzle_128 << 62);
 }
 
-/// A matrix of 16-bit elements for each of several experts, and the box of it that copy_box() copies: columns x rows.
-/// data and the strides are of whole 16 bytes.
+/// A matrix of 16-bit elements, or of bytes, for each of several experts, and the box of it that copy_box() copies: columns x
+/// rows. data and the strides are of whole 16 bytes.
 struct box_source {
     const void* data = nullptr;
     int64_t extent[3] = {};  ///< x, y, z: elements
     int64_t stride[2] = {};  ///< bytes from a y, and from a z, to the next
-    int box[2] = {};         ///< x: 64, the 128 bytes of a line; y: up to 256
+    int box[2] = {};         ///< x: the 128 bytes of a line, in elements; y: up to 256
+    int element_bytes = 2;   ///< or 1
 };
 
 /// ex.for_each_cluster(tasks, f, bytes) queues f(block) on clusters of F::cluster blocks, as many as suit the device and no

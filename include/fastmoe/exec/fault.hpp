@@ -17,6 +17,7 @@ enum class fault_kind : int32_t {
     token_out_of_range,  ///< an id outside of its table
     table_out_of_range,  ///< an entry of a table of experts is not in [-1, E); its position is row * K + column
     group_out_of_range,  ///< counts(position) rows from offsets(position) on do not lie inside of the S rows
+    matrix_misaligned,   ///< the matrix of expert `position`, held apart, begins so many bytes beyond whole 16
     count_,
 };
 
@@ -85,6 +86,9 @@ inline bool first_fault(const fault_words& words, fault& out) noexcept
         raise<invalid_argument>("table" + at + " is " + value + "; expected -1 or an id below E", where);
     case fault_kind::group_out_of_range:
         raise<invalid_argument>("counts" + at + " is " + value + "; expected a group inside of the S rows", where);
+    case fault_kind::matrix_misaligned:
+        raise<invalid_argument>("the matrix of expert " + std::to_string(f.position) + " begins " + value +
+                                " bytes beyond whole 16; expected matrices that are held apart to begin at whole 16 bytes", where);
     default: raise<invalid_argument>("token_ids" + at + " is " + value + "; expected an id inside of the table", where);
     }
 }

@@ -6,6 +6,7 @@
 #include <fastmoe/gemm/block_products.hpp>
 #include <fastmoe/gemm/hopper_store.hpp>
 #include <fastmoe/gemm/hopper_tile.hpp>
+#include <fastmoe/gemm/scaled.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI::detail::hopper {
 
@@ -44,39 +45,93 @@ struct banded {
     }
 };
 
+/// Rows that have codes are data with scales; all others are numbers.
+template <class Rows>
+inline constexpr bool has_scales = requires(const Rows& x) { x.codes; };
+template <class Rows>
+FASTMOE_HOST_DEVICE constexpr const auto& data_of(const Rows& x) noexcept
+{
+    if constexpr (has_scales<Rows>) return x.codes.data;
+    else return x.data;
+}
+template <class Weights>
+FASTMOE_HOST_DEVICE constexpr const auto& matrices_of(const Weights& w) noexcept
+{
+    if constexpr (requires { w.codes; }) return w.codes;
+    else return w;
+}
+
+/// What a thread's sums of a stage are multiplied by: scales of rows, each times the one of the tile's weights.
+template <hopper_tuning how>
+struct stage_scales {
+    static constexpr int rows = how.turned ? how.columns / 4 : 2 * how.blocks();
+    const float* of_row[rows]; // (ceil(K/128)); null: zeros
+    const float* of_weights;   // (ceil(K/128))
+
+    struct factors {
+        float row[rows], weights;
+    };
+    /// Loads, and nothing that would wait for them.
+    FASTMOE_HOST_DEVICE factors at(int stage) const
+    {
+        factors out;
+        out.weights = of_weights[stage];
+        FASTMOE_UNROLL
+        for (int i = 0; i < rows; ++i) out.row[i] = of_row[i] ? of_row[i][stage] : 0.0f;
+        return out;
+    }
+    /// @param b  which 64 rows of the warpgroup's
+    FASTMOE_HOST_DEVICE void add(float (&c)[how.columns / 2], const float (&part)[how.columns / 2], const factors& by, int b) const
+    {
+        float factor[rows];
+        FASTMOE_UNROLL
+        for (int i = 0; i < rows; ++i) factor[i] = by.row[i] * by.weights;
+        FASTMOE_UNROLL
+        for (int i = 0; i < how.columns / 2; ++i) c[i] += part[i] * factor[how.turned ? i / 4 * 2 + i % 2 : 2 * b + i % 4 / 2];
+    }
+};
+
 /// Y[s] = X[s] W[e(s)]^T + bias[e(s)], or, with W turned, dX[s] = dY[s] W[e(s)].
-/// @tparam how_w  how W lies: deep if its columns, the depth, are contiguous
-template <hopper_tuning how, lie how_w, class Rows, class Map, class Store>
+/// @tparam how_w    how W lies: deep if its columns, the depth, are contiguous
+/// @tparam Weights  weight_view, or block_scaled_weights beside block_scaled_rows
+template <hopper_tuning how, lie how_w, class Rows, class Weights, class Map, class Store>
 struct row_product {
     static constexpr hopper_tuning tuning = how;
+    static constexpr bool is_scaled = has_scales<Rows>;
+    static_assert(!is_scaled || (how_w == lie::deep && how.fits_scaled()), "a hopper_tuning that products of scaled codes do not hold");
     static_assert(!how.turned || std::is_same_v<decltype(Store::end), rounded_pairs>, "pairs are of features, which lie down here");
     using element = portable::row_element_t<Rows>;
     static constexpr lie rows_lie = how.turned ? how_w : lie::deep, columns_lie = how.turned ? lie::deep : how_w;
     static constexpr bool lines = true;
-    static constexpr int bring_registers = 40;
-    static constexpr int box_bytes = how.turned ? how.row_bytes() : how.column_bytes();
+    static constexpr bool has_map = !std::is_same_v<Map, no_map>;
+    static constexpr int bring_registers = has_map ? 40 : 72;
+    static constexpr int box_bytes = !has_map ? 0 : how.turned ? how.row_bytes() : how.column_bytes();
     static constexpr int weight_rows = how.turned ? how.rows : how.columns; ///< features of a tile
     static constexpr int tokens = how.tokens();
 
     Map map;              ///< of W
+    Weights w;            // (E,N,K)
     row_tiles rows_of;    ///< tiles of cluster * tokens rows
     Rows x;               // (S,K)
     int64_t out;          ///< N
     Store to;
+    fault_recorder faults;
 
     struct place {
         int64_t expert, first, count; ///< rows of Y from the tile's first on: count may be more than a tile has, or negative
         int64_t feature;              ///< the tile's first
         int steps;
     };
+    template <class OfWeights>
     struct operands {
         deep_lines<tokens, element> of_x;
-        boxes<how_w, weight_rows, how.cluster, Map> of_w;
+        OfWeights of_w;
 
         template <class Block>
         FASTMOE_HOST_DEVICE void bring_lines(Block& block, std::byte* to, int64_t first) const
         {
             of_x.bring(block, how.turned ? to + how.row_bytes() : to, first);
+            if constexpr (!has_map) of_w.bring(block, how.turned ? to : to + how.row_bytes(), first);
         }
         template <class Block>
         FASTMOE_HOST_DEVICE void bring_boxes(Block& block, std::byte* to, barrier_word* full, int first) const
@@ -91,14 +146,40 @@ struct row_product {
         const auto [e, number] = rows_of.find(at.row);
         const row_range group = row_range::of(rows_of.groups, e);
         const int64_t above = (number * how.cluster + rank) * tokens;
-        return {e, group.first + above, group.count - above, at.column * weight_rows, static_cast<int>(ceil_div(x.extent(1), depth))};
+        return {e, group.first + above, group.count - above, at.column * weight_rows, static_cast<int>(ceil_div(x.extent(1), depth_of<element>))};
     }
     template <class Block, class Brings>
     FASTMOE_HOST_DEVICE void bring(Block& block, const place& p, const Brings& brings) const
     {
-        brings(operands{deep_lines<tokens, element>(block.thread(), x.data.data_handle(), x.extent(1),
-                                                    [&](int r) { return r < p.count ? x.row(p.first + r) : nullptr; }),
-                        {&map, static_cast<int>(p.feature), static_cast<int>(p.expert)}});
+        const deep_lines<tokens, element> of_x(block.thread(), data_of(x).data_handle(), x.extent(1),
+                                               [&](int r) { return r < p.count ? x.row(p.first + r) : nullptr; });
+        if constexpr (has_map) {
+            using of_w = boxes<how_w, weight_rows, how.cluster, Map>;
+            brings(operands<of_w>{of_x, {&map, static_cast<int>(p.feature), static_cast<int>(p.expert)}});
+        } else {
+            using of_w = matrix_lines<how_w, weight_rows, element>;
+            const auto& m = matrices_of(w);
+            const element* base = m.base(p.expert);
+            const auto beyond = static_cast<int32_t>(reinterpret_cast<std::uintptr_t>(base) % chunk_bytes);
+            const bool is_whole = beyond == 0; // the host has not seen it
+            if (!is_whole && block.thread() == 0) faults.record(fault_kind::matrix_misaligned, p.expert, beyond);
+            if (!is_whole) base = data_of(x).data_handle();
+            brings(operands<of_w>{of_x, {base, how_w == lie::deep ? m.row_stride : m.col_stride, p.feature, is_whole ? out : 0, x.extent(1)}});
+        }
+    }
+    template <class Block>
+    FASTMOE_HOST_DEVICE stage_scales<how> scales(Block& block, const place& p, int first_row) const
+    {
+        const int thread = block.thread() % warpgroup_threads, t = thread % 4, down = thread / warp_threads * 16 + thread % warp_threads / 4;
+        const int64_t blocks_across = scale_blocks(x.extent(1));
+        stage_scales<how> out;
+        FASTMOE_UNROLL
+        for (int i = 0; i < stage_scales<how>::rows; ++i) {
+            const int r = how.turned ? 8 * (i / 2) + 2 * t + i % 2 : first_row + 64 * (i / 2) + down + 8 * (i % 2);
+            out.of_row[i] = r < p.count ? x.scales_of(p.first + r) : nullptr;
+        }
+        out.of_weights = w.scales_of(p.expert) + p.feature / scale_block * blocks_across;
+        return out;
     }
     template <class Block>
     FASTMOE_HOST_DEVICE void store(Block& block, const place& p, int first_row, const sums<how>& c) const
@@ -115,6 +196,7 @@ struct gradient_product {
     static constexpr hopper_tuning tuning = how;
     static_assert(how.cluster == 1 && !how.turned && how.columns != 192,
                   "gradients are brought in lines: a hopper_tuning with cluster = 1 and 64, 128 or 256 columns");
+    static constexpr bool is_scaled = false;
     using element = portable::row_element_t<DownRows>;
     static constexpr lie rows_lie = lie::wide, columns_lie = lie::wide;
     static constexpr bool lines = true;

@@ -2,11 +2,11 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// The main loop of gemm::hopper: one warpgroup brings stages of operands into a ring in shared memory, two multiply them.
 ///
-/// C (rows,columns) = sum over depth of A (rows,depth) B (columns,depth)^T, in stages of 64 of the depth. An operand's tile
-/// lies in lines of 128 bytes:
+/// C (rows,columns) = sum over depth of A (rows,depth) B (columns,depth)^T, in stages of 64 of the depth, or of 128 if elements
+/// are bytes. An operand's tile lies in lines of 128 bytes:
 ///
-///     deep    a line is 64 of the depth at one row                  // (rows,64)
-///     wide    a line is 64 rows at one depth step, in 64 steps      // (rows / 64,64,64)
+///     deep    a line is 64 or 128 of the depth at one row           // (rows,64)
+///     wide    a line is 64 rows at one depth step, in 64 steps      // (rows / 64,64,64), not of bytes
 ///
 /// and chunk c of line l at c ^ (l % 8), which is where the box copies put it and the products look for it.
 #pragma once
@@ -20,12 +20,19 @@ namespace fastmoe::inline FASTMOE_ABI::detail::hopper {
 using gemm::hopper_schedule;
 using gemm::hopper_tuning;
 
-inline constexpr int depth = hopper_tuning::depth, line_bytes = hopper_tuning::line_bytes;
-inline constexpr int chunk_bytes = 16, chunk = 8; ///< elements of 16 bits
-inline constexpr int step = 16;                   ///< of the depth, in one instruction
+inline constexpr int line_bytes = hopper_tuning::line_bytes, chunk_bytes = 16, step_bytes = 32;
+template <class T>
+inline constexpr int depth_of = line_bytes / static_cast<int>(sizeof(T)); ///< elements of a stage
+template <class T>
+inline constexpr int chunk_of = chunk_bytes / static_cast<int>(sizeof(T));
+inline constexpr int steps_of_stage = line_bytes / step_bytes; ///< instructions
+
+// Of elements of 16 bits, which alone lie wide.
+inline constexpr int depth = 64, chunk = 8;
+inline constexpr int step = 16; ///< of the depth, in one instruction
 inline constexpr int atom_bytes = depth * line_bytes;
 
-/// Where chunk c of a tile begins: of row `row` and the depth's elements [8 c, 8 c + 8), or of step `row` and rows [8 c, 8 c + 8).
+/// Where chunk c of a tile begins: of row `line` and the depth's 16 bytes from 16 c on, or of step `line` and rows [8 c, 8 c + 8).
 template <lie how>
 FASTMOE_HOST_DEVICE constexpr int chunk_at(int line, int c) noexcept
 {
@@ -33,12 +40,12 @@ FASTMOE_HOST_DEVICE constexpr int chunk_at(int line, int c) noexcept
     else return c / 8 * atom_bytes + line * line_bytes + (((c % 8) ^ (line & 7)) * chunk_bytes);
 }
 
-/// Where an instruction finds rows [row, ...) and the steps [16 k, 16 k + 16) of an operand's tile.
+/// Where an instruction finds rows [row, ...) and its k-th part of the depth, in an operand's tile.
 template <lie how>
 FASTMOE_HOST_DEVICE constexpr std::uint64_t operand_at(std::uint32_t tile, int row, int k) noexcept
 {
     if constexpr (how == lie::deep)
-        return operand_word(tile + static_cast<std::uint32_t>(row * line_bytes + k * step * 2), 16, 8 * line_bytes);
+        return operand_word(tile + static_cast<std::uint32_t>(row * line_bytes + k * step_bytes), 16, 8 * line_bytes);
     else
         return operand_word(tile + static_cast<std::uint32_t>(row / 64 * atom_bytes + k * step * line_bytes), atom_bytes, 8 * line_bytes);
 }
@@ -63,7 +70,7 @@ struct deep_lines {
     FASTMOE_HOST_DEVICE void bring(Block& block, std::byte* to, int64_t first) const
     {
         const int c = block.thread() % 8, r = block.thread() / 8;
-        const int64_t at = first + c * chunk;
+        const int64_t at = first + c * chunk_of<T>;
         FASTMOE_UNROLL
         for (int i = 0; i < each; ++i) {
             const bool is = lines[i] && at < length;
@@ -158,6 +165,43 @@ struct boxes {
     }
 };
 
+/// In place of a map: matrices of which there is none.
+struct no_map {};
+
+/// Matrices that no map describes, brought in lines by all who bring.
+template <lie how, int rows, class T>
+struct matrix_lines {
+    const T* base;             ///< of the matrix; anything that can be read, if no line is to be
+    int64_t stride;            ///< from a line to the next
+    int64_t row, high, length; ///< the tile's first row; the matrix's rows and depth, or 0
+
+    template <class Block>
+    FASTMOE_HOST_DEVICE void bring(Block& block, std::byte* to, int64_t first) const
+    {
+        const int c = block.thread() % 8, l = block.thread() / 8;
+        constexpr int at_once = warpgroup_threads / 8; // lines
+        if constexpr (how == lie::deep) {
+            const int64_t at = first + c * chunk_of<T>;
+            FASTMOE_UNROLL_4
+            for (int i = 0; i < rows; i += at_once) line(block, to + chunk_at<how>(l + i, c), row + l + i, at, row + l + i < high && at < length);
+        } else {
+            FASTMOE_UNROLL_4
+            for (int i = 0; i < rows / 64 * depth; i += at_once) {
+                const int atom = i / depth, k = i % depth + l;
+                const int64_t at = row + atom * 64 + c * chunk;
+                line(block, to + chunk_at<how>(k, 8 * atom + c), first + k, at, first + k < length && at < high);
+            }
+        }
+    }
+
+private:
+    template <class Block>
+    FASTMOE_HOST_DEVICE void line(Block& block, std::byte* to, int64_t number, int64_t at, bool is) const
+    {
+        block.copy_line(to, is ? base + number * stride + at : base, is ? chunk_bytes : 0);
+    }
+};
+
 /// The stages that are in use, counted from the first on.
 template <int stages>
 struct ring {
@@ -175,7 +219,8 @@ struct sums {
 
 /// All tiles of a product, by one cluster's blocks at a time.
 ///
-///     Product::tuning, ::element       hopper_tuning; bfloat16 or half
+///     Product::tuning, ::element       hopper_tuning; bfloat16, half or float8_e4m3
+///     Product::is_scaled               whether the sums of a stage are scaled, see sum_scaled()
 ///     Product::rows_lie, ::columns_lie of both operands; Product::lines, Product::box_bytes: what the full barrier waits for
 ///     Product::bring_registers         of the 504 that three warpgroups' threads have together
 ///     p.tiles()                        of a cluster
@@ -238,9 +283,9 @@ private:
                     if constexpr (Product::box_bytes > 0)
                         if (block.thread() == 0) {
                             block.expect(full + at.stage(), Product::box_bytes);
-                            operands.bring_boxes(block, to, full + at.stage(), s * depth);
+                            operands.bring_boxes(block, to, full + at.stage(), s * depth_of<typename Product::element>);
                         }
-                    if constexpr (Product::lines) operands.bring_lines(block, to, int64_t{s} * depth);
+                    if constexpr (Product::lines) operands.bring_lines(block, to, int64_t{s} * depth_of<typename Product::element>);
                     if constexpr (Product::lines) block.arrive_with_lines(full + at.stage());
                 }
             });
@@ -262,9 +307,11 @@ private:
                 // its phase comes round.
                 if constexpr (ping_pong) block.wait(turns + group, (done++ & 1) ^ (group == 0 ? 1 : 0));
                 sums<how> c;
-                sum(block, full, empty, first_row, tile.steps, at, c, [&] {
+                const auto last = [&] {
                     if (ping_pong && block.thread() % warp_threads == 0) block.arrive(turns + (1 - group), block.rank());
-                });
+                };
+                if constexpr (Product::is_scaled) sum_scaled(block, full, empty, first_row, tile, at, c, last);
+                else sum(block, full, empty, first_row, tile.steps, at, c, last);
                 product.store(block, tile, first_row, c);
             }
             at.count += static_cast<unsigned>(tile.steps);
@@ -279,15 +326,9 @@ private:
     {
         using T = typename Product::element;
         block.sync_warp(); // whose lanes may have parted where the last tile was stored
-        FASTMOE_UNROLL
-        for (int b = 0; b < how.blocks(); ++b)
-            FASTMOE_UNROLL
-            for (int i = 0; i < how.columns / 2; ++i) c.of[b][i] = 0.0f;
+        clear(c);
         FASTMOE_UNROLL
         for (int b = 0; b < how.blocks(); ++b) block.hold(c.of[b]);
-        const auto release = [&](const position& p) { // to all who bring into it
-            if (block.thread() % warp_threads < how.cluster) block.arrive(empty + p.stage(), block.thread() % warp_threads);
-        };
         position before = at;
         FASTMOE_KEEP_LOOP
         for (int s = 0; s < steps; ++s, ++at.count) {
@@ -296,7 +337,7 @@ private:
             if constexpr (Product::lines) block.show_lines();
             block.begin_products();
             FASTMOE_UNROLL
-            for (int k = 0; k < depth / step; ++k)
+            for (int k = 0; k < steps_of_stage; ++k)
                 FASTMOE_UNROLL
                 for (int b = 0; b < how.blocks(); ++b)
                     block.template multiply<T, how.columns, Product::rows_lie, Product::columns_lie>(
@@ -304,7 +345,7 @@ private:
                         operand_at<Product::columns_lie>(rows + how.row_bytes(), 0, k));
             block.commit_products();
             block.template wait_products<1>();
-            if (s > 0) release(before);
+            if (s > 0) release(block, empty, before);
             before = at;
         }
         if (steps == 0) block.sync_warp(); // all of a warp have had their turn before it passes it on
@@ -312,7 +353,63 @@ private:
         block.template wait_products<0>();
         FASTMOE_UNROLL
         for (int b = 0; b < how.blocks(); ++b) block.hold(c.of[b]);
-        if (steps > 0) release(before);
+        if (steps > 0) release(block, empty, before);
+    }
+
+    /// Sums of each stage on their own, added with its scales: tensor cores keep some 14 bits of a sum of eight-bit floats, so no sum
+    /// is left to them for long. One warpgroup adds while the other multiplies.
+    template <class Block, class Tile, class Last>
+    FASTMOE_HOST_DEVICE void sum_scaled(Block& block, barrier_word* full, barrier_word* empty, int first_row, const Tile& tile, position at,
+                                        sums<how>& c, const Last& last) const
+    {
+        using T = typename Product::element;
+        const auto scales = product.scales(block, tile, first_row);
+        using factors = decltype(scales.at(0));
+        factors next = tile.steps > 0 ? scales.at(0) : factors{};
+        block.sync_warp();
+        clear(c);
+        float part[how.columns / 2] = {};
+        FASTMOE_KEEP_LOOP
+        for (int s = 0; s < tile.steps; ++s, ++at.count) {
+            const factors now = next;
+            const std::uint32_t rows = block.address(block.shared() + at.stage() * how.stage_bytes());
+            block.wait(full + at.stage(), at.parity());
+            if constexpr (Product::lines) block.show_lines();
+            FASTMOE_UNROLL
+            for (int b = 0; b < how.blocks(); ++b) {
+                block.hold(part);
+                block.begin_products();
+                FASTMOE_UNROLL
+                for (int k = 0; k < steps_of_stage; ++k) {
+                    const std::uint64_t from_a = operand_at<lie::deep>(rows, first_row + 64 * b, k),
+                                        from_b = operand_at<lie::deep>(rows + how.row_bytes(), 0, k);
+                    if (k == 0) block.template multiply<T, how.columns, lie::deep, lie::deep, false>(part, from_a, from_b);
+                    else block.template multiply<T, how.columns, lie::deep, lie::deep>(part, from_a, from_b);
+                }
+                block.commit_products();
+                if (b == how.blocks() - 1 && s + 1 < tile.steps) next = scales.at(s + 1); // under way while this stage is multiplied
+                block.template wait_products<0>();
+                block.hold(part);
+                if (b == how.blocks() - 1) release(block, empty, at);
+                scales.add(c.of[b], part, now, b);
+            }
+        }
+        block.sync_warp(); // all of a warp have had their turn before it passes it on
+        last();
+    }
+
+    /// A stage, to all who bring into it.
+    template <class Block>
+    FASTMOE_HOST_DEVICE static void release(Block& block, barrier_word* empty, const position& p)
+    {
+        if (block.thread() % warp_threads < how.cluster) block.arrive(empty + p.stage(), block.thread() % warp_threads);
+    }
+    FASTMOE_HOST_DEVICE static void clear(sums<how>& c)
+    {
+        FASTMOE_UNROLL
+        for (int b = 0; b < how.blocks(); ++b)
+            FASTMOE_UNROLL
+            for (int i = 0; i < how.columns / 2; ++i) c.of[b][i] = 0.0f;
     }
 };
 

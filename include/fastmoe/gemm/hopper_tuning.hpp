@@ -10,7 +10,7 @@ namespace fastmoe::inline FASTMOE_ABI::gemm {
 /// Who computes a tile: both multiplying warpgroups half of its rows, or each a tile of its own while the other stores.
 enum class hopper_schedule { cooperative, ping_pong };
 
-/// A tile is rows x columns of the result, summed in stages of 64 of the depth. With rows of tokens on the other side
+/// A tile is rows x columns of the result, summed in stages of 64 of the depth, or 128 of bytes. With rows of tokens on the other side
 /// (turned), `rows` counts features and `columns` tokens.
 struct hopper_tuning {
     int rows = 128;    ///< 128, or with ping_pong 64 or 128
@@ -21,8 +21,7 @@ struct hopper_tuning {
     int band = 8;      ///< tiles of columns that run beside each other
     bool turned = false;
 
-    static constexpr int depth = 64;
-    static constexpr int line_bytes = 128; ///< 64 elements of 16 bits
+    static constexpr int line_bytes = 128; ///< of the depth, a stage: 64 elements of 16 bits, or 128 bytes
 
     /// Rows of 64 that a warpgroup sums at a time.
     FASTMOE_HOST_DEVICE constexpr int blocks() const noexcept { return schedule == hopper_schedule::cooperative ? rows / 128 : rows / 64; }
@@ -42,6 +41,9 @@ struct hopper_tuning {
         const bool has_sums = (rows == 64 || rows == 128) && blocks() >= 1 && blocks() * columns <= 256;
         return has_instruction && is_cut && has_sums && stages >= 2 && band >= 1 && shared_bytes() <= 227 * 1024 - 1024;
     }
+    /// Whether the products of scaled codes, which have sums of a stage besides, hold it: 128 columns or fewer, as many as have
+    /// one scale.
+    constexpr bool fits_scaled() const noexcept { return fits() && columns <= 128 && (blocks() + 1) * columns <= 384; }
 };
 
 /// The products that are tuned apart.
@@ -58,6 +60,14 @@ constexpr hopper_tuning hopper_default(hopper_product product, bool wide) noexce
     }
     if (wide) return {.rows = 128, .columns = 256, .stages = 4, .cluster = 2};
     return {.rows = 128, .columns = 128, .stages = 6, .cluster = 2, .schedule = hopper_schedule::ping_pong};
+}
+
+/// The same for products of scaled codes. Both warpgroups work on one tile: while one adds what it has multiplied, the other
+/// multiplies.
+constexpr hopper_tuning hopper_scaled_default(hopper_product product, bool wide) noexcept
+{
+    if (product == hopper_product::few_rows) return hopper_default(product, wide);
+    return {.rows = 128, .columns = 128, .stages = 6, .cluster = 2};
 }
 
 } // namespace fastmoe::inline FASTMOE_ABI::gemm

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include <fastmoe/core/dtype.hpp>
+#include <fastmoe/core/float8.hpp>
 #include <fastmoe/core/error.hpp>
 #include <fastmoe/core/tensor.hpp>
 
@@ -74,6 +75,8 @@ template <>
 inline constexpr element_type element_type_of<bfloat16> = element_type::bf16;
 template <>
 inline constexpr element_type element_type_of<half> = element_type::f16;
+template <>
+inline constexpr element_type element_type_of<float8_e4m3> = element_type::f8_e4m3;
 template <>
 inline constexpr element_type element_type_of<std::int8_t> = element_type::i8;
 template <>

@@ -1,0 +1,275 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// Matrices of eight-bit codes with scales, as DeepSeek-V3 cuts them (2024, section 3.3.2): rows of tokens have a scale for each 128
+/// columns, weights one for each 128 by 128. An element is its code times its scale.
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include <fastmoe/core/float8.hpp>
+#include <fastmoe/gemm/grouped_gemm.hpp>
+#include <fastmoe/gemm/portable_plain.hpp>
+
+namespace fastmoe::inline FASTMOE_ABI {
+
+/// Columns, or rows and columns, that share a scale.
+inline constexpr int64_t scale_block = 128;
+FASTMOE_HOST_DEVICE constexpr int64_t scale_blocks(int64_t n) noexcept { return (n + scale_block - 1) / scale_block; }
+
+/// Rows of codes.
+/// @tparam Rows  plain_rows or indexed_rows of float8_e4m3
+template <class Rows>
+struct block_scaled_rows {
+    Rows codes;                       // (S,K)
+    matrix_view<const float> scales;  // (N,ceil(K/128))  N: rows of codes.data
+
+    FASTMOE_HOST_DEVICE constexpr int64_t extent(int dimension) const noexcept { return codes.extent(dimension); }
+    FASTMOE_HOST_DEVICE constexpr const float8_e4m3* row(int64_t s) const noexcept { return codes.row(s); }
+    /// Null for a row of zeros.
+    FASTMOE_HOST_DEVICE constexpr const float* scales_of(int64_t s) const noexcept
+    {
+        int64_t i = s;
+        if constexpr (requires { codes.index; }) i = codes.index(s);
+        return i < 0 ? nullptr : scales.data_handle() + i * scales.extent(1);
+    }
+};
+
+/// The experts' matrices in codes, with their scales in one array or, as the matrices may be, held apart.
+/// @tparam T  float8_e4m3, const if they are only read
+template <class T>
+struct block_scaled_weights {
+    static_assert(std::is_same_v<std::remove_const_t<T>, float8_e4m3>);
+    using scale = std::conditional_t<std::is_const_v<T>, const float, float>;
+
+    weight_view<T> codes;                  // (E,out,in)
+    scale* scales = nullptr;               // (E,ceil(out/128),ceil(in/128)), contiguous
+    scale* const* scale_pointers = nullptr; // (E)  of (ceil(out/128),ceil(in/128)) each, in place of scales
+
+    FASTMOE_HOST_DEVICE constexpr scale* scales_of(int64_t e) const noexcept
+    {
+        return scale_pointers ? scale_pointers[e] : scales + e * scale_blocks(codes.out) * scale_blocks(codes.in);
+    }
+    template <std::same_as<const T> U>
+    FASTMOE_HOST_DEVICE constexpr operator block_scaled_weights<U>() const noexcept
+    {
+        return {codes, scales, scale_pointers};
+    }
+};
+
+namespace detail::scaled {
+
+/// The larger; NaN if one of them is, which makes all of a block NaN.
+struct larger {
+    FASTMOE_HOST_DEVICE float operator()(float a, float b) const noexcept { return a < b || b != b ? b : a; }
+};
+template <class T>
+FASTMOE_HOST_DEVICE float magnitude(const T& value) noexcept
+{
+    const float x = static_cast<float>(value);
+    return x < 0 ? -x : x;
+}
+/// Of a block whose largest element is that: the largest code stands for it. Never zero and never subnormal.
+FASTMOE_HOST_DEVICE inline float scale_of(float largest) noexcept
+{
+    constexpr float least = 1.17549435e-38f; // 2^-126
+    const float scale = largest / float8_e4m3::largest;
+    return scale < least ? least : scale;
+}
+
+template <class T, int n>
+struct alignas(n * sizeof(T)) piece {
+    T of[n];
+};
+
+/// Task t: scale and codes of block t % across of row t / across.
+template <class T>
+struct quantize_row {
+    static constexpr int each = 4;
+    matrix_view<const T> from;      // (N,K)
+    matrix_view<float8_e4m3> codes; // (N,K)
+    matrix_view<float> scales;      // (N,ceil(K/128))
+    row_groups groups;              ///< rows outside of them are passed over
+    bool is_grouped;
+
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t t) const
+    {
+        const int64_t across = scales.extent(1), r = t / across, k = t % across, width = from.extent(1);
+        if (is_grouped && portable::expert_of_row(groups, r) < 0) return;
+        const int64_t n = width - k * scale_block < scale_block ? width - k * scale_block : scale_block;
+        const T* const x = from.data_handle() + r * width + k * scale_block;
+        float8_e4m3* const to = codes.data_handle() + r * width + k * scale_block;
+        const bool whole = n % each == 0 && reinterpret_cast<std::uintptr_t>(x) % (each * sizeof(T)) == 0 &&
+                           reinterpret_cast<std::uintptr_t>(to) % each == 0;
+        const float scale = whole ? by<each>(team, n, x, to) : by<1>(team, n, x, to);
+        if (team.lane() == 0) scales(r, k) = scale;
+    }
+
+private:
+    template <int at_once, class Team>
+    static FASTMOE_HOST_DEVICE float by(Team& team, int64_t n, const T* x, float8_e4m3* to)
+    {
+        const float scale = scale_of(team.reduce(n / at_once, 0.0f, larger{}, [x](int64_t i) {
+            const auto in = *reinterpret_cast<const piece<T, at_once>*>(x + i * at_once);
+            float most = 0.0f;
+            for (int j = 0; j < at_once; ++j) most = larger{}(most, magnitude(in.of[j]));
+            return most;
+        }));
+        team.for_each(n / at_once, [=](int64_t i) {
+            const auto in = *reinterpret_cast<const piece<T, at_once>*>(x + i * at_once);
+            piece<float8_e4m3, at_once> out;
+            for (int j = 0; j < at_once; ++j) out.of[j] = float8_e4m3(static_cast<float>(in.of[j]) / scale);
+            *reinterpret_cast<piece<float8_e4m3, at_once>*>(to + i * at_once) = out;
+        });
+        return scale;
+    }
+};
+
+/// Which block of which matrix task t is about.
+struct weight_block {
+    int64_t expert, row, column, rows, columns;
+
+    static FASTMOE_HOST_DEVICE weight_block of(int64_t t, int64_t out, int64_t in) noexcept
+    {
+        const int64_t down = scale_blocks(out), across = scale_blocks(in);
+        const int64_t row = t / across % down * scale_block, column = t % across * scale_block;
+        return {t / (down * across), row, column, out - row < scale_block ? out - row : scale_block,
+                in - column < scale_block ? in - column : scale_block};
+    }
+    FASTMOE_HOST_DEVICE int64_t place(int64_t in) const noexcept
+    {
+        return row / scale_block * scale_blocks(in) + column / scale_block;
+    }
+};
+
+template <class W>
+struct quantize_weight_block {
+    weight_view<const W> from;              // (E,out,in)
+    block_scaled_weights<float8_e4m3> to;     // (E,out,in)
+
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t t) const
+    {
+        const auto b = weight_block::of(t, from.out, from.in);
+        const W* const x = from.base(b.expert) + b.row * from.row_stride + b.column * from.col_stride;
+        float8_e4m3* const codes = to.codes.base(b.expert) + b.row * to.codes.row_stride + b.column * to.codes.col_stride;
+        const auto& w = from;
+        const auto& c = to.codes;
+        const int64_t columns = b.columns;
+        const float scale = scale_of(team.reduce(b.rows * columns, 0.0f, larger{}, [x, &w, columns](int64_t i) {
+            return magnitude(x[i / columns * w.row_stride + i % columns * w.col_stride]);
+        }));
+        team.for_each(b.rows * columns, [=, &w, &c](int64_t i) {
+            codes[i / columns * c.row_stride + i % columns * c.col_stride] =
+                float8_e4m3(static_cast<float>(x[i / columns * w.row_stride + i % columns * w.col_stride]) / scale);
+        });
+        if (team.lane() == 0) to.scales_of(b.expert)[b.place(from.in)] = scale;
+    }
+};
+
+struct dequantize_weight_block {
+    block_scaled_weights<const float8_e4m3> from; // (E,out,in)
+    weight_view<float> to;                      // (E,out,in)
+
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t t) const
+    {
+        const auto b = weight_block::of(t, to.out, to.in);
+        const float scale = from.scales_of(b.expert)[b.place(to.in)];
+        const auto& self = *this;
+        team.for_each(b.rows * b.columns, [=, &self](int64_t i) {
+            const int64_t o = b.row + i / b.columns, n = b.column + i % b.columns;
+            self.to(b.expert, o, n) = scale * static_cast<float>(self.from.codes(b.expert, o, n));
+        });
+    }
+};
+
+struct dequantize_row {
+    matrix_view<const float8_e4m3> from; // (N,K)
+    matrix_view<const float> scales;     // (N,ceil(K/128))
+    matrix_view<float> to;               // (N,K)
+    row_groups groups;
+    bool is_grouped;
+
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t r) const
+    {
+        if (is_grouped && portable::expert_of_row(groups, r) < 0) return;
+        const int64_t n = to.extent(1);
+        const float8_e4m3* const x = from.data_handle() + r * n;
+        const float* const scale = scales.data_handle() + r * scales.extent(1);
+        float* const y = to.data_handle() + r * n;
+        team.for_each(n, [=](int64_t i) { y[i] = scale[i / scale_block] * static_cast<float>(x[i]); });
+    }
+};
+
+template <class Executor, class T>
+void quantize_rows(Executor& ex, const row_groups& groups, bool is_grouped, matrix_view<const T> from, matrix_view<float8_e4m3> codes,
+                   matrix_view<float> scales)
+{
+    expects_shape(from, "rows (N,K)", from.extent(0), from.extent(1));
+    expects_shape(codes, "codes (N,K)", from.extent(0), from.extent(1));
+    expects_shape(scales, "scales (N,ceil(K/128))", from.extent(0), scale_blocks(from.extent(1)));
+    for_each_row(ex, from.extent(0) * scales.extent(1), quantize_row<T>{from, codes, scales, groups, is_grouped}, {.width = scale_block});
+}
+
+template <class T>
+void expects_scaled_weights(const block_scaled_weights<T>& w, const char* name, int64_t experts, int64_t out, int64_t in)
+{
+    expects_weights(w.codes, name, experts, out, in);
+    expects(experts * out * in == 0 || w.scales || w.scale_pointers, name, "codes without scales", "scales (E,ceil(out/128),ceil(in/128))");
+}
+
+} // namespace detail::scaled
+
+/// codes and scales of rows: a block's scale is its largest magnitude / 448 (2^-126 at least), and codes are the nearest ones. A block with
+/// an infinity or a NaN becomes NaN.
+/// @param from    bfloat16, half or float                   // (N,K)
+/// @param codes   overwritten                               // (N,K)
+/// @param scales  overwritten                               // (N,ceil(K/128))
+/// @throws invalid_argument if shapes disagree; nothing is written then
+template <executor Executor, class T>
+void quantize_rows(Executor& ex, matrix_view<T> from, matrix_view<float8_e4m3> codes, matrix_view<float> scales)
+{
+    detail::scaled::quantize_rows<Executor, std::remove_const_t<T>>(ex, {}, false, from, codes, scales);
+}
+
+/// The same for the rows of groups alone: padding is neither read nor written.
+template <executor Executor, class T>
+void quantize_rows(Executor& ex, const row_groups& groups, matrix_view<T> from, matrix_view<float8_e4m3> codes,
+                   matrix_view<float> scales)
+{
+    detail::expects_groups(groups, from.extent(0));
+    detail::scaled::quantize_rows<Executor, std::remove_const_t<T>>(ex, groups, true, from, codes, scales);
+}
+
+/// codes and scales of the experts' matrices, by blocks of 128 by 128, as quantize_rows() makes them.
+/// @param from  bfloat16, half or float, in any storage     // (E,out,in)
+/// @param to    overwritten, in any storage                 // (E,out,in)
+/// @throws invalid_argument if shapes disagree, or codes would overlap
+template <executor Executor, class W>
+void quantize_weights(Executor& ex, const weight_view<W>& from, const block_scaled_weights<float8_e4m3>& to)
+{
+    detail::expects_weights(from, "W (E,out,in)", from.experts, from.out, from.in);
+    detail::scaled::expects_scaled_weights(to, "codes (E,out,in)", from.experts, from.out, from.in);
+    detail::expects_apart(to.codes, "codes (E,out,in)");
+    using value = std::remove_const_t<W>;
+    for_each_row(ex, from.experts * scale_blocks(from.out) * scale_blocks(from.in),
+                 detail::scaled::quantize_weight_block<value>{from, to}, {.width = scale_block * scale_block});
+}
+
+/// Elements of codes and scales, rounded once to float.
+/// @param to  overwritten, in any storage                    // (E,out,in)
+/// @throws invalid_argument if shapes disagree, or elements would overlap
+template <executor Executor>
+void dequantize_weights(Executor& ex, const block_scaled_weights<const float8_e4m3>& from, const weight_view<float>& to)
+{
+    detail::scaled::expects_scaled_weights(from, "codes (E,out,in)", to.experts, to.out, to.in);
+    detail::expects_weights(to, "W (E,out,in)", to.experts, to.out, to.in);
+    detail::expects_apart(to, "W (E,out,in)");
+    for_each_row(ex, to.experts * scale_blocks(to.out) * scale_blocks(to.in), detail::scaled::dequantize_weight_block{from, to},
+                 {.width = scale_block * scale_block});
+}
+
+} // namespace fastmoe::inline FASTMOE_ABI
