@@ -7,5 +7,5 @@
 #include <fastmoe/comm/staged.hpp>
 #include <fastmoe/cuda/cuda_executor.cuh>
 #include <fastmoe/cuda/pinned_memory.cuh>
-#include <fastmoe/gemm/hopper.hpp>
+#include <fastmoe/gemm/hopper_fp8.hpp>
 #include <fastmoe/moe.hpp>

@@ -123,23 +123,26 @@ int run(const char* path)
     const shape layers[] = {{32768, 4096, 2048, 64, 4},  {32768, 4096, 1024, 128, 8}, {32768, 4096, 256, 256, 16}, {24576, 1536, 256, 128, 8},
                             {4096, 4096, 14336, 8, 2},   {32768, 1024, 64, 64, 8}};
     const shape decoding[] = {{8, 4096, 14336, 8, 2}, {64, 4096, 14336, 8, 2}};
-    session to(ex, 6 * static_cast<int>(std::size(layers)) + 2 * static_cast<int>(std::size(decoding)));
+    session to(ex, 8 * static_cast<int>(std::size(layers)) + 4 * static_cast<int>(std::size(decoding)));
     bool is_whole = true;
     try {
         for (const shape& s : layers) {
             layer l(ex, s);
             tune_rows(to, l);
             tune_gradients(to, l);
+            tune_codes(to, l);
         }
         for (const shape& s : decoding) {
             layer l(ex, s);
             tune_few_rows(to, l);
+            tune_few_codes(to, l);
         }
     } catch (const std::exception& e) { // after most of them the device takes no more
         std::printf("stopped: %s\n", e.what());
         is_whole = false;
     }
-    for (const char* slot : {"wide rows", "narrow rows", "few rows", "wide gradients", "narrow gradients"}) print_choice(slot, to.all());
+    for (const char* slot : {"wide rows", "narrow rows", "few rows", "wide gradients", "narrow gradients", "rows of codes", "few rows of codes"})
+        print_choice(slot, to.all());
     if (path && !write_json(path, to.all())) {
         std::printf("%s cannot be written\n", path);
         return 1;

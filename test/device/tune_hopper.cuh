@@ -118,9 +118,11 @@ void compare(session& to, candidates<hows...>, comparison what, fm::vector_view<
 
 std::string initializer(const hopper_tuning& how);
 
-/// Each adds comparisons: 4, 2 and 2.
+/// Each adds comparisons: 4, and 2 all others.
 void tune_rows(session& to, layer& l);
 void tune_few_rows(session& to, layer& l);
 void tune_gradients(session& to, layer& l);
+void tune_codes(session& to, layer& l);
+void tune_few_codes(session& to, layer& l);
 
 } // namespace tune

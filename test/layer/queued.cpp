@@ -8,7 +8,7 @@
 #include <doctest/doctest.h>
 
 #include <fastmoe/gemm/block_products.hpp>
-#include <fastmoe/gemm/hopper.hpp>
+#include <fastmoe/gemm/hopper_fp8.hpp>
 #include <fastmoe/moe.hpp>
 
 #include "support/fiber_blocks.hpp"
@@ -20,7 +20,7 @@ using namespace fastmoe;
 
 namespace {
 
-constexpr int64_t tokens = 70, width = 24;
+constexpr int64_t tokens = 70, width = 32;
 
 /// A training step and inference with memory of an executor for all that they read and write.
 template <class T, class Layer, class Executor>
@@ -201,6 +201,17 @@ TEST_CASE_TEMPLATE("so it does with those of warpgroups, activations in register
     replays_as_host<T>(with(gemm::hopper{}), with(gemm::portable{}), device);
     CHECK(device.products > 100);
     CHECK(device.box_bytes > 0);
+}
+
+TEST_CASE("so it does with products of codes, which are quantized in the workspace")
+{
+    support::fiber_clusters<support::queued> device;
+    using expert = mlp<swiglu, gemm::hopper_fp8>;
+    const moe_layer layer{top_k_gate<softmax_score>{.experts = 3, .k = 2, .capacity = {.factor = 1.25}},
+                          expert{.width = width, .hidden = 32, .biases = true, .layout = gated_layout::interleaved}, self{}};
+    replays_as_host<bfloat16>(layer, layer, device);
+    CHECK(device.products > 100);
+    CHECK(device.box_bytes > 100000); // the weights' codes, too
 }
 
 TEST_CASE("other gates wait for nothing either; a replay draws what its step says")

@@ -14,15 +14,17 @@
 namespace fastmoe::inline FASTMOE_ABI {
 
 /// H' is 2H for a gated activation and H otherwise.
-template <class T>
+/// @tparam View  of a matrix for each expert: what the GEMM policy reads
+template <class T, class View = weight_view<T>>
 struct mlp_weights {
-    weight_view<T> up;         // (E,H',D)
-    weight_view<T> down;       // (E,D,H)
+    View up;                   // (E,H',D)
+    View down;                 // (E,D,H)
     matrix_view<T> up_bias;    // (E,H')  without memory: none
     matrix_view<T> down_bias;  // (E,D)   without memory: none
 
-    template <std::same_as<const T> U>
-    operator mlp_weights<U>() const noexcept
+    template <std::same_as<const T> U, class Read>
+        requires std::convertible_to<const View&, Read>
+    operator mlp_weights<U, Read>() const noexcept
     {
         return {up, down, up_bias, down_bias};
     }
@@ -57,7 +59,7 @@ struct mlp {
     /// D, for those who size a layer by its expert.
     int64_t model_width() const noexcept { return width; }
     template <class T>
-    using weights = mlp_weights<T>;
+    using weights = mlp_weights<T, weights_of_gemm<Gemm, T>>;
 
     /// Whether combine() is to apply the routing weights.
     bool weighs_output() const noexcept { return weigh == weigh_at::output; }
@@ -65,14 +67,13 @@ struct mlp {
     int64_t up_width() const noexcept { return Activation::gated ? 2 * hidden : hidden; }
 
     template <class T>
-    mlp_weights<T> reserve_weights(arena& memory, int64_t experts) const
+    weights<T> reserve_weights(arena& memory, int64_t experts) const
     {
         expects(width >= 0, "mlp.width", width, "zero or more");
         expects(hidden >= 0, "mlp.hidden", hidden, "zero or more");
-        auto* up = memory.matrix<T>(experts * up_width(), width).data_handle();
-        auto* down = memory.matrix<T>(experts * width, hidden).data_handle();
-        mlp_weights<T> w{stacked(tensor_view<T, 3>(up, experts, up_width(), width)),
-                         stacked(tensor_view<T, 3>(down, experts, width, hidden)), {}, {}};
+        weights<T> w{};
+        w.up = reserve_matrices<T>(memory, experts, up_width(), width);
+        w.down = reserve_matrices<T>(memory, experts, width, hidden);
         if (biases) w.up_bias = memory.matrix<T>(experts, up_width());
         if (biases) w.down_bias = memory.matrix<T>(experts, width);
         return w;
@@ -101,8 +102,8 @@ struct mlp {
 
     /// Where ranks hold slices of the hidden width, each is an mlp with that hidden width, and the output's bias is the first
     /// slice's alone: others do not add theirs, and its gradient there is zero.
-    template <class T>
-    mlp_weights<T> later_slice(mlp_weights<T> w) const noexcept
+    template <class T, class View>
+    mlp_weights<T, View> later_slice(mlp_weights<T, View> w) const noexcept
     {
         w.down_bias = {};
         return w;
@@ -114,13 +115,13 @@ struct mlp {
     }
 
     /// @throws invalid_argument unless the views are of this expert's shape
-    template <class T>
-    void check_weights(const mlp_weights<T>& w, int64_t experts, int64_t columns, weight_role role) const
+    template <class T, class View>
+    void check_weights(const mlp_weights<T, View>& w, int64_t experts, int64_t columns, weight_role role) const
     {
         const bool given = role == weight_role::weights;
         expects(columns == width, "x (T,D)", columns, "mlp.width = ", width, " columns");
-        detail::expects_weights(w.up, given ? "weights.up (E,H',D)" : "gradients.up (E,H',D)", experts, up_width(), width);
-        detail::expects_weights(w.down, given ? "weights.down (E,D,H)" : "gradients.down (E,D,H)", experts, width, hidden);
+        detail::expects_weights(detail::matrices_of(w.up), given ? "weights.up (E,H',D)" : "gradients.up (E,H',D)", experts, up_width(), width);
+        detail::expects_weights(detail::matrices_of(w.down), given ? "weights.down (E,D,H)" : "gradients.down (E,D,H)", experts, width, hidden);
         if (w.up_bias.data_handle())
             expects_shape(w.up_bias, given ? "weights.up_bias (E,H')" : "gradients.up_bias (E,H')", experts, up_width());
         if (w.down_bias.data_handle())
@@ -131,7 +132,7 @@ struct mlp {
     ///           to be applied on the output, which is combine()'s work    // (S,D)
     /// @throws invalid_argument if shapes disagree, out_of_memory; nothing is written then
     template <class Executor, class T>
-    void forward(Executor& ex, const expert_input<T>& in, const mlp_weights<const T>& w, const mlp_saved<T>& saved,
+    void forward(Executor& ex, const expert_input<T>& in, const weights<const T>& w, const mlp_saved<T>& saved,
                  matrix_view<T> y, arena& scratch) const
     {
         static_assert(multiplies_rows<Gemm, Executor, T>, "the GEMM lacks what an expert asks; see grouped_gemm.hpp");
@@ -153,7 +154,7 @@ struct mlp {
     }
 
     template <class Executor, class T>
-    void infer(Executor& ex, const expert_input<T>& in, const mlp_weights<const T>& w, matrix_view<T> y,
+    void infer(Executor& ex, const expert_input<T>& in, const weights<const T>& w, matrix_view<T> y,
                arena& scratch) const
     {
         const arena::scope lent(scratch);
@@ -166,7 +167,7 @@ struct mlp {
     /// @param dweights  written for the choices that have a row, the others untouched  // (C)
     /// @throws as forward
     template <class Executor, class T>
-    void backward(Executor& ex, const expert_input<T>& in, const mlp_weights<const T>& w, const mlp_saved<T>& saved,
+    void backward(Executor& ex, const expert_input<T>& in, const weights<const T>& w, const mlp_saved<T>& saved,
                   const indexed_rows<T>& dy, const mlp_pending<T>& pending, matrix_view<T> dx,
                   vector_view<accumulate_t<T>> dweights, arena& scratch) const
     {
@@ -224,6 +225,12 @@ struct mlp {
     }
 
 private:
+    template <class T>
+    static weights_of_gemm<Gemm, T> reserve_matrices(arena& memory, int64_t experts, int64_t out, int64_t in)
+    {
+        if constexpr (requires { typename Gemm::template weights<T>; }) return Gemm::template reserve_weights<T>(memory, experts, out, in);
+        else return stacked(tensor_view<T, 3>(memory.matrix<T>(experts * out, in).data_handle(), experts, out, in));
+    }
     detail::gated_columns columns() const noexcept { return detail::gated_columns::of(layout, hidden); }
 
     template <class T>

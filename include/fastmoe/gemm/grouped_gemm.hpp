@@ -86,6 +86,31 @@ constexpr weight_view<T> single(matrix_view<T> w) noexcept
     return {w.data_handle(), nullptr, 1, w.extent(0), w.extent(1), 0, w.extent(1), 1};
 }
 
+namespace detail {
+template <class Gemm, class T>
+struct weights_of_gemm {
+    using type = weight_view<T>;
+};
+template <class Gemm, class T>
+    requires requires { typename Gemm::template weights<T>; }
+struct weights_of_gemm<Gemm, T> {
+    using type = typename Gemm::template weights<T>;
+};
+
+/// The matrices of a view, whatever belongs to them besides.
+template <class Weights>
+FASTMOE_HOST_DEVICE constexpr const auto& matrices_of(const Weights& w) noexcept
+{
+    if constexpr (requires { w.codes; }) return w.codes;
+    else return w;
+}
+} // namespace detail
+
+/// The view through which a policy reads an expert's matrices where rows are of T: weight_view<T>, or what the policy names,
+/// Gemm::weights<T>. Such a view has the matrices in .codes, and Gemm::reserve_weights<T>(arena&, experts, out, in) makes one.
+template <class Gemm, class T>
+using weights_of_gemm = typename detail::weights_of_gemm<Gemm, T>::type;
+
 /// An epilogue that does nothing. An epilogue is called once for every row of a group, as f(team, expert, row), after
 /// all columns of that row are stored and by the team that owns them; it may read and write the row, and whatever else
 /// belongs to the row alone. Whether it runs while the row is still in cache is the policy's business.

@@ -34,9 +34,7 @@ void with_codes(Executor& ex, const row_groups& groups, const Rows& x, arena& me
 template <class Executor, class W, class F>
 void with_codes(Executor& ex, const weight_view<W>& w, arena& memory, const F& f)
 {
-    auto* codes = memory.matrix<float8_e4m3>(w.experts * w.out, w.in).data_handle();
-    auto* scales = memory.matrix<float>(w.experts * scale_blocks(w.out), scale_blocks(w.in)).data_handle();
-    const block_scaled_weights<float8_e4m3> to{stacked(tensor_view<float8_e4m3, 3>(codes, w.experts, w.out, w.in)), scales};
+    const auto to = reserve_block_scaled(memory, w.experts, w.out, w.in);
     if (!memory.measuring()) quantize_weights(ex, w, to);
     f(block_scaled_weights<const float8_e4m3>(to));
 }
@@ -184,6 +182,23 @@ private:
 };
 
 using hopper_fp8 = hopper_fp8_with<hopper_fp8_tunings>;
+
+/// The same for weights that are stored as codes, as checkpoints of inference engines have them: an expert's views of its matrices are
+/// block_scaled_weights, a quarter or half of the bytes. For forward and inference: codes have no gradient, and dgrad would need
+/// them transposed.
+///
+///     fm::mlp<fm::swiglu, fm::gemm::hopper_fp8_stored> expert{.width = 7168, .hidden = 2048};
+///     w.expert.up = fm::block_scaled_weights<const fm::float8_e4m3>{fm::stacked(codes), scales};
+struct hopper_fp8_stored : hopper_fp8 {
+    template <class T>
+    using weights = block_scaled_weights<std::conditional_t<std::is_const_v<T>, const float8_e4m3, float8_e4m3>>;
+
+    template <class T>
+    static block_scaled_weights<float8_e4m3> reserve_weights(arena& memory, int64_t experts, int64_t out, int64_t in)
+    {
+        return reserve_block_scaled(memory, experts, out, in);
+    }
+};
 
 } // namespace gemm
 

@@ -54,13 +54,6 @@ FASTMOE_HOST_DEVICE constexpr const auto& data_of(const Rows& x) noexcept
     if constexpr (has_scales<Rows>) return x.codes.data;
     else return x.data;
 }
-template <class Weights>
-FASTMOE_HOST_DEVICE constexpr const auto& matrices_of(const Weights& w) noexcept
-{
-    if constexpr (requires { w.codes; }) return w.codes;
-    else return w;
-}
-
 /// What a thread's sums of a stage are multiplied by: scales of rows, each times the one of the tile's weights.
 template <hopper_tuning how>
 struct stage_scales {

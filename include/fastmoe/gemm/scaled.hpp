@@ -57,6 +57,14 @@ struct block_scaled_weights {
     }
 };
 
+/// Codes (E,out,in) and their scales, contiguous, in memory of the arena.
+inline block_scaled_weights<float8_e4m3> reserve_block_scaled(arena& memory, int64_t experts, int64_t out, int64_t in)
+{
+    auto* codes = memory.matrix<float8_e4m3>(experts * out, in).data_handle();
+    auto* scales = memory.matrix<float>(experts * scale_blocks(out), scale_blocks(in)).data_handle();
+    return {stacked(tensor_view<float8_e4m3, 3>(codes, experts, out, in)), scales};
+}
+
 namespace detail::scaled {
 
 /// The larger; NaN if one of them is, which makes all of a block NaN.
