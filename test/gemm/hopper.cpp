@@ -267,6 +267,32 @@ TEST_CASE("a group that lies elsewhere is a fault of wgrad, whoever has its tile
     check(fm::gemm::hopper_with<always<hopper_tuning{.columns = 128, .stages = 2}, hopper_tuning{.columns = 128, .stages = 2, .schedule = hopper_schedule::ping_pong}>>{});
 }
 
+TEST_CASE("rows that lie in order come in boxes where a tile has all of its rows, and in lines where it has not")
+{
+    FASTMOE_SEEDED(r, 69);
+    const auto lines_of = [&](std::vector<int32_t> counts, bool gathered) {
+        const ragged g = ragged::of(r, std::move(counts), 5);
+        const test_rows<bfloat16> x(r, g, 72, support::start::aligned);
+        test_weights<bfloat16> w(weight_storage::stacked, g.experts(), 264, 72, support::start::aligned);
+        w.fill(r);
+        const fm::weight_view<const bfloat16> weights = w.view();
+        const auto old = [&](int64_t e, int64_t o, int64_t i) { return w(e, o, i); };
+        clusters ex(2, 3);
+        const auto got = rows_outcome<bfloat16>(ex, g, 264, [&](auto y, const auto& epilogue, fm::arena& memory) {
+            if (gathered) fm::gemm::hopper{}.forward(ex, g.view(), x.indexed(), weights, fm::matrix_view<const float>{}, y, epilogue, memory);
+            else fm::gemm::hopper{}.forward(ex, g.view(), x.plain(), weights, fm::matrix_view<const float>{}, y, epilogue, memory);
+        }, support::start::aligned);
+        CHECK(got.complaint == "");
+        const auto expected = support::reference_forward(g, gathered ? x.indexed_reference() : x.plain_reference(), old, {}, 264, 72);
+        CHECK(first_wrong<float>(got.values, expected, 73, [&](int64_t i) { return g.expert_of(i / 264) >= 0; }) == "");
+        return ex.lines;
+    };
+    CHECK(lines_of({128, 256}, false) == 0);
+    CHECK(lines_of({128, 256}, true) > 0);
+    CHECK(lines_of({128, 257}, false) == 2 * 9); // a row of 72 is nine lines, for two tiles of columns
+    CHECK(lines_of({127, 0}, false) == 2 * 9 * 127);
+}
+
 TEST_CASE("a matrix held apart that no line of 16 bytes begins is a fault where the host cannot look, and zeros")
 {
     FASTMOE_SEEDED(r, 68);

@@ -161,6 +161,7 @@ public:
         if (place % 1024) complain("a box of swizzled lines begins at a multiple of 1024 bytes");
         if (place + bytes > bytes_) return complain("a box goes elsewhere");
         box_bytes_ += bytes;
+        if (ranks == 0) ranks = 1u << static_cast<unsigned>(this->rank());
         for (std::size_t rank = 0; rank < 32; ++rank) {
             if (!(ranks >> rank & 1)) continue;
             block& b = blocks_.at(rank);

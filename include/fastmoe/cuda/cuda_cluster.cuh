@@ -112,7 +112,7 @@ struct device_cluster {
                                       [[maybe_unused]] std::uint32_t ranks) const noexcept
     {
 #if FASTMOE_HAS_CLUSTERS
-        if (ranks == 1) {
+        if (ranks == 0) {
             asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
                              address(to)),
                          "l"(&map), "r"(x), "r"(y), "r"(z), "r"(address(w))

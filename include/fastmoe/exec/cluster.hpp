@@ -36,7 +36,7 @@ using barrier_word = std::uint64_t;
 ///     b.copy_line(to, from, bytes)  begins to copy 16 bytes from memory, or to clear them if bytes is 0: nothing is read then
 ///     b.arrive_with_lines(w)        arrives when this thread's lines up to now are there
 ///     b.copy_box(to, map, w, x, y, z, ranks)  begins to copy a box whose first element is (x, y, z), zeros where it is outside,
-///                                   to that place in each block of the mask and counts its bytes at w there
+///                                   to that place in each block of the mask and counts its bytes at w there; 0: in this block
 ///     b.show_lines()                what is written and waited for is visible to multiply() of this thread
 ///     b.begin_products(), b.commit_products(), b.wait_products<n>()   the warpgroup: multiply() calls make groups; all but
 ///                                   the last n of them are done. Nobody touches sums in between

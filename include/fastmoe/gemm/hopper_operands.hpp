@@ -148,7 +148,7 @@ struct boxes {
     template <class Block>
     FASTMOE_HOST_DEVICE void bring(Block& block, std::byte* to, barrier_word* full, int first) const
     {
-        constexpr std::uint32_t all = (1u << cluster) - 1;
+        constexpr std::uint32_t all = cluster == 1 ? 0 : (1u << cluster) - 1;
         if constexpr (how == lie::deep) {
             const int part = block.rank() * box_rows;
             block.copy_box(to + part * line_bytes, *map, full, first, row + part, expert, all);

@@ -49,6 +49,8 @@ struct banded {
 template <class Rows>
 inline constexpr bool has_scales = requires(const Rows& x) { x.codes; };
 template <class Rows>
+inline constexpr bool is_gathered = requires(const Rows& x) { x.index; } || requires(const Rows& x) { x.codes.index; };
+template <class Rows>
 FASTMOE_HOST_DEVICE constexpr const auto& data_of(const Rows& x) noexcept
 {
     if constexpr (has_scales<Rows>) return x.codes.data;
@@ -98,11 +100,15 @@ struct row_product {
     static constexpr bool lines = true;
     static constexpr bool has_map = !std::is_same_v<Map, no_map>;
     static constexpr int bring_registers = has_map ? 40 : 72;
-    static constexpr int box_bytes = !has_map ? 0 : how.turned ? how.row_bytes() : how.column_bytes();
+    static constexpr int weight_bytes = how.turned ? how.row_bytes() : how.column_bytes();
+    /// Rows that lie in order come in boxes, too, where a tile has all of its rows.
+    static constexpr bool boxes_rows = has_map && !how.turned && !is_gathered<Rows>;
     static constexpr int weight_rows = how.turned ? how.rows : how.columns; ///< features of a tile
     static constexpr int tokens = how.tokens();
 
     Map map;              ///< of W
+    std::conditional_t<boxes_rows, Map, no_map> row_map; ///< of x: its first rows, as many as
+    int64_t mapped;
     Weights w;            // (E,N,K)
     row_tiles rows_of;    ///< tiles of cluster * tokens rows
     Rows x;               // (S,K)
@@ -113,23 +119,29 @@ struct row_product {
     struct place {
         int64_t expert, first, count; ///< rows of Y from the tile's first on: count may be more than a tile has, or negative
         int64_t feature;              ///< the tile's first
-        int steps;
+        int steps, box_bytes;
+        bool has_lines;
     };
     template <class OfWeights>
     struct operands {
         deep_lines<tokens, element> of_x;
         OfWeights of_w;
+        const std::conditional_t<boxes_rows, Map, no_map>* rows;
+        int first_row;
+        bool has_lines;
 
         template <class Block>
         FASTMOE_HOST_DEVICE void bring_lines(Block& block, std::byte* to, int64_t first) const
         {
-            of_x.bring(block, how.turned ? to + how.row_bytes() : to, first);
+            if (has_lines || !boxes_rows) of_x.bring(block, how.turned ? to + how.row_bytes() : to, first);
             if constexpr (!has_map) of_w.bring(block, how.turned ? to : to + how.row_bytes(), first);
         }
         template <class Block>
         FASTMOE_HOST_DEVICE void bring_boxes(Block& block, std::byte* to, barrier_word* full, int first) const
         {
             of_w.bring(block, how.turned ? to : to + how.row_bytes(), full, first);
+            if constexpr (boxes_rows)
+                if (!has_lines) block.copy_box(to, *rows, full, first, first_row, 0, 0);
         }
     };
     FASTMOE_HOST_DEVICE int64_t tiles() const noexcept { return rows_of.count() * ceil_div(out, weight_rows); }
@@ -139,16 +151,19 @@ struct row_product {
         const auto [e, number] = rows_of.find(at.row);
         const row_range group = row_range::of(rows_of.groups, e);
         const int64_t above = (number * how.cluster + rank) * tokens;
-        return {e, group.first + above, group.count - above, at.column * weight_rows, static_cast<int>(ceil_div(x.extent(1), depth_of<element>))};
+        const int64_t first = group.first + above, count = group.count - above;
+        const bool is_box = boxes_rows && count >= tokens && first + tokens <= mapped;
+        return {e, first, count, at.column * weight_rows, static_cast<int>(ceil_div(x.extent(1), depth_of<element>)),
+                (has_map ? weight_bytes : 0) + (is_box ? how.row_bytes() : 0), !is_box};
     }
     template <class Block, class Brings>
     FASTMOE_HOST_DEVICE void bring(Block& block, const place& p, const Brings& brings) const
     {
         const deep_lines<tokens, element> of_x(block.thread(), data_of(x).data_handle(), x.extent(1),
-                                               [&](int r) { return r < p.count ? x.row(p.first + r) : nullptr; });
+                                               [&](int r) { return p.has_lines && r < p.count ? x.row(p.first + r) : nullptr; });
         if constexpr (has_map) {
             using of_w = boxes<how_w, weight_rows, how.cluster, Map>;
-            brings(operands<of_w>{of_x, {&map, static_cast<int>(p.feature), static_cast<int>(p.expert)}});
+            brings(operands<of_w>{of_x, {&map, static_cast<int>(p.feature), static_cast<int>(p.expert)}, &row_map, static_cast<int>(p.first), p.has_lines});
         } else {
             using of_w = matrix_lines<how_w, weight_rows, element>;
             const auto& m = matrices_of(w);
@@ -157,7 +172,7 @@ struct row_product {
             const bool is_whole = beyond == 0; // the host has not seen it
             if (!is_whole && block.thread() == 0) faults.record(fault_kind::matrix_misaligned, p.expert, beyond);
             if (!is_whole) base = data_of(x).data_handle();
-            brings(operands<of_w>{of_x, {base, how_w == lie::deep ? m.row_stride : m.col_stride, p.feature, is_whole ? out : 0, x.extent(1)}});
+            brings(operands<of_w>{of_x, {base, how_w == lie::deep ? m.row_stride : m.col_stride, p.feature, is_whole ? out : 0, x.extent(1)}, &row_map, 0, true});
         }
     }
     template <class Block>
@@ -192,9 +207,8 @@ struct gradient_product {
     static constexpr bool is_scaled = false;
     using element = portable::row_element_t<DownRows>;
     static constexpr lie rows_lie = lie::wide, columns_lie = lie::wide;
-    static constexpr bool lines = true;
+    static constexpr bool lines = true, has_map = false;
     static constexpr int bring_registers = 56;
-    static constexpr int box_bytes = 0;
 
     row_groups groups;
     DownRows down;     // (S,M)
@@ -208,6 +222,8 @@ struct gradient_product {
         std::int32_t expert, count, row, column;
         int steps;
         bool writes;
+        static constexpr int box_bytes = 0;
+        static constexpr bool has_lines = true;
     };
     FASTMOE_HOST_DEVICE int64_t tiles() const noexcept
     {

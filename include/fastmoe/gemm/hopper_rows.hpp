@@ -149,11 +149,20 @@ private:
                                  bytes * (m.experts > 1 ? m.expert_stride : deep ? m.row_stride * m.out : m.col_stride * m.in)},
                                 {depth_of<T>, deep ? product::weight_rows / how.cluster : depth},
                                 static_cast<int>(bytes)};
-        const auto describe = [&] {
-            if constexpr (product::has_map) return ex.describe(source);
+        // As many rows as coordinates and strides of a map can say.
+        const int64_t line = bytes * x.extent(1), most = int64_t{1} << 39;
+        const int64_t mapped = groups.slots <= INT32_MAX && groups.slots * line < most ? groups.slots : 0;
+        const auto describe = [&]<bool is_there>(const box_source& from) {
+            if constexpr (is_there) return ex.describe(from);
             else return no_map{};
         };
-        const multiply f{{describe(), w, {groups, before}, x, m.out, {bias, y, end, sums}, ex.faults()}};
+        const box_source of_rows{mapped > 0 ? static_cast<const void*>(data_of(x).data_handle()) : m.data,
+                                 {x.extent(1), mapped > 0 ? mapped : 1, 1},
+                                 {line, line * (mapped > 0 ? mapped : 1)},
+                                 {depth_of<T>, product::tokens},
+                                 static_cast<int>(bytes)};
+        const multiply f{{describe.template operator()<product::has_map>(source), describe.template operator()<product::boxes_rows>(of_rows),
+                          mapped, w, {groups, before}, x, m.out, {bias, y, end, sums}, ex.faults()}};
         ex.for_each_cluster((groups.slots / tokens + groups.experts()) * ceil_div(m.out, product::weight_rows), f, multiply::shared_bytes);
         if constexpr (!product::has_map) ex.deliver_faults();
         if constexpr (End::has_sums) {

@@ -29,10 +29,11 @@ struct sums {
 ///
 ///     Product::tuning, ::element       hopper_tuning; bfloat16, half or float8_e4m3
 ///     Product::is_scaled               whether the sums of a stage are scaled, see sum_scaled()
-///     Product::rows_lie, ::columns_lie of both operands; Product::lines, Product::box_bytes: what the full barrier waits for
+///     Product::rows_lie, ::columns_lie of both operands; Product::lines, ::has_map: whether it brings lines, and boxes
 ///     Product::bring_registers         of the 504 that three warpgroups' threads have together
 ///     p.tiles()                        of a cluster
-///     p.tile(t, rank)                  what follows is about; t.steps: the stages of its depth
+///     p.tile(t, rank)                  what follows is about; t.steps: the stages of its depth; t.box_bytes: of each in boxes;
+///                                      t.has_lines: whether there are lines in them
 ///     p.bring(block, tile, f)          f(o): o.bring_lines(block, stage, first) by all who bring, o.bring_boxes(block, stage, full,
 ///                                      first) by the first of them
 ///     p.store(block, tile, first_row, sums)
@@ -57,7 +58,7 @@ struct multiply_tiles {
         if (block.thread() == 0) {
             for (int g = 0; g < 2; ++g) block.init(turns + g, warps);
             for (int s = 0; s < how.stages; ++s) {
-                block.init(full + s, (Product::lines ? warpgroup_threads : 0) + (Product::box_bytes > 0 ? 1 : 0));
+                block.init(full + s, (Product::lines ? warpgroup_threads : 0) + (Product::has_map ? 1 : 0));
                 block.init(empty + s, (ping_pong ? 1 : 2) * warps * how.cluster);
             }
         }
@@ -88,9 +89,9 @@ private:
                 for (int s = 0; s < tile.steps; ++s, ++at.count) {
                     std::byte* const to = block.shared() + at.stage() * how.stage_bytes();
                     block.wait(empty + at.stage(), at.parity() ^ 1);
-                    if constexpr (Product::box_bytes > 0)
+                    if constexpr (Product::has_map)
                         if (block.thread() == 0) {
-                            block.expect(full + at.stage(), Product::box_bytes);
+                            block.expect(full + at.stage(), tile.box_bytes);
                             operands.bring_boxes(block, to, full + at.stage(), s * depth_of<typename Product::element>);
                         }
                     if constexpr (Product::lines) operands.bring_lines(block, to, int64_t{s} * depth_of<typename Product::element>);
@@ -119,7 +120,7 @@ private:
                     if (ping_pong && block.thread() % warp_threads == 0) block.arrive(turns + (1 - group), block.rank());
                 };
                 if constexpr (Product::is_scaled) sum_scaled(block, full, empty, first_row, tile, at, c, last);
-                else sum(block, full, empty, first_row, tile.steps, at, c, last);
+                else sum(block, full, empty, first_row, tile, at, c, last);
                 product.store(block, tile, first_row, c);
             }
             at.count += static_cast<unsigned>(tile.steps);
@@ -128,8 +129,8 @@ private:
     }
 
     /// @param last  called when the last products are under way
-    template <class Block, class Last>
-    FASTMOE_HOST_DEVICE void sum(Block& block, barrier_word* full, barrier_word* empty, int first_row, int steps, position at,
+    template <class Block, class Tile, class Last>
+    FASTMOE_HOST_DEVICE void sum(Block& block, barrier_word* full, barrier_word* empty, int first_row, const Tile& tile, position at,
                                  sums<how>& c, const Last& last) const
     {
         using T = typename Product::element;
@@ -139,10 +140,10 @@ private:
         for (int b = 0; b < how.blocks(); ++b) block.hold(c.of[b]);
         position before = at;
         FASTMOE_KEEP_LOOP
-        for (int s = 0; s < steps; ++s, ++at.count) {
+        for (int s = 0; s < tile.steps; ++s, ++at.count) {
             const std::uint32_t rows = block.address(block.shared() + at.stage() * how.stage_bytes());
             block.wait(full + at.stage(), at.parity());
-            if constexpr (Product::lines) block.show_lines();
+            if (tile.has_lines) block.show_lines();
             block.begin_products();
             FASTMOE_UNROLL
             for (int k = 0; k < steps_of_stage; ++k)
@@ -156,12 +157,12 @@ private:
             if (s > 0) release(block, empty, before);
             before = at;
         }
-        if (steps == 0) block.sync_warp(); // all of a warp have had their turn before it passes it on
+        if (tile.steps == 0) block.sync_warp(); // all of a warp have had their turn before it passes it on
         last();
         block.template wait_products<0>();
         FASTMOE_UNROLL
         for (int b = 0; b < how.blocks(); ++b) block.hold(c.of[b]);
-        if (steps > 0) release(block, empty, before);
+        if (tile.steps > 0) release(block, empty, before);
     }
 
     /// Sums of each stage on their own, added with its scales: tensor cores keep some 14 bits of a sum of eight-bit floats, so no sum
@@ -182,7 +183,7 @@ private:
             const factors now = next;
             const std::uint32_t rows = block.address(block.shared() + at.stage() * how.stage_bytes());
             block.wait(full + at.stage(), at.parity());
-            if constexpr (Product::lines) block.show_lines();
+            if (tile.has_lines) block.show_lines();
             FASTMOE_UNROLL
             for (int b = 0; b < how.blocks(); ++b) {
                 block.hold(part);
