@@ -6,6 +6,7 @@
 
 #include <fastmoe/gemm/block_tile.hpp>
 #include <fastmoe/gemm/portable_plain.hpp>
+#include <fastmoe/gemm/row_tiles.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI {
 
@@ -15,38 +16,7 @@ namespace detail::block {
 template <class A, class B>
 using staged_t = std::conditional_t<std::is_same_v<A, B> && sizeof(A) == 2, A, float>;
 
-FASTMOE_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) noexcept { return (a + b - 1) / b; }
-
-/// The rows of a group that lie inside of all rows: none of a group that a fault has put elsewhere.
-struct row_range {
-    int64_t first, count;
-
-    static FASTMOE_HOST_DEVICE constexpr row_range of(const row_groups& g, int64_t e) noexcept
-    {
-        const int64_t first = g.offsets(e), count = g.counts(e);
-        if (count <= 0 || first >= g.slots || first <= -count) return {0, 0};
-        const int64_t begin = first > 0 ? first : 0, end = first + count < g.slots ? first + count : g.slots;
-        return {begin, end - begin};
-    }
-};
-
-/// One team counts the tiles of rows before each expert.
-struct count_row_tiles {
-    row_groups groups;
-    vector_view<int64_t> before; // (E+1)
-    int64_t rows = tile_rows;    ///< of a tile
-
-    template <class Team>
-    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t) const
-    {
-        const auto& self = *this;
-        const int64_t all = team.scan(
-            groups.experts(), int64_t{0}, [](int64_t a, int64_t b) { return a + b; },
-            [&self](int64_t e) { return ceil_div(row_range::of(self.groups, e).count, self.rows); },
-            [&self](int64_t e, int64_t tiles) { self.before(e) = tiles; });
-        if (team.lane() == 0) before(groups.experts()) = all;
-    }
-};
+using tiles::banded, tiles::ceil_div, tiles::count_row_tiles, tiles::row_range, tiles::row_tiles;
 
 /// Stores two neighbouring sums, in one access where they allow it.
 template <class T>
@@ -69,23 +39,19 @@ struct multiply_row_tiles {
     using X = portable::row_element_t<Rows>;
     using Element = staged_t<X, W>;
     static constexpr int resident = arithmetic<Element>::resident;
-    row_groups groups;
-    Rows x;                            // (S,K)
-    weight_view<const W> w;            // (E,N,K)
-    matrix_view<const B> bias;         // (E,N), or no memory
-    matrix_view<Y> y;                  // (S,N)
-    vector_view<const int64_t> before; // (E+1)
+    row_tiles rows_of;
+    Rows x;                    // (S,K)
+    weight_view<const W> w;    // (E,N,K)
+    matrix_view<const B> bias; // (E,N), or no memory
+    matrix_view<Y> y;          // (S,N)
 
     template <thread_block Block>
     FASTMOE_HOST_DEVICE void operator()(Block& block) const
     {
-        const int64_t across = ceil_div(w.out, tile_columns), down = before(groups.experts());
+        const int64_t across = ceil_div(w.out, tile_columns), down = rows_of.count();
         for (int64_t t = block.index(); t < across * down; t += block.count()) {
-            // Bands of 8 tiles across: what runs at one time shares rows of X and columns of W.
-            constexpr int64_t band = 8;
-            const int64_t left = t / (down * band) * band, width = across - left < band ? across - left : band;
-            const int64_t inside = t - left * down;
-            tile(block, inside / width, (left + inside % width) * tile_columns);
+            const banded at = banded::of(t, down, across, 8);
+            tile(block, at.row, at.column * tile_columns);
         }
     }
 
@@ -93,13 +59,9 @@ private:
     template <thread_block Block>
     FASTMOE_HOST_DEVICE void tile(Block& block, int64_t number, int64_t column) const
     {
-        int64_t e = 0, high = groups.experts(); // before(e) <= number < before(high)
-        while (high - e > 1) {
-            const int64_t middle = (e + high) / 2;
-            (before(middle) <= number ? e : high) = middle;
-        }
-        const row_range group = row_range::of(groups, e);
-        const int64_t above = (number - before(e)) * tile_rows;
+        const auto [e, in_expert] = rows_of.find(number);
+        const row_range group = row_range::of(rows_of.groups, e);
+        const int64_t above = in_expert * tile_rows;
         const int64_t first = group.first + above, count = group.count - above, columns = w.out - column;
         const deep_operand<Element, X> a(block.thread(), w.in,
                                          [&](int r) { return r < count ? x.row(first + r) : nullptr; });
@@ -228,10 +190,10 @@ struct implementation<verbs::multiply_rows, Executor> {
             if (always_runs_blocks<Executor> || ex.has_blocks()) {
                 const auto before = memory.vector<int64_t>(groups.experts() + 1);
                 if (memory.measuring() || groups.experts() == 0) return;
-                for_each_row(ex, 1, count_row_tiles{groups, before}, {.width = groups.experts()});
+                for_each_row(ex, 1, count_row_tiles{groups, before, tile_rows}, {.width = groups.experts()});
                 const auto multiply = [&]<detail::lie how>() {
                     ex.for_each_block((groups.slots / tile_rows + groups.experts()) * ceil_div(w.out, tile_columns),
-                                      multiply_row_tiles<how, Rows, W, B, Y>{groups, x, w, bias, y, before}, shared_bytes);
+                                      multiply_row_tiles<how, Rows, W, B, Y>{{groups, before}, x, w, bias, y}, shared_bytes);
                 };
                 if (w.col_stride == 1) multiply.template operator()<detail::lie::deep>();
                 else multiply.template operator()<detail::lie::wide>();

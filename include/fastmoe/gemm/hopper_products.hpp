@@ -3,47 +3,14 @@
 /// What gemm::hopper's tiles are of: rows of tokens against weights, and the gradient of weights over rows of tokens.
 #pragma once
 
-#include <fastmoe/gemm/block_products.hpp>
 #include <fastmoe/gemm/hopper_store.hpp>
 #include <fastmoe/gemm/hopper_tile.hpp>
+#include <fastmoe/gemm/row_tiles.hpp>
 #include <fastmoe/gemm/scaled.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI::detail::hopper {
 
-using block::ceil_div;
-using block::row_range;
-
-/// Tiles of rows before each expert, and where a tile of all of them is.
-struct row_tiles {
-    row_groups groups;
-    vector_view<const int64_t> before; // (E+1)
-
-    struct place {
-        int64_t expert, number; ///< of the tile in that expert
-    };
-    FASTMOE_HOST_DEVICE int64_t count() const noexcept { return before(groups.experts()); }
-    FASTMOE_HOST_DEVICE place find(int64_t tile) const noexcept
-    {
-        int64_t e = 0, high = groups.experts(); // before(e) <= tile < before(high)
-        while (high - e > 1) {
-            const int64_t middle = (e + high) / 2;
-            (before(middle) <= tile ? e : high) = middle;
-        }
-        return {e, tile - before(e)};
-    }
-};
-
-/// Tile t of `down` rows of tiles and `across` columns of them, in bands of columns: what runs at one time shares operands.
-struct banded {
-    int64_t row, column;
-
-    static FASTMOE_HOST_DEVICE constexpr banded of(int64_t t, int64_t down, int64_t across, int64_t band) noexcept
-    {
-        const int64_t left = t / (down * band) * band, width = across - left < band ? across - left : band;
-        const int64_t inside = t - left * down;
-        return {inside / width, left + inside % width};
-    }
-};
+using tiles::banded, tiles::ceil_div, tiles::row_range, tiles::row_tiles;
 
 /// Rows that have codes are data with scales; all others are numbers.
 template <class Rows>

@@ -139,7 +139,7 @@ private:
         if constexpr (End::has_sums) sums = memory.matrix<float>(groups.slots, ceil_div(m.out, how.columns));
         if (groups.slots == 0) return true;
         constexpr int64_t tokens = how.tokens() * how.cluster;
-        for_each_row(ex, 1, block::count_row_tiles{groups, before, tokens}, {.width = groups.experts()});
+        for_each_row(ex, 1, tiles::count_row_tiles{groups, before, tokens}, {.width = groups.experts()});
         constexpr bool deep = how_w == lie::deep;
         using T = typename product::element;
         constexpr int64_t bytes = sizeof(T);
