@@ -6,24 +6,20 @@
 /// matrices whose lines meet in a bank, and tiles that depend on how many blocks there are.
 #pragma once
 
-#include <ucontext.h>
-
 #include <algorithm>
 #include <cstring>
-#include <functional>
-#include <memory>
 #include <stdexcept>
-#include <string>
 #include <utility>
 #include <vector>
 
 #include <fastmoe/core/dtype.hpp>
 #include <fastmoe/exec/block.hpp>
 
+#include "fibers.hpp"
 
 namespace support {
 
-class fiber_block {
+class fiber_block : fibers {
 public:
     fiber_block(std::int64_t index, std::int64_t count, std::int64_t shared_bytes)
         : index_(index), count_(count), bytes_(shared_bytes), memory_(static_cast<std::size_t>(shared_bytes) + 256)
@@ -36,49 +32,21 @@ public:
     template <class F>
     void run(const F& f)
     {
-        constexpr std::size_t stack = 256 << 10;
-        static thread_local std::vector<std::unique_ptr<char[]>> stacks;
-        body_ = [this, &f] {
-            fiber_block& self = *this;
-            f(self);
-        };
         threads_.resize(fastmoe::block_threads);
-        for (std::size_t t = 0; t < threads_.size(); ++t) {
-            if (stacks.size() <= t) stacks.emplace_back(new char[stack]);
-            fiber& mine = threads_[t];
-            getcontext(&mine.context);
-            mine.context.uc_stack.ss_sp = stacks[t].get();
-            mine.context.uc_stack.ss_size = stack;
-            mine.context.uc_link = &main_;
-            const auto self = reinterpret_cast<std::uintptr_t>(this);
-            makecontext(&mine.context, reinterpret_cast<void (*)()>(&enter), 2, static_cast<unsigned>(self >> 32),
-                        static_cast<unsigned>(self & 0xffffffffu));
-        }
-        for (bool any = true; any;) {
-            any = false;
-            const std::uint64_t before = progress_;
-            for (std::size_t t = 0; t < threads_.size(); ++t) {
-                if (threads_[t].done) continue;
-                any = true;
-                now_ = static_cast<int>(t);
-                swapcontext(&main_, &threads_[t].context);
-            }
-            if (any && before == progress_) complain("threads wait for others that do not come");
-            if (!complaint_.empty()) break;
-        }
+        take_turns(threads_.size(), 256 << 10, [this, &f] { f(*this); }, [] { return std::size_t{0}; }, [](bool) {});
         for (fiber& each : threads_)
-            if (complaint_.empty() && !each.copies.empty()) complain("copies that nobody has waited for");
+            if (complaint().empty() && !each.copies.empty()) complain("copies that nobody has waited for");
         for (std::size_t i = 0; i < 128; ++i) // before and after what was asked for
-            if (complaint_.empty() && ((shared_ - 1 - i >= memory_.data() && shared_[-1 - static_cast<std::ptrdiff_t>(i)] != std::byte{0xff}) ||
+            if (complaint().empty() && ((shared_ - 1 - i >= memory_.data() && shared_[-1 - static_cast<std::ptrdiff_t>(i)] != std::byte{0xff}) ||
                                        (shared_ + bytes_ + i < memory_.data() + memory_.size() && shared_[bytes_ + static_cast<std::ptrdiff_t>(i)] != std::byte{0xff})))
                 complain("shared memory beyond what was asked for was written");
-        if (!complaint_.empty()) throw std::logic_error(complaint_);
+        if (!complaint().empty()) throw std::logic_error(complaint());
     }
     int bank_conflicts() const { return conflicts_; }
     std::int64_t products() const { return products_; }
     std::int64_t lines() const { return lines_; }
 
-    int thread() const { return now_; }
+    int thread() const { return now(); }
     std::int64_t index() const { return index_; }
     std::int64_t count() const { return count_; }
     std::byte* shared() const { return shared_; }
@@ -93,17 +61,17 @@ public:
         if (to < shared_ || static_cast<std::byte*>(to) + 16 > shared_ + bytes_) return complain("a copy goes elsewhere");
         ++lines_;
         std::memset(to, 0xff, 16); // until it arrives
-        threads_[static_cast<std::size_t>(now_)].open.push_back({to, from});
+        threads_[static_cast<std::size_t>(now())].open.push_back({to, from});
     }
     void commit()
     {
-        fiber& mine = threads_[static_cast<std::size_t>(now_)];
+        fiber& mine = threads_[static_cast<std::size_t>(now())];
         mine.copies.push_back(std::exchange(mine.open, {}));
     }
     template <int n>
     void wait()
     {
-        fiber& mine = threads_[static_cast<std::size_t>(now_)];
+        fiber& mine = threads_[static_cast<std::size_t>(now())];
         while (mine.copies.size() > n) {
             for (const auto& [to, from] : mine.copies.front()) std::memcpy(to, from, 16);
             mine.copies.erase(mine.copies.begin());
@@ -118,7 +86,7 @@ public:
     void multiply(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1)
     {
         warp& w = own();
-        const int lane = now_ % 32;
+        const int lane = now() % 32;
         for (int i = 0; i < 4; ++i) w.c[lane][i] = c[i], w.a[lane][i] = a[i];
         w.b[lane][0] = b0, w.b[lane][1] = b1;
         meet(w.here, 32, [&] {
@@ -149,14 +117,8 @@ public:
 
 private:
     struct fiber {
-        ucontext_t context;
-        bool done = false;
         std::vector<std::pair<void*, const void*>> open;
         std::vector<std::vector<std::pair<void*, const void*>>> copies;
-    };
-    struct meeting {
-        int arrived = 0;
-        std::uint64_t held = 0;
     };
     struct warp {
         meeting here;
@@ -165,38 +127,7 @@ private:
         float c[32][4];
     };
 
-    static void enter(unsigned high, unsigned low)
-    {
-        auto* self = reinterpret_cast<fiber_block*>((static_cast<std::uintptr_t>(high) << 32) | low);
-        self->body_();
-        self->threads_[static_cast<std::size_t>(self->now_)].done = true;
-        ++self->progress_;
-    }
-    warp& own() { return warps_[now_ / 32]; }
-    void complain(const char* what)
-    {
-        if (complaint_.empty()) complaint_ = "thread " + std::to_string(now_) + ": " + what;
-    }
-    void yield()
-    {
-        const int mine = now_;
-        swapcontext(&threads_[static_cast<std::size_t>(mine)].context, &main_);
-        now_ = mine;
-    }
-    /// Waits for `many` threads; the last one calls then() before all go on.
-    template <class Then>
-    void meet(meeting& m, int many, const Then& then)
-    {
-        ++progress_;
-        const std::uint64_t turn = m.held;
-        if (++m.arrived == many) {
-            then();
-            m.arrived = 0;
-            ++m.held;
-            return;
-        }
-        while (m.held == turn) yield();
-    }
+    warp& own() { return warps_[now() / 32]; }
     template <class Place>
     void load(std::uint32_t (&r)[4], const std::byte* line, const Place& place)
     {
@@ -204,7 +135,7 @@ private:
         if (line < shared_ || line + 16 > shared_ + bytes_ || reinterpret_cast<std::uintptr_t>(line) % 16)
             return complain("a line of a small matrix lies elsewhere, or is not aligned");
         warp& w = own();
-        const int lane = now_ % 32;
+        const int lane = now() % 32;
         w.lines[lane] = line;
         meet(w.here, 32, [&] {
             for (int matrix = 0; matrix < 4; ++matrix) {
@@ -229,15 +160,11 @@ private:
     std::int64_t index_, count_, bytes_;
     std::vector<std::byte> memory_;
     std::byte* shared_;
-    std::function<void()> body_;
     std::vector<fiber> threads_;
     warp warps_[fastmoe::block_threads / 32];
     meeting block_;
-    ucontext_t main_;
-    int now_ = 0, conflicts_ = 0;
+    int conflicts_ = 0;
     std::int64_t products_ = 0, lines_ = 0;
-    std::uint64_t progress_ = 0;
-    std::string complaint_;
 };
 
 static_assert(fastmoe::thread_block<fiber_block>);

@@ -7,22 +7,20 @@
 /// operands that lie elsewhere than their words say, memory beyond what was asked for, and threads that part.
 #pragma once
 
-#include <ucontext.h>
-
 #include <algorithm>
 #include <cstring>
 #include <functional>
 #include <limits>
 #include <map>
-#include <memory>
 #include <random>
 #include <stdexcept>
-#include <string>
 #include <utility>
 #include <vector>
 
 #include <fastmoe/core/dtype.hpp>
 #include <fastmoe/exec/cluster.hpp>
+
+#include "fibers.hpp"
 
 namespace support {
 
@@ -31,7 +29,7 @@ struct fiber_box {
     fastmoe::box_source source;
 };
 
-class fiber_cluster {
+class fiber_cluster : fibers {
 public:
     fiber_cluster(std::int64_t index, std::int64_t count, int blocks, std::int64_t shared_bytes, unsigned seed)
         : index_(index), count_(count), bytes_(shared_bytes), blocks_(static_cast<std::size_t>(blocks)), random_(seed), late_(seed % 2 == 1)
@@ -47,66 +45,34 @@ public:
     template <class F>
     void run(const F& f)
     {
-        constexpr std::size_t stack = 128 << 10;
-        static thread_local std::vector<std::unique_ptr<char[]>> stacks;
-        body_ = [this, &f] {
-            fiber_cluster& self = *this;
-            f(self);
-        };
         threads_.resize(blocks_.size() * fastmoe::cluster_block_threads);
-        for (std::size_t t = 0; t < threads_.size(); ++t) {
-            if (stacks.size() <= t) stacks.emplace_back(new char[stack]);
-            fiber& mine = threads_[t];
-            getcontext(&mine.context);
-            mine.context.uc_stack.ss_sp = stacks[t].get();
-            mine.context.uc_stack.ss_size = stack;
-            mine.context.uc_link = &main_;
-            const auto self = reinterpret_cast<std::uintptr_t>(this);
-            makecontext(&mine.context, reinterpret_cast<void (*)()>(&enter), 2, static_cast<unsigned>(self >> 32),
-                        static_cast<unsigned>(self & 0xffffffffu));
-        }
-        for (bool any = true; any && complaint_.empty();) {
-            any = false;
-            const std::uint64_t before = progress_;
-            const std::size_t turn = random_() % threads_.size();
-            for (std::size_t i = 0; i < threads_.size() && complaint_.empty(); ++i) {
-                const std::size_t t = (i + turn) % threads_.size();
-                if (threads_[t].done || (threads_[t].stuck && !threads_[t].stuck())) {
-                    any |= !threads_[t].done;
-                    continue;
-                }
-                any = true;
-                now_ = static_cast<int>(t);
-                swapcontext(&main_, &threads_[t].context);
-            }
-            deliver(before == progress_);
-            if (any && before == progress_) complain("threads wait for others that do not come");
-        }
-        if (complaint_.empty() && !flying_.empty()) complain("copies that nobody has waited for");
+        take_turns(threads_.size(), 128 << 10, [this, &f] { f(*this); }, [this] { return random_() % threads_.size(); },
+                   [this](bool is_stuck) { deliver(is_stuck); });
+        if (complaint().empty() && !flying_.empty()) complain("copies that nobody has waited for");
         for (fiber& each : threads_)
-            if (complaint_.empty() && !each.lines.empty()) complain("lines that nobody has waited for");
+            if (complaint().empty() && !each.lines.empty()) complain("lines that nobody has waited for");
         for (const block& b : blocks_) {
             int registers = 0;
             for (const group& g : b.groups) {
                 registers += g.registers;
-                if (complaint_.empty() && (!g.open.empty() || !g.committed.empty())) complain("products that nobody has waited for");
+                if (complaint().empty() && (!g.open.empty() || !g.committed.empty())) complain("products that nobody has waited for");
             }
-            if (complaint_.empty() && registers * fastmoe::warpgroup_threads > 65536) complain("more registers than a multiprocessor has");
+            if (complaint().empty() && registers * fastmoe::warpgroup_threads > 65536) complain("more registers than a multiprocessor has");
             for (std::int64_t i = 0; i < 128; ++i)
-                if (complaint_.empty() && (b.shared[-1 - i] != std::byte{0xff} || b.shared[bytes_ + i] != std::byte{0xff}))
+                if (complaint().empty() && (b.shared[-1 - i] != std::byte{0xff} || b.shared[bytes_ + i] != std::byte{0xff}))
                     complain("shared memory beyond what was asked for was written");
         }
-        if (!complaint_.empty()) throw std::logic_error(complaint_);
+        if (!complaint().empty()) throw std::logic_error(complaint());
     }
     std::int64_t products() const { return products_; }
     std::int64_t box_bytes() const { return box_bytes_; }
     std::int64_t lines() const { return lines_; }
 
-    int thread() const { return now_ % fastmoe::cluster_block_threads; }
+    int thread() const { return now() % fastmoe::cluster_block_threads; }
     int warpgroup() const { return thread() / fastmoe::warpgroup_threads; }
     std::int64_t cluster() const { return index_; }
     std::int64_t clusters() const { return count_; }
-    int rank() const { return now_ / fastmoe::cluster_block_threads; }
+    int rank() const { return now() / fastmoe::cluster_block_threads; }
     std::byte* shared() { return own().shared; }
     std::uint32_t address(const void* p) { return first_address + static_cast<std::uint32_t>(static_cast<const std::byte*>(p) - own().shared); }
 
@@ -128,7 +94,7 @@ public:
         if (parity > 1) complain("a parity is 0 or 1");
         barrier& b = find(own(), offset(w, 8));
         wait_until([&b, parity] { return b.phases % 2 != parity; });
-        ++progress_;
+        go_on();
     }
     void copy_line(void* to, const void* from, int bytes)
     {
@@ -136,14 +102,14 @@ public:
         if (reinterpret_cast<std::uintptr_t>(from) % 16) complain("a line is read from memory that is not aligned");
         const std::int64_t at = offset(to, 16);
         lines_ += bytes > 0;
-        fiber& mine = threads_[static_cast<std::size_t>(now_)];
+        fiber& mine = threads_[static_cast<std::size_t>(now())];
         std::memset(to, 0xff, 16);
         mine.lines.push_back({rank(), at, bytes ? from : nullptr});
         if (!late_) land(mine);
     }
     void arrive_with_lines(fastmoe::barrier_word* w)
     {
-        const std::size_t thread = static_cast<std::size_t>(now_);
+        const std::size_t thread = static_cast<std::size_t>(now());
         const std::int64_t at = offset(w, 8);
         block& mine = own();
         // Lines that begin later do not count: they stay behind.
@@ -167,9 +133,10 @@ public:
             block& b = blocks_.at(rank);
             std::memset(b.shared + place, 0xff, static_cast<std::size_t>(bytes));
             fly([this, &b, s, place, at, x, y, z, bytes, size, rank] {
-                if (std::all_of(threads_.begin() + static_cast<std::ptrdiff_t>(rank) * fastmoe::cluster_block_threads,
-                                threads_.begin() + static_cast<std::ptrdiff_t>(rank + 1) * fastmoe::cluster_block_threads,
-                                [](const fiber& t) { return t.done; }))
+                bool has_ended = true;
+                for (int t = 0; t < fastmoe::cluster_block_threads; ++t)
+                    has_ended &= this->has_ended(rank * fastmoe::cluster_block_threads + static_cast<std::size_t>(t));
+                if (has_ended)
                     complain("a box comes to a block that has ended");
                 for (int row = 0; row < s.box[1]; ++row)
                     for (int c = 0; c < s.box[0]; ++c) {
@@ -188,15 +155,15 @@ public:
             });
         }
     }
-    void show_lines() { threads_[static_cast<std::size_t>(now_)].shown = ++time_; }
+    void show_lines() { threads_[static_cast<std::size_t>(now())].shown = ++time_; }
 
-    void begin_products() { threads_[static_cast<std::size_t>(now_)].begun = true; }
+    void begin_products() { threads_[static_cast<std::size_t>(now())].begun = true; }
     template <class T, int n, fastmoe::detail::lie a, fastmoe::detail::lie b, bool adds = true>
     void multiply(float (&c)[n / 2], std::uint64_t from_a, std::uint64_t from_b)
     {
         constexpr int depth = 32 / static_cast<int>(sizeof(T));
         static_assert(sizeof(T) == 2 || (a == fastmoe::detail::lie::deep && b == fastmoe::detail::lie::deep), "bytes lie deep");
-        fiber& mine = threads_[static_cast<std::size_t>(now_)];
+        fiber& mine = threads_[static_cast<std::size_t>(now())];
         if (!mine.begun) complain("products without begin_products()");
         group& g = own_group();
         const int lane = thread() % fastmoe::warpgroup_threads;
@@ -235,7 +202,7 @@ public:
     }
     void commit_products()
     {
-        threads_[static_cast<std::size_t>(now_)].begun = false;
+        threads_[static_cast<std::size_t>(now())].begun = false;
         group& g = own_group();
         meet(g.here, fastmoe::warpgroup_threads, [&] { g.committed.push_back(std::exchange(g.open, {})); });
     }
@@ -298,15 +265,9 @@ private:
         const void* from;
     };
     struct fiber {
-        ucontext_t context;
-        bool done = false, begun = false;
+        bool begun = false;
         std::uint64_t shown = 0;
         std::vector<line> lines;
-        std::function<bool()> stuck; ///< until it says true
-    };
-    struct meeting {
-        int arrived = 0;
-        std::uint64_t held = 0;
     };
     struct barrier {
         int arrivals, pending;
@@ -340,19 +301,8 @@ private:
         warp warps[fastmoe::cluster_block_threads / 32];
     };
 
-    static void enter(unsigned high, unsigned low)
-    {
-        auto* self = reinterpret_cast<fiber_cluster*>((static_cast<std::uintptr_t>(high) << 32) | low);
-        self->body_();
-        self->threads_[static_cast<std::size_t>(self->now_)].done = true;
-        ++self->progress_;
-    }
     block& own() { return blocks_[static_cast<std::size_t>(rank())]; }
     group& own_group() { return own().groups[warpgroup()]; }
-    void complain(const char* what)
-    {
-        if (complaint_.empty()) complaint_ = "thread " + std::to_string(now_) + ": " + what;
-    }
     std::int64_t offset(const void* p, int alignment)
     {
         const std::int64_t at = static_cast<const std::byte*>(p) - own().shared;
@@ -371,7 +321,7 @@ private:
         if (b.pending > 0 || b.bytes != 0) return;
         b.pending = b.arrivals;
         ++b.phases;
-        ++progress_;
+        go_on();
     }
     void arrive(block& b, std::int64_t at, int bytes)
     {
@@ -379,7 +329,7 @@ private:
         bar.bytes += bytes;
         if (--bar.pending < 0) complain("more arrive at a barrier than it is for");
         turn(bar);
-        ++progress_;
+        go_on();
     }
     void land(const line& each)
     {
@@ -406,33 +356,10 @@ private:
                 const auto event = std::move(flying_[i]);
                 flying_.erase(flying_.begin() + static_cast<std::ptrdiff_t>(i));
                 event();
-                ++progress_;
+                go_on();
             } else {
                 ++i;
             }
-    }
-    template <class Until>
-    void wait_until(Until until)
-    {
-        if (until()) return;
-        const int mine = now_;
-        threads_[static_cast<std::size_t>(mine)].stuck = until;
-        swapcontext(&threads_[static_cast<std::size_t>(mine)].context, &main_);
-        now_ = mine;
-        threads_[static_cast<std::size_t>(mine)].stuck = nullptr;
-    }
-    template <class Then>
-    void meet(meeting& m, int many, const Then& then)
-    {
-        ++progress_;
-        const std::uint64_t turn = m.held;
-        if (++m.arrived == many) {
-            then();
-            m.arrived = 0;
-            ++m.held;
-            return;
-        }
-        wait_until([&m, turn] { return m.held != turn; });
     }
     /// Rows x 32 bytes of an operand, as its word says where they lie.
     template <class T, fastmoe::detail::lie how>
@@ -460,15 +387,11 @@ private:
     std::vector<block> blocks_;
     std::mt19937 random_;
     bool late_;
-    std::function<void()> body_;
     std::vector<fiber> threads_;
     std::vector<std::function<void()>> flying_;
     meeting all_;
-    ucontext_t main_;
-    int now_ = 0;
     std::int64_t products_ = 0, box_bytes_ = 0, lines_ = 0;
-    std::uint64_t progress_ = 0, time_ = 0;
-    std::string complaint_;
+    std::uint64_t time_ = 0;
 };
 
 static_assert(fastmoe::cluster_block<fiber_cluster, fiber_box>);
