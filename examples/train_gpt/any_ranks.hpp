@@ -125,6 +125,15 @@ public:
     {
         own_->all_to_all(ex, detail::to_send<T>(sent), detail::to_receive(received));
     }
+    /// The same, of what the host needs to know: by way of its arrays, if the communicator inside can do that.
+    template <class T>
+        requires(!fm::has_readable_memory<Executor>)
+    void all_to_all_known(Executor& ex, fm::type_identity_t<fm::vector_view<const T>> sent, fm::vector_view<T> received,
+                          fm::vector_view<T> to_others, fm::vector_view<T> from_others) const
+    {
+        own_->all_to_all_known(ex, detail::to_send<T>(sent), detail::to_receive(received), detail::to_receive(to_others),
+                               detail::to_receive(from_others));
+    }
     template <class T>
     void all_to_all_v(Executor& ex, fm::type_identity_t<fm::matrix_view<const T>> sent, counts sent_rows,
                       fm::matrix_view<T> received, counts received_rows) const
@@ -150,6 +159,7 @@ private:
         virtual void reduce_scatter(Executor& ex, in sent, out received) const = 0;
         virtual void all_gather(Executor& ex, in sent, out received) const = 0;
         virtual void all_to_all(Executor& ex, in sent, out received) const = 0;
+        virtual void all_to_all_known(Executor& ex, in sent, out received, out to_others, out from_others) const = 0;
         virtual void all_to_all_v(Executor& ex, in sent, counts sent_rows, out received, counts received_rows) const = 0;
         virtual void broadcast(Executor& ex, out values, int root) const = 0;
         virtual void barrier(Executor& ex) const = 0;
@@ -187,6 +197,22 @@ private:
                 using T = decltype(zero);
                 c.template all_to_all<Executor, T>(ex, sent.template vector<T>(), received.template vector<T>());
             });
+        }
+        void all_to_all_known(Executor& ex, in sent, out received, out to_others, out from_others) const override
+        {
+            if constexpr (!fm::has_readable_memory<Executor>)
+                detail::with_element(received.type, [&](auto zero) {
+                    using T = decltype(zero);
+                    const auto known = [](const out& of) { return of.template vector<T>(); };
+                    if constexpr (fm::exchanges_known_blocks<Communicator, Executor, T>) {
+                        c.template all_to_all_known<Executor, T>(ex, sent.template vector<T>(), known(received), known(to_others), known(from_others));
+                    } else {
+                        c.template all_to_all<Executor, T>(ex, sent.template vector<T>(), known(received));
+                        ex.copy_to_host(to_others.data, sent.data, sent.rows * static_cast<fm::int64_t>(sizeof(T)));
+                        ex.copy_to_host(from_others.data, received.data, received.rows * static_cast<fm::int64_t>(sizeof(T)));
+                        ex.synchronize();
+                    }
+                });
         }
         void all_to_all_v(Executor& ex, in sent, counts sent_rows, out received, counts received_rows) const override
         {

@@ -94,6 +94,7 @@ history train_staged(int ranks, const run_config& config, const corpus& text, co
     fm::run_ranks(ranks, [&](const fm::threads& c) {
         static fm::host_memory heap;
         device gpu;
+        static_assert(fm::exchanges_known_blocks<any_ranks<device>, device, fm::int64_t>, "counts are read twice");
         const rank_team<device> team(any_ranks<device>(fm::staged(c, 1 << 16, heap)), how);
         using trainer_type = trainer<T, device, fm::gemm::portable, rank_team<device>>;
         history seen;
