@@ -252,24 +252,32 @@ __global__ void __launch_bounds__(FASTMOE_HAS_CLUSTERS ? cluster_block_threads :
 #endif
 }
 
-/// @throws cuda_error if the driver refuses
-inline CUtensorMap tensor_map(const box_source& s)
+/// The driver's function that makes tensor maps: looked up once for an executor, since that takes longer than the call.
+using tensor_map_encoder = CUresult(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
+                                    const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+/// @throws cuda_error if the driver has none
+inline tensor_map_encoder* find_tensor_map_encoder()
 {
-    using encode = CUresult(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
-                            const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult found{};
     cuda_check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found),
                "cudaGetDriverEntryPointByVersion");
     expects<cuda_error>(found == cudaDriverEntryPointSuccess, "cuTensorMapEncodeTiled", static_cast<int>(found), "in the driver");
+    return reinterpret_cast<tensor_map_encoder*>(entry);
+}
+
+/// @throws cuda_error if the driver refuses
+inline CUtensorMap tensor_map(tensor_map_encoder* encode, const box_source& s)
+{
     cuuint64_t extent[3], stride[2];
     for (int i = 0; i < 3; ++i) extent[i] = static_cast<cuuint64_t>(s.extent[i]);
     for (int i = 0; i < 2; ++i) stride[i] = static_cast<cuuint64_t>(s.stride[i]);
     const cuuint32_t box[3] = {static_cast<cuuint32_t>(s.box[0]), static_cast<cuuint32_t>(s.box[1]), 1}, every[3] = {1, 1, 1};
     CUtensorMap out; // aligned by its type
-    const CUresult status = reinterpret_cast<encode*>(entry)(
-        &out, s.element_bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(s.data), extent, stride, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
-        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const CUresult status =
+        encode(&out, s.element_bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(s.data), extent,
+               stride, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     expects<cuda_error>(status == CUDA_SUCCESS, "cuTensorMapEncodeTiled", static_cast<int>(status), "CUDA_SUCCESS for a matrix of ",
                         s.extent[0], " by ", s.extent[1]);
     return out;

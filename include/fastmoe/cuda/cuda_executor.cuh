@@ -40,6 +40,7 @@ public:
         detail::cuda_check(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device_), "cudaDeviceGetAttribute");
         has_blocks_ = major >= 8;
         has_warpgroups_ = major == 9;
+        if (has_warpgroups_) encoder_ = detail::find_tensor_map_encoder();
         if (!memory_) memory_ = &pool_.emplace(stream);
         void* pinned = nullptr;
         detail::cuda_check(cudaMallocHost(&pinned, sizeof(fault_words)), "cudaMallocHost");
@@ -116,7 +117,7 @@ public:
 
     /// As runs_clusters says.
     using box_map = CUtensorMap;
-    box_map describe(const box_source& source) const { return detail::tensor_map(source); }
+    box_map describe(const box_source& source) const { return detail::tensor_map(encoder_, source); }
     /// Whether the device is of compute capability 9.x and F was compiled for sm_90a.
     template <class F>
     bool has_clusters() const
@@ -198,6 +199,7 @@ private:
     memory_resource* memory_;
     int device_ = 0, multiprocessors_ = 0;
     bool has_blocks_ = false, has_warpgroups_ = false;
+    detail::tensor_map_encoder* encoder_ = nullptr; ///< where there are warpgroups
     std::optional<cuda_memory> pool_;
     buffer<fault_words, cuda_executor> record_;
     std::mutex mutex_; // guards seen_
