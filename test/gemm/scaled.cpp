@@ -172,6 +172,17 @@ TEST_CASE("what does not fit is refused, and nothing is written")
     auto over = to;
     over.row_stride = 1; // both strides are 1: rows overlap
     CHECK_THROWS_AS(fm::quantize_weights(ex, w, fm::block_scaled_weights<float8_e4m3>{over, scales.data()}), fm::invalid_argument);
+    float* one_of_two[] = {scales.data(), nullptr};
+    const fm::block_scaled_weights<float8_e4m3> half{fm::stacked(fm::tensor_view<float8_e4m3, 3>(codes.data(), 2, 1, 128)), nullptr, one_of_two};
+    const auto two = fm::stacked(fm::tensor_view<float, 3>(x.data(), 2, 1, 128));
+    CHECK_THROWS_WITH_AS(fm::quantize_weights(ex, two, half), doctest::Contains("scales of expert 1"), fm::invalid_argument);
+    CHECK_THROWS_WITH_AS(fm::dequantize_weights(ex, half, two), doctest::Contains("scales of expert 1"), fm::invalid_argument);
+    float* matrices[] = {x.data(), nullptr};
+    const auto apart = fm::separate(fm::vector_view<float* const>(matrices, 2), 1, 128);
+    const fm::block_scaled_weights<float8_e4m3> whole{half.codes, scales.data()};
+    CHECK_THROWS_WITH_AS(fm::quantize_weights(ex, apart, whole), doctest::Contains("memory for expert 1"), fm::invalid_argument);
+    CHECK_THROWS_WITH_AS(fm::dequantize_weights(ex, whole, apart), doctest::Contains("memory for expert 1"), fm::invalid_argument);
     for (const float s : scales) CHECK(s == 5.0f);
     for (const float8_e4m3 c : codes) CHECK(c.bits == 7);
+    for (const float v : x) CHECK(v == 0.0f);
 }

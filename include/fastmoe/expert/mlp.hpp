@@ -120,8 +120,8 @@ struct mlp {
     {
         const bool given = role == weight_role::weights;
         expects(columns == width, "x (T,D)", columns, "mlp.width = ", width, " columns");
-        detail::expects_weights(detail::matrices_of(w.up), given ? "weights.up (E,H',D)" : "gradients.up (E,H',D)", experts, up_width(), width);
-        detail::expects_weights(detail::matrices_of(w.down), given ? "weights.down (E,D,H)" : "gradients.down (E,D,H)", experts, width, hidden);
+        detail::expects_views(w.up, given ? "weights.up (E,H',D)" : "gradients.up (E,H',D)", experts, up_width(), width);
+        detail::expects_views(w.down, given ? "weights.down (E,D,H)" : "gradients.down (E,D,H)", experts, width, hidden);
         if (w.up_bias.data_handle())
             expects_shape(w.up_bias, given ? "weights.up_bias (E,H')" : "gradients.up_bias (E,H')", experts, up_width());
         if (w.down_bias.data_handle())

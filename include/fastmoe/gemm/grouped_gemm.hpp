@@ -107,7 +107,8 @@ FASTMOE_HOST_DEVICE constexpr const auto& matrices_of(const Weights& w) noexcept
 } // namespace detail
 
 /// The view through which a policy reads an expert's matrices where rows are of T: weight_view<T>, or what the policy names,
-/// Gemm::weights<T>. Such a view has the matrices in .codes, and Gemm::reserve_weights<T>(arena&, experts, out, in) makes one.
+/// Gemm::weights<T>. Such a view has the matrices in .codes and may have expects_views(name, experts, out, in), which throws unless it is of that
+/// shape; Gemm::reserve_weights<T>(arena&, experts, out, in) makes one.
 template <class Gemm, class T>
 using weights_of_gemm = typename detail::weights_of_gemm<Gemm, T>::type;
 
@@ -190,6 +191,14 @@ void expects_weights(const weight_view<T>& w, const char* name, int64_t experts,
     expects(w.in == in, name, w.in, in, " input features (columns of a matrix)");
     expects(w.row_stride == 1 || w.col_stride == 1, name, w.row_stride, "a row or a column stride of 1");
     expects_memory(w, name);
+}
+
+/// The same of any view that a policy reads its matrices through.
+template <class Weights>
+void expects_views(const Weights& w, const char* name, int64_t experts, int64_t out, int64_t in)
+{
+    if constexpr (requires { w.expects_views(name, experts, out, in); }) w.expects_views(name, experts, out, in);
+    else expects_weights(matrices_of(w), name, experts, out, in);
 }
 
 /// Looks at the matrices' own pointers where that waits for nothing; elsewhere they are the caller's word.

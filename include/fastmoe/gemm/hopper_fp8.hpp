@@ -87,7 +87,10 @@ struct hopper_fp8_with {
                  matrix_view<Y> y, const Epilogue& epilogue, arena& memory) const
     {
         detail::with_scratch(memory, [&](arena& mine) {
-            if (!mine.measuring()) expects_product(groups, x, w, bias, y);
+            if (!mine.measuring()) {
+                expects_product(groups, x, w, bias, y);
+                detail::expects_pointers<Executor>(w, "W (E,out,in)");
+            }
             detail::scaled::with_codes(ex, w, mine, [&](const auto& codes) { multiply<Executor>(ex, groups, x, codes, bias, y, epilogue, mine); });
         });
     }
@@ -101,7 +104,7 @@ struct hopper_fp8_with {
         detail::with_scratch(memory, [&](arena& mine) {
             if (!mine.measuring()) {
                 expects_product(groups, x, w.codes, bias, y);
-                detail::scaled::expects_scaled_weights(w, "W (E,out,in)", groups.experts(), y.extent(1), x.extent(1));
+                detail::scaled::expects_scaled_weights<Executor>(w, "W (E,out,in)", groups.experts(), y.extent(1), x.extent(1));
             }
             multiply<Executor>(ex, groups, x, block_scaled_weights<const float8_e4m3>(w), bias, y, epilogue, mine);
         });
@@ -113,6 +116,13 @@ struct hopper_fp8_with {
                const Epilogue& epilogue, arena& memory) const
     {
         forward(ex, groups, dy, detail::portable::transposed(w), matrix_view<const float>{}, dx, epilogue, memory);
+    }
+
+    /// Codes that are stored lie as forward reads them.
+    template <executor Executor, class Rows, class W, class Y, class Epilogue>
+    void dgrad(Executor&, const row_groups&, const Rows&, const block_scaled_weights<W>&, matrix_view<Y>, const Epilogue&, arena&) const
+    {
+        static_assert(!std::is_same_v<W, W>, "weights that are stored as codes are for inference: dgrad would need them transposed");
     }
 
     /// As hopper::wgrad.
@@ -177,6 +187,7 @@ private:
         expects_line(y.data_handle(), "output rows (S,.)");
         expects_line(x.codes.data.data_handle(), "codes of rows (S,.)");
         if (!w.codes.pointers) expects_line(w.codes.data, "codes of W (E,out,in)");
+        else expects(detail::hopper::are_lines<Executor>(w.codes), "codes of W (E,out,in)", "a pointer between them", "pointers aligned to 16 bytes");
         return calls::run(ex, groups, x, w, bias, y, epilogue, memory);
     }
 };
@@ -184,8 +195,8 @@ private:
 using hopper_fp8 = hopper_fp8_with<hopper_fp8_tunings>;
 
 /// The same for weights that are stored as codes, as checkpoints of inference engines have them: an expert's views of its matrices are
-/// block_scaled_weights, a quarter or half of the bytes. For forward and inference: codes have no gradient, and dgrad would need
-/// them transposed.
+/// block_scaled_weights, a quarter or half of the bytes. For inference: codes have no gradient, and dgrad would need them
+/// transposed. Codes whose columns are not contiguous are multiplied by gemm::portable.
 ///
 ///     fm::mlp<fm::swiglu, fm::gemm::hopper_fp8_stored> expert{.width = 7168, .hidden = 2048};
 ///     w.expert.up = fm::block_scaled_weights<const fm::float8_e4m3>{fm::stacked(codes), scales};

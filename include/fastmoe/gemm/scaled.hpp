@@ -50,6 +50,13 @@ struct block_scaled_weights {
     {
         return scale_pointers ? scale_pointers[e] : scales + e * scale_blocks(codes.out) * scale_blocks(codes.in);
     }
+    /// @throws invalid_argument unless the views are of that shape
+    void expects_views(const char* name, int64_t experts, int64_t out, int64_t in) const
+    {
+        detail::expects_weights(codes, name, experts, out, in);
+        expects(experts == 0 || out == 0 || in == 0 || scales || scale_pointers, name, "codes without scales",
+                "scales (E,ceil(out/128),ceil(in/128))");
+    }
     template <std::same_as<const T> U>
     FASTMOE_HOST_DEVICE constexpr operator block_scaled_weights<U>() const noexcept
     {
@@ -222,11 +229,15 @@ void quantize_rows(Executor& ex, const row_groups& groups, bool is_grouped, matr
     for_each_row(ex, from.extent(0) * scales.extent(1), quantize_row<T>{from, codes, scales, groups, is_grouped}, {.width = scale_block});
 }
 
-template <class T>
+/// Looks at the pointers of both, too, where that waits for nothing.
+template <class Executor, class T>
 void expects_scaled_weights(const block_scaled_weights<T>& w, const char* name, int64_t experts, int64_t out, int64_t in)
 {
-    expects_weights(w.codes, name, experts, out, in);
-    expects(experts * out * in == 0 || w.scales || w.scale_pointers, name, "codes without scales", "scales (E,ceil(out/128),ceil(in/128))");
+    w.expects_views(name, experts, out, in);
+    expects_pointers<Executor>(w.codes, name);
+    if constexpr (has_readable_memory<Executor>)
+        for (int64_t e = 0; w.scale_pointers && out > 0 && in > 0 && e < experts; ++e)
+            expects(w.scale_pointers[e], name, "a null pointer", "scales of expert ", e);
 }
 
 } // namespace detail::scaled
@@ -255,12 +266,13 @@ void quantize_rows(Executor& ex, const row_groups& groups, matrix_view<T> from, 
 /// codes and scales of the experts' matrices, by blocks of 128 by 128, as quantize_rows() makes them.
 /// @param from  bfloat16, half or float, in any storage     // (E,out,in)
 /// @param to    overwritten, in any storage                 // (E,out,in)
-/// @throws invalid_argument if shapes disagree, or codes would overlap
+/// @throws invalid_argument if shapes disagree, a matrix or its scales are nowhere, or codes would overlap; nothing is written then
 template <executor Executor, class W>
 void quantize_weights(Executor& ex, const weight_view<W>& from, const block_scaled_weights<float8_e4m3>& to)
 {
     detail::expects_weights(from, "W (E,out,in)", from.experts, from.out, from.in);
-    detail::scaled::expects_scaled_weights(to, "codes (E,out,in)", from.experts, from.out, from.in);
+    detail::expects_pointers<Executor>(from, "W (E,out,in)");
+    detail::scaled::expects_scaled_weights<Executor>(to, "codes (E,out,in)", from.experts, from.out, from.in);
     detail::expects_apart(to.codes, "codes (E,out,in)");
     using value = std::remove_const_t<W>;
     for_each_row(ex, from.experts * scale_blocks(from.out) * scale_blocks(from.in),
@@ -269,12 +281,13 @@ void quantize_weights(Executor& ex, const weight_view<W>& from, const block_scal
 
 /// Elements of codes and scales, rounded once to float.
 /// @param to  overwritten, in any storage                    // (E,out,in)
-/// @throws invalid_argument if shapes disagree, or elements would overlap
+/// @throws invalid_argument if shapes disagree, a matrix or its scales are nowhere, or elements would overlap; nothing is written then
 template <executor Executor>
 void dequantize_weights(Executor& ex, const block_scaled_weights<const float8_e4m3>& from, const weight_view<float>& to)
 {
-    detail::scaled::expects_scaled_weights(from, "codes (E,out,in)", to.experts, to.out, to.in);
+    detail::scaled::expects_scaled_weights<Executor>(from, "codes (E,out,in)", to.experts, to.out, to.in);
     detail::expects_weights(to, "W (E,out,in)", to.experts, to.out, to.in);
+    detail::expects_pointers<Executor>(to, "W (E,out,in)");
     detail::expects_apart(to, "W (E,out,in)");
     for_each_row(ex, to.experts * scale_blocks(to.out) * scale_blocks(to.in), detail::scaled::dequantize_weight_block{from, to},
                  {.width = scale_block * scale_block});
