@@ -15,6 +15,8 @@
 
 #include <nlohmann/json.hpp>
 
+#include <fastmoe/exec/host_executor.hpp>
+#include <fastmoe/gemm/scaled.hpp>
 #include <fastmoe/io/safetensors.hpp>
 
 #include "support/random.hpp"
@@ -150,6 +152,29 @@ TEST_CASE("A tensor at an odd place of the file is read through an aligned point
         CHECK(std::vector<double>(b.data_handle(), b.data_handle() + 3) == std::vector<double>{1.25, -2, 3e300});
         CHECK(file.view<std::uint8_t>("a", 1)(0) == '!');
     }
+}
+
+TEST_CASE("Codes of eight bits beside their inverse scales, as checkpoints hold them, are an expert's weights as they lie")
+{
+    temporary_folder folder;
+    std::string data(3 * 130, '\x38'); // 1.0
+    data[0] = '\x7e', data[131] = '\xb8'; // 448 and -1
+    const float scales[2] = {0.5f, 3.0f};
+    data.append(reinterpret_cast<const char*>(scales), sizeof scales);
+    support::write_file(folder / "a", file_of(R"({"w":{"dtype":"F8_E4M3","shape":[3,130],"data_offsets":[0,390]},)"
+                                              R"("w_scale_inv":{"dtype":"F32","shape":[1,2],"data_offsets":[390,398]}})",
+                                              data));
+    const io::safetensors_file file(folder / "a");
+    const auto codes = file.view<fm::float8_e4m3>("w", 3, 130);
+    const fm::block_scaled_weights<const fm::float8_e4m3> w{fm::single(codes), file.view<float>("w_scale_inv", fm::scale_blocks(3), fm::scale_blocks(130)).data_handle()};
+    std::vector<float> numbers(3 * 130);
+    fm::host_executor ex;
+    fm::dequantize_weights(ex, w, fm::single(fm::matrix_view<float>(numbers.data(), 3, 130)));
+    CHECK(numbers[0] == 224.0f);
+    CHECK(numbers[1] == 0.5f);
+    CHECK(numbers[131] == -0.5f);
+    CHECK(numbers[129] == 3.0f);
+    CHECK(io::as_safetensor(codes).type == io::element_type::f8_e4m3);
 }
 
 TEST_CASE("What the writer leaves is the format, as a reader of another make finds it")
