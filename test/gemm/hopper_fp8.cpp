@@ -36,7 +36,7 @@ double decoded(double x, double largest)
 /// Rows of a reference, decoded by blocks of 128 columns.
 class decoded_rows {
 public:
-    decoded_rows(const support::reference_rows& from, const ragged& g, int64_t width) : width_(width)
+    decoded_rows(const support::reference_rows& from, const ragged& g, int64_t width)
     {
         for (int64_t s = 0; s < g.slots; ++s) {
             values_.emplace_back();
@@ -55,7 +55,6 @@ public:
     }
 
 private:
-    int64_t width_;
     std::vector<std::vector<double>> values_;
 };
 /// Matrices, decoded by blocks of 128 by 128.

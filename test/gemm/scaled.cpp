@@ -77,8 +77,9 @@ void check_rows(support::random& r, auto& ex)
 template <class T>
 void check_weights(support::random& r, auto& ex)
 {
-    for (const auto& [out, in] : {std::pair<int64_t, int64_t>{128, 128}, {1, 300}, {130, 20}, {r.integer(1, 300), r.integer(1, 300)}})
+    for (const auto& size : {std::pair<int64_t, int64_t>{128, 128}, {1, 300}, {130, 20}, {r.integer(1, 300), r.integer(1, 300)}})
         for (const auto storage : {weight_storage::stacked, weight_storage::padded, weight_storage::transposed, weight_storage::pointers}) {
+            const int64_t out = size.first, in = size.second; // no binding: clang++ 14 captures none
             CAPTURE(out);
             CAPTURE(in);
             CAPTURE(static_cast<int>(storage));

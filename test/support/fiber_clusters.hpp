@@ -161,7 +161,6 @@ public:
     template <class T, int n, fastmoe::detail::lie a, fastmoe::detail::lie b, bool adds = true>
     void multiply(float (&c)[n / 2], std::uint64_t from_a, std::uint64_t from_b)
     {
-        constexpr int depth = 32 / static_cast<int>(sizeof(T));
         static_assert(sizeof(T) == 2 || (a == fastmoe::detail::lie::deep && b == fastmoe::detail::lie::deep), "bytes lie deep");
         fiber& mine = threads_[static_cast<std::size_t>(now())];
         if (!mine.begun) complain("products without begin_products()");
@@ -182,6 +181,7 @@ public:
             }
             const std::uint64_t shown = *std::min_element(g.shown, g.shown + fastmoe::warpgroup_threads);
             p.run = [this, &memory = own(), from_a, from_b, shown, key = g.c[0], &g] {
+                constexpr int depth = 32 / static_cast<int>(sizeof(T)); // in here, for clang++
                 std::vector<float> left(64 * depth), right(static_cast<std::size_t>(n) * depth);
                 read<T, a>(memory, from_a, 64, shown, left);
                 read<T, b>(memory, from_b, n, shown, right);
