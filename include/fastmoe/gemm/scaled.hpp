@@ -223,6 +223,7 @@ template <class Executor, class T>
 void quantize_rows(Executor& ex, const row_groups& groups, bool is_grouped, matrix_view<const T> from, matrix_view<float8_e4m3> codes,
                    matrix_view<float> scales)
 {
+    static_assert(scalar<T>, "rows of numbers; codes that have scales already go beside them, in block_scaled_rows");
     expects_shape(from, "rows (N,K)", from.extent(0), from.extent(1));
     expects_shape(codes, "codes (N,K)", from.extent(0), from.extent(1));
     expects_shape(scales, "scales (N,ceil(K/128))", from.extent(0), scale_blocks(from.extent(1)));
@@ -270,6 +271,7 @@ void quantize_rows(Executor& ex, const row_groups& groups, matrix_view<T> from, 
 template <executor Executor, class W>
 void quantize_weights(Executor& ex, const weight_view<W>& from, const block_scaled_weights<float8_e4m3>& to)
 {
+    static_assert(scalar<std::remove_const_t<W>>, "matrices of numbers; codes that have scales already go beside them, in block_scaled_weights");
     detail::expects_weights(from, "W (E,out,in)", from.experts, from.out, from.in);
     detail::expects_pointers<Executor>(from, "W (E,out,in)");
     detail::scaled::expects_scaled_weights<Executor>(to, "codes (E,out,in)", from.experts, from.out, from.in);
