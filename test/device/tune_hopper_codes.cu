@@ -32,8 +32,7 @@ struct coded {
         : rows(from.extent(0)), width(from.extent(1)), codes(ex, rows * width), scales(ex, rows * fm::scale_blocks(width)), floats(ex, rows * width)
     {
         fm::quantize_rows(ex, from, codes.matrix(rows, width), scales.matrix(rows, fm::scale_blocks(width)));
-        fm::for_each_row(ex, rows, fm::detail::scaled::dequantize_row{codes.matrix(rows, width), scales.matrix(rows, fm::scale_blocks(width)),
-                                                                        floats.matrix(rows, width), {}, false}, {.width = width});
+        fm::dequantize_rows(ex, codes.matrix(rows, width), scales.matrix(rows, fm::scale_blocks(width)), floats.matrix(rows, width));
     }
     int64_t rows, width;
     fm::buffer<float8_e4m3, fm::cuda_executor> codes;

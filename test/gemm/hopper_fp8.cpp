@@ -30,7 +30,7 @@ struct always {
 /// The numbers that codes stand for, by the definition: a scale of the largest magnitude / 448, the nearest of the 253 finite ones.
 double decoded(double x, double largest)
 {
-    const float scale = std::max(static_cast<float>(largest) / 448.0f, 0x1p-126f);
+    const float scale = std::max(static_cast<float>(largest) / 448.0f, 0x1p-63f);
     return static_cast<double>(scale * static_cast<float>(float8_e4m3(static_cast<float>(x) / scale)));
 }
 /// Rows of a reference, decoded by blocks of 128 columns.

@@ -83,6 +83,7 @@ struct linear {
                  matrix_view<T> y, arena& scratch) const
     {
         static_assert(multiplies_rows<Gemm, Executor, T>, "the GEMM lacks what an expert asks; see grouped_gemm.hpp");
+        static_assert(std::is_same_v<weights_of_gemm<Gemm, T>, weight_view<T>>, "linear reads weight_view alone; mlp reads what a policy names");
         if (!scratch.measuring()) {
             detail::expects_expert_input(in, width);
             check_weights(w, in.groups.experts(), in.x.extent(1), weight_role::weights);

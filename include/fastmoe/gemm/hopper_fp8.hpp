@@ -46,8 +46,7 @@ void with_floats(Executor& ex, const row_groups& groups, const block_scaled_rows
     const int64_t n = x.codes.data.extent(0), k = x.codes.data.extent(1);
     const auto floats = memory.matrix<float>(n, k);
     constexpr bool is_gathered = requires { x.codes.index; };
-    if (!memory.measuring())
-        for_each_row(ex, n, dequantize_row{x.codes.data, x.scales, floats, groups, !is_gathered}, {.width = k});
+    if (!memory.measuring()) scaled::dequantize_rows(ex, groups, !is_gathered, x.codes.data, x.scales, floats);
     if constexpr (is_gathered) f(indexed_rows<float>{floats, x.codes.index});
     else f(plain_rows<float>{floats});
 }
@@ -66,7 +65,7 @@ struct hopper_fp8_tunings {
 /// are stored as codes (block_scaled_weights) are read as they are. Sums of 128 of the depth are scaled and added in float,
 /// rounded once. wgrad multiplies the rows as they came, by hopper.
 ///
-/// Everywhere else, and where rows of codes are no whole 16 bytes (D and H multiples of 16), the numbers that codes and scales stand for are
+/// Everywhere else, and where rows of codes are no whole 16 bytes (D and H multiples of 16, and codes that are given), the numbers that codes and scales stand for are
 /// multiplied by gemm::portable in float, which takes four bytes of memory for each element.
 ///
 ///     fm::mlp<fm::swiglu, fm::gemm::hopper_fp8> expert{.width = 4096, .hidden = 2048, .layout = fm::gated_layout::interleaved};
@@ -81,7 +80,7 @@ struct hopper_fp8_with {
 
     /// As portable::forward, of codes.
     /// @param x  plain_rows or indexed_rows of bfloat16, half or float, or block_scaled_rows     // (S,in)
-    /// @throws as portable::forward; invalid_argument also if y, or codes that are given, do not begin at whole 16 bytes
+    /// @throws as portable::forward
     template <executor Executor, class Rows, class W, class B, class Y, class Epilogue>
     void forward(Executor& ex, const row_groups& groups, const Rows& x, const weight_view<W>& w, matrix_view<B> bias,
                  matrix_view<Y> y, const Epilogue& epilogue, arena& memory) const
@@ -167,27 +166,20 @@ private:
         });
     }
 
-    /// False where they cannot, which shapes and the device decide: the memory that is measured is what a call takes.
+    /// False where they cannot, which shapes, the device and where codes begin decide: the memory that is measured with the same
+    /// views is what a call takes.
     template <class Executor, class Rows, class B, class Y, class Epilogue>
     static bool by_warpgroups(Executor& ex, const row_groups& groups, const Rows& x, const block_scaled_weights<const float8_e4m3>& w,
                               const matrix_view<const B>& bias, const matrix_view<Y>& y, const Epilogue& epilogue, arena& memory)
     {
         using calls = detail::hopper::row_calls<Tunings>;
-        auto shape = w.codes;
-        shape.data = nullptr;
-        if (w.codes.col_stride != 1 || !detail::hopper::fits(shape) || x.extent(1) > INT32_MAX) return false;
+        using namespace detail::hopper;
+        if (w.codes.col_stride != 1 || !fits(w.codes) || !are_lines<Executor>(w.codes) || !is_whole(x)) return false;
         if (!calls::template has_device<Rows, block_scaled_weights<const float8_e4m3>, B, Y>(ex)) return false;
         if (memory.measuring()) {
             calls::template reserve<Epilogue>(groups, w.codes.out, memory);
             return true;
         }
-        const auto expects_line = [](const void* p, const char* name) {
-            expects(detail::hopper::is_line(p), name, p, "a pointer aligned to 16 bytes");
-        };
-        expects_line(y.data_handle(), "output rows (S,.)");
-        expects_line(x.codes.data.data_handle(), "codes of rows (S,.)");
-        if (!w.codes.pointers) expects_line(w.codes.data, "codes of W (E,out,in)");
-        else expects(detail::hopper::are_lines<Executor>(w.codes), "codes of W (E,out,in)", "a pointer between them", "pointers aligned to 16 bytes");
         return calls::run(ex, groups, x, w, bias, y, epilogue, memory);
     }
 };

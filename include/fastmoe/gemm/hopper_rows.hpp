@@ -80,7 +80,8 @@ struct row_calls {
     }
 
     /// False if it is none: nothing is done then.
-    /// @param w  weight_view, or block_scaled_weights whose columns are contiguous
+    /// @param w  weight_view, or block_scaled_weights whose columns are contiguous; fits(w)
+    /// @param x  is_whole(x)
     template <class Executor, class Rows, class Weights, class B, class Y, class Epilogue>
     static bool run(Executor& ex, const row_groups& groups, const Rows& x, const Weights& w, matrix_view<const B> bias, matrix_view<Y> y,
                     const Epilogue& epilogue, arena& memory)
@@ -99,7 +100,8 @@ struct row_calls {
         const auto run_many = [&](const auto& end) {
             return matrices.out > narrow_rows.columns ? run.template operator()<map, wide_rows>(end) : run.template operator()<map, narrow_rows>(end);
         };
-        const bool is_few = groups.slots <= 16 * groups.experts();
+        // Tiles of few rows are stored an element at a time, wherever y begins.
+        const bool is_few = groups.slots <= 16 * groups.experts() || !is_line(y.data_handle());
         if constexpr (pairs_epilogue<Epilogue> && sizeof(Y) == 2 && !wide_rows.turned && !narrow_rows.turned) // pairs are not turned
             if (!is_few && !matrices.pointers && epilogue.takes_pairs()) return run_many(epilogue.in_pairs());
         // Matrices that are held apart have no map. They are brought in lines, and have as few kernels as will do.

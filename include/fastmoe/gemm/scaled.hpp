@@ -84,10 +84,10 @@ FASTMOE_HOST_DEVICE float magnitude(const T& value) noexcept
     const float x = static_cast<float>(value);
     return x < 0 ? -x : x;
 }
-/// Of a block whose largest element is that: the largest code stands for it. Never zero and never subnormal.
+/// Of a block whose largest element is that: the largest code stands for it. The product of two is never subnormal.
 FASTMOE_HOST_DEVICE inline float scale_of(float largest) noexcept
 {
-    constexpr float least = 1.17549435e-38f; // 2^-126
+    constexpr float least = 1.0842021724855044e-19f; // 2^-63
     const float scale = largest / float8_e4m3::largest;
     return scale < least ? least : scale;
 }
@@ -241,9 +241,19 @@ void expects_scaled_weights(const block_scaled_weights<T>& w, const char* name, 
             expects(w.scale_pointers[e], name, "a null pointer", "scales of expert ", e);
 }
 
+template <class Executor>
+void dequantize_rows(Executor& ex, const row_groups& groups, bool is_grouped, matrix_view<const float8_e4m3> codes, matrix_view<const float> scales,
+                     matrix_view<float> to)
+{
+    expects_shape(codes, "codes (N,K)", to.extent(0), to.extent(1));
+    expects_shape(scales, "scales (N,ceil(K/128))", to.extent(0), scale_blocks(to.extent(1)));
+    expects_shape(to, "rows (N,K)", to.extent(0), to.extent(1));
+    for_each_row(ex, to.extent(0), dequantize_row{codes, scales, to, groups, is_grouped}, {.width = to.extent(1)});
+}
+
 } // namespace detail::scaled
 
-/// codes and scales of rows: a block's scale is its largest magnitude / 448 (2^-126 at least), and codes are the nearest ones. A block with
+/// codes and scales of rows: a block's scale is its largest magnitude / 448 (2^-63 at least), and codes are the nearest ones. A block with
 /// an infinity or a NaN becomes NaN.
 /// @param from    bfloat16, half or float                   // (N,K)
 /// @param codes   overwritten                               // (N,K)
@@ -281,7 +291,16 @@ void quantize_weights(Executor& ex, const weight_view<W>& from, const block_scal
                  detail::scaled::quantize_weight_block<value>{from, to}, {.width = scale_block * scale_block});
 }
 
-/// Elements of codes and scales, rounded once to float.
+/// Numbers that the codes of rows stand for, rounded once to float.
+/// @param to  overwritten                                    // (N,K)
+/// @throws invalid_argument if shapes disagree; nothing is written then
+template <executor Executor>
+void dequantize_rows(Executor& ex, matrix_view<const float8_e4m3> codes, matrix_view<const float> scales, matrix_view<float> to)
+{
+    detail::scaled::dequantize_rows(ex, {}, false, codes, scales, to);
+}
+
+/// The same of the experts' matrices.
 /// @param to  overwritten, in any storage                    // (E,out,in)
 /// @throws invalid_argument if shapes disagree, a matrix or its scales are nowhere, or elements would overlap; nothing is written then
 template <executor Executor>
