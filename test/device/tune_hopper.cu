@@ -248,7 +248,8 @@ std::string initializer(const hopper_tuning& how)
     if (how.cluster != 1) text += ", .cluster = " + std::to_string(how.cluster);
     if (how.schedule == hopper_schedule::ping_pong) text += ", .schedule = hopper_schedule::ping_pong";
     if (how.band != hopper_tuning{}.band) text += ", .band = " + std::to_string(how.band);
-    return text + (how.turned ? ", .turned = true}" : "}");
+    if (how.turned) text += ", .turned = true";
+    return text + (how.fences_lines ? "}" : ", .fences_lines = false}");
 }
 
 } // namespace tune

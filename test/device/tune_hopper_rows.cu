@@ -11,6 +11,7 @@ using enum hopper_schedule;
 
 /// Two blocks need whole 128 columns: a stage of W that lies wide is brought 64 columns at a time, by turns.
 using rows_candidates = candidates<hopper_tuning{.rows = 128, .columns = 256, .stages = 4, .cluster = 2},
+                                   hopper_tuning{.rows = 128, .columns = 256, .stages = 4, .cluster = 2, .fences_lines = false},
                                    hopper_tuning{.rows = 128, .columns = 256, .stages = 4, .cluster = 1},
                                    hopper_tuning{.rows = 128, .columns = 256, .stages = 4, .cluster = 2, .band = 16},
                                    hopper_tuning{.rows = 128, .columns = 256, .stages = 4, .cluster = 2, .band = 4},

@@ -296,6 +296,26 @@ TEST_CASE("rows that lie in order come in boxes where a tile has all of its rows
     CHECK(lines_of({127, 0}, false) == 2 * 9 * 127);
 }
 
+TEST_CASE("without the fence lines are not shown to the products, which the fibers notice")
+{
+    FASTMOE_SEEDED(r, 70);
+    const ragged g = ragged::of(r, {40}, 0);
+    const test_rows<bfloat16> x(r, g, 64, support::start::aligned);
+    test_weights<bfloat16> w(weight_storage::stacked, 1, 64, 64, support::start::aligned);
+    w.fill(r);
+    const fm::weight_view<const bfloat16> weights = w.view();
+    clusters ex(1, 2);
+    support::guarded<bfloat16> y(g.slots, 64);
+    support::in_workspace(ex, [&](fm::arena& memory) {
+        const auto forward = [&] {
+            fm::gemm::hopper_with<always<hopper_tuning{.columns = 64, .stages = 2, .fences_lines = false}>>{}.forward(
+                ex, g.view(), x.plain(), weights, fm::matrix_view<const bfloat16>{}, y.view(), fm::no_epilogue{}, memory);
+        };
+        if (memory.measuring()) forward();
+        else CHECK_THROWS_WITH(forward(), doctest::Contains("were not shown"));
+    });
+}
+
 TEST_CASE("a matrix held apart that no line of 16 bytes begins is a fault where the host cannot look, and zeros")
 {
     FASTMOE_SEEDED(r, 68);

@@ -143,7 +143,7 @@ private:
         for (int s = 0; s < tile.steps; ++s, ++at.count) {
             const std::uint32_t rows = block.address(block.shared() + at.stage() * how.stage_bytes());
             block.wait(full + at.stage(), at.parity());
-            if (tile.has_lines) block.show_lines();
+            if (how.fences_lines && tile.has_lines) block.show_lines();
             block.begin_products();
             FASTMOE_UNROLL
             for (int k = 0; k < steps_of_stage; ++k)
@@ -183,7 +183,7 @@ private:
             const factors now = next;
             const std::uint32_t rows = block.address(block.shared() + at.stage() * how.stage_bytes());
             block.wait(full + at.stage(), at.parity());
-            if (tile.has_lines) block.show_lines();
+            if (how.fences_lines && tile.has_lines) block.show_lines();
             FASTMOE_UNROLL
             for (int b = 0; b < how.blocks(); ++b) {
                 block.hold(part);

@@ -20,6 +20,8 @@ struct hopper_tuning {
     hopper_schedule schedule = hopper_schedule::cooperative;
     int band = 8;      ///< tiles of columns that run beside each other
     bool turned = false;
+    bool fences_lines = true; ///< before their products, as PTX's memory model asks for; false is for those who have measured
+                              ///< what it costs and seen that it is not needed on their device
 
     static constexpr int line_bytes = 128; ///< of the depth, a stage: 64 elements of 16 bits, or 128 bytes
 
