@@ -14,7 +14,10 @@
 #include <unistd.h>
 
 #include <fastmoe/comm/mpi.hpp>
+#include <fastmoe/comm/staged.hpp>
 #include <fastmoe/exec/host_executor.hpp>
+
+#include "support/queued.hpp"
 
 namespace fm = fastmoe;
 using clock_type = std::chrono::steady_clock;
@@ -30,14 +33,13 @@ void say(int rank, const std::string& text)
 }
 
 /// Exchanges until something is thrown.
-void exchange_for_ever(const fm::mpi& c, fm::host_executor& ex, int64_t rows)
+template <class C, class Executor>
+void exchange_for_ever(const C& c, Executor& ex, int64_t rows)
 {
-    const auto ranks = static_cast<std::size_t>(c.size());
-    std::vector<float> out(ranks * static_cast<std::size_t>(rows) * 4, 1.f), in(out.size());
-    const std::vector<int64_t> counts(ranks, rows);
-    for (;;)
-        c.all_to_all_v(ex, fm::as_matrix(out, c.size() * rows, 4), fm::as_vector(counts), fm::as_matrix(in, c.size() * rows, 4),
-                       fm::as_vector(counts));
+    const int64_t all = c.size() * rows;
+    fm::buffer<float, Executor> out(ex, 4 * all), in(ex, 4 * all);
+    const std::vector<int64_t> counts(static_cast<std::size_t>(c.size()), rows);
+    for (;;) c.all_to_all_v(ex, out.matrix(all, 4), fm::as_vector(counts), in.matrix(all, 4), fm::as_vector(counts));
 }
 
 void be_lost(const std::string& how, const fm::mpi& c, fm::host_executor& ex)
@@ -73,6 +75,35 @@ void leave_part(const fm::mpi& world, fm::host_executor& ex)
     say(me, "the whole adds up to " + std::to_string(ones.back()));
 }
 
+clock_type::time_point last_call; ///< of a collective, if do_it says when
+
+/// What a rank is told in do_it(c, ex), when, and by the next call. Its exit status.
+template <class C, class Executor, class F>
+int listen(int me, const C& c, Executor& ex, const F& do_it)
+{
+    last_call = clock_type::now();
+    try {
+        do_it(c, ex);
+    } catch (const fm::comm_error& e) {
+        const auto took = std::chrono::duration_cast<std::chrono::milliseconds>(clock_type::now() - last_call).count();
+        say(me, std::string("comm_error: ") + e.what());
+        say(me, "took " + std::to_string(took) + " ms");
+        const auto start = clock_type::now();
+        try {
+            c.barrier(ex);
+        } catch (const fm::comm_error& again) {
+            const bool at_once = clock_type::now() - start < std::chrono::milliseconds(100);
+            const bool same = std::string(again.what()).substr(0, 40) == std::string(e.what()).substr(0, 40);
+            say(me, at_once && same ? "again the same at once" : std::string("again: ") + again.what());
+        }
+        return 4;
+    } catch (const std::exception& e) {
+        say(me, std::string("threw: ") + e.what());
+        return 5;
+    }
+    return 0;
+}
+
 } // namespace
 
 /// doomed how milliseconds
@@ -94,42 +125,28 @@ int main(int argc, char** argv)
     const bool split = how.rfind("split_", 0) == 0;
     const fm::mpi c = split ? world.split(0, -me) : world;
     const std::string what = split ? how.substr(6) : how;
-    const bool in_exchange = what.rfind("exchange_", 0) == 0;
+    const bool in_exchange = what.find("exchange_") != std::string::npos;
     std::thread killer;
     if (in_exchange && me == lost)
         killer = std::thread([&] {
             std::this_thread::sleep_for(std::chrono::milliseconds(100));
             ::kill(::getpid(), SIGKILL);
         });
-    auto start = clock_type::now();
     int status = 0;
-    try {
-        if (in_exchange) exchange_for_ever(c, ex, what == "exchange_small" ? 8 : 300000);
-        if (me == lost) {
-            be_lost(what, c, ex);
-        } else {
+    if (what.rfind("staged_", 0) == 0) { // over memory that MPI does not reach, in parts
+        fm::host_memory heap;
+        support::queued device;
+        status = listen(me, fm::staged(c, 1 << 16, heap), device, [&](const auto& s, auto& on) { exchange_for_ever(s, on, 30000); });
+    } else {
+        status = listen(me, c, ex, [&](const fm::mpi&, fm::host_executor&) {
+            if (in_exchange) exchange_for_ever(c, ex, what == "exchange_small" ? 8 : 300000);
+            if (me == lost) return be_lost(what, c, ex);
             for (int i = 0; i < 100000; ++i) {
-                start = clock_type::now();
+                last_call = clock_type::now();
                 c.barrier(ex);
             }
             say(me, "was told nothing");
-        }
-    } catch (const fm::comm_error& e) {
-        const auto took = std::chrono::duration_cast<std::chrono::milliseconds>(clock_type::now() - start).count();
-        say(me, std::string("comm_error: ") + e.what());
-        say(me, "took " + std::to_string(took) + " ms");
-        start = clock_type::now();
-        try {
-            c.barrier(ex);
-        } catch (const fm::comm_error& again) {
-            const bool at_once = clock_type::now() - start < std::chrono::milliseconds(100);
-            const bool same = std::string(again.what()).substr(0, 40) == std::string(e.what()).substr(0, 40);
-            say(me, at_once && same ? "again the same at once" : std::string("again: ") + again.what());
-        }
-        status = 4;
-    } catch (const std::exception& e) {
-        say(me, std::string("threw: ") + e.what());
-        status = 5;
+        });
     }
     if (killer.joinable()) killer.detach();
     say(me, "comes to its end");

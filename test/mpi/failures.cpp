@@ -70,7 +70,7 @@ outcome run_doomed(const std::string& how, int ranks, const std::vector<std::str
 
 /// Rank 1 is lost: every other one is told so within the time, at once or after the deadline, and nobody stays behind.
 void is_told(const std::string& how, int ranks, const std::string& text, double least, double most,
-             const std::vector<std::string>& options = {})
+             const std::vector<std::string>& options = {}, const std::string& also = "")
 {
     const outcome o = run_doomed(how, ranks, options);
     INFO(how, " with ", ranks, " ranks, ", o.seconds, " s, status ", o.status, "\n", o.all);
@@ -80,6 +80,7 @@ void is_told(const std::string& how, int ranks, const std::string& text, double 
         if (r == 1) continue;
         const std::string& said = o.of[static_cast<std::size_t>(r)];
         CHECK(support::has(said, ("comm_error: fastmoe: " + text).c_str()));
+        CHECK(support::has(said, also.c_str()));
         CHECK(support::has(said, "again the same at once"));
         CHECK(support::has(said, "comes to its end"));
         const auto at = said.find("took ");
@@ -147,6 +148,14 @@ TEST_CASE("a rank that is killed in the middle of an exchange is named when the 
     // Where large messages are copied through shared memory in pieces.
     is_told("exchange_large", 4, named("all_to_all_v", 1, 4, too_late), 1.9, late,
             {"--mca", "btl_vader_single_copy_mechanism", "none"});
+}
+
+TEST_CASE("a rank that is killed in the middle of an exchange whose rows are staged in parts is named when the deadline has passed")
+{
+    const auto run = [](int ranks) { // in whichever of its steps the rank was lost
+        is_told("staged_exchange_long", ranks, "all_to_all_v, staged: ", 1.9, late, {}, named("", 1, ranks, too_late));
+    };
+    together({[&] { run(2); }, [&] { run(4); }});
 }
 
 TEST_CASE("a rank that does not come is named, and told the same when it comes after all")
