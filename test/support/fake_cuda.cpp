@@ -84,6 +84,13 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int)
     *value = what == cudaDevAttrComputeCapabilityMajor ? 7 : 4;
     return cudaSuccess;
 }
+/// A device of 7.0 is not asked for tensor maps.
+cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned, unsigned long long, cudaDriverEntryPointQueryResult* found)
+{
+    *function = nullptr;
+    *found = cudaDriverEntryPointSymbolNotFound;
+    return cudaErrorNotSupported;
+}
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorName(cudaError_t status) { return status == cudaErrorMemoryAllocation ? "cudaErrorMemoryAllocation" : "cudaErrorFake"; }
 const char* cudaGetErrorString(cudaError_t status) { return status == cudaErrorMemoryAllocation ? "out of memory" : "as told"; }

@@ -78,7 +78,7 @@ private:
               matrix_view<Y> y, const Epilogue& epilogue, arena& memory) const
     {
         expects(context != nullptr, "gemm.context", "a null pointer", "a cublaslt_context");
-        if (!memory.measuring()) detail::expects_lt_rows(groups, x, w, y);
+        if (!memory.measuring()) detail::expects_row_product<cuda_executor>(groups, x, w, y);
         detail::with_scratch(memory, [&](arena& a) {
             const auto workspace = a.vector<std::byte>(context->workspace_bytes());
             const auto addresses = a.vector<void*>(context->address_count(groups.experts()));
@@ -112,7 +112,7 @@ private:
                    write_mode mode, arena& memory) const
     {
         expects(context != nullptr, "gemm.context", "a null pointer", "a cublaslt_context");
-        if (!memory.measuring()) detail::expects_lt_gradients(groups, dy, x, dw);
+        if (!memory.measuring()) detail::expects_gradient_product<cuda_executor>(groups, dy, x, dw);
         detail::with_scratch(memory, [&](arena& a) {
             const auto workspace = a.vector<std::byte>(context->workspace_bytes());
             const auto addresses = a.vector<void*>(context->address_count(groups.experts()));

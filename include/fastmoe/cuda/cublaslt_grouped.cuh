@@ -103,7 +103,7 @@ private:
         } else {
             if (!side_of(x.data, detail::lt_order::as_is).aligned()) return false;
         }
-        if (!memory.measuring()) detail::expects_lt_rows(groups, x, w, y);
+        if (!memory.measuring()) detail::expects_row_product<cuda_executor>(groups, x, w, y);
         detail::with_scratch(memory, [&](arena& a) {
             const auto workspace = a.vector<std::byte>(context->workspace_bytes());
             const auto arrays = detail::lt_group_arrays::reserve(groups.experts(), a);
@@ -132,7 +132,7 @@ private:
             else return side_of(rows.data, detail::lt_order::as_is).aligned();
         };
         if (p.m == 0 || p.n == 0 || p.m % 8 != 0 || p.n % 8 != 0 || !p.d.aligned() || !begins(dy) || !begins(x)) return false;
-        if (!memory.measuring()) detail::expects_lt_gradients(groups, dy, x, dw);
+        if (!memory.measuring()) detail::expects_gradient_product<cuda_executor>(groups, dy, x, dw);
         detail::with_scratch(memory, [&](arena& a) {
             const auto workspace = a.vector<std::byte>(context->workspace_bytes());
             const auto arrays = detail::lt_group_arrays::reserve(groups.experts(), a);

@@ -84,25 +84,4 @@ void end_rows(cuda_executor& ex, const row_groups& groups, const Epilogue& epilo
         for_each_row(ex, groups.slots, portable::end_row<Epilogue>{groups, epilogue}, {.width = width});
 }
 
-/// Checks at the door of forward and dgrad.
-template <class Rows, class T, class Y>
-void expects_lt_rows(const row_groups& groups, const Rows& x, const weight_view<const T>& w, matrix_view<Y> y)
-{
-    expects_groups(groups, x.extent(0));
-    expects_rows(x, "rows (S,.)");
-    expects_weights(w, "W (E,out,in)", groups.experts(), y.extent(1), x.extent(1));
-    expects_shape(y, "output rows (S,.)", groups.slots, w.out);
-}
-
-/// Checks at the door of wgrad.
-template <class DyRows, class XRows, class G>
-void expects_lt_gradients(const row_groups& groups, const DyRows& dy, const XRows& x, const weight_view<G>& dw)
-{
-    expects_groups(groups, x.extent(0));
-    expects(dy.extent(0) == x.extent(0), "rows of dY", dy.extent(0), "S = ", x.extent(0));
-    expects_rows(dy, "rows of dY");
-    expects_rows(x, "rows of X");
-    expects_gradient<cuda_executor>(dw, groups.experts(), dy.extent(1), x.extent(1));
-}
-
 } // namespace fastmoe::inline FASTMOE_ABI::detail::inline FASTMOE_CUDA_ABI

@@ -259,6 +259,28 @@ void expects_rows(const Rows& rows, const char* name)
     if constexpr (requires { rows.index; }) expects_shape(rows.index, "index of rows (S)", rows.index.extent(0));
 }
 
+/// What forward and dgrad of every policy ask; w as it multiplies.                      // x (S,in), w (E,out,in), y (S,out)
+template <class Executor, class Rows, class W, class Y>
+void expects_row_product(const row_groups& groups, const Rows& x, const weight_view<W>& w, const matrix_view<Y>& y)
+{
+    expects_groups(groups, x.extent(0));
+    expects_rows(x, "rows (S,.)");
+    expects_weights(w, "W (E,out,in)", groups.experts(), y.extent(1), x.extent(1));
+    expects_pointers<Executor>(w, "W (E,out,in)");
+    expects_shape(y, "output rows (S,.)", groups.slots, w.out);
+}
+
+/// What wgrad asks.                                                                      // dy (S,out), x (S,in), dw (E,out,in)
+template <class Executor, class DyRows, class XRows, class G>
+void expects_gradient_product(const row_groups& groups, const DyRows& dy, const XRows& x, const weight_view<G>& dw)
+{
+    expects_groups(groups, x.extent(0));
+    expects(dy.extent(0) == x.extent(0), "rows of dY", dy.extent(0), "S = ", x.extent(0));
+    expects_rows(dy, "rows of dY");
+    expects_rows(x, "rows of X");
+    expects_gradient<Executor>(dw, groups.experts(), dy.extent(1), x.extent(1));
+}
+
 } // namespace detail
 
 /// All rows as one group: a dense product through the same verbs. Takes the two small arrays from the arena.

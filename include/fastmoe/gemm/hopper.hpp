@@ -46,6 +46,7 @@ struct hopper_with {
         if constexpr (takes<Executor, element<Rows>, W, Y>) {
             if (memory.measuring()) calls::template reserve<Epilogue>(groups, w.out, memory);
             else if (fits(w) && are_lines<Executor>(w) && is_whole(x) && is_whole(y)) {
+                detail::expects_row_product<Executor>(groups, x, w, y);
                 if (bias.data_handle()) expects_shape(bias, "bias (E,out)", groups.experts(), w.out);
                 if (calls::run(ex, groups, x, weight_view<const std::remove_const_t<W>>(w), matrix_view<const std::remove_const_t<B>>(bias), y,
                          epilogue, memory))
@@ -65,6 +66,7 @@ struct hopper_with {
             if (memory.measuring()) calls::template reserve<Epilogue>(groups, w.in, memory);
             else if (fits(w) && are_lines<Executor>(w) && is_whole(dy) && is_whole(dx)) {
                 const auto turned = detail::portable::transposed(weight_view<const std::remove_const_t<W>>(w));
+                detail::expects_row_product<Executor>(groups, dy, turned, dx);
                 if (calls::run(ex, groups, dy, turned, matrix_view<const float>{}, dx, epilogue, memory)) return;
             }
         }
@@ -79,11 +81,7 @@ struct hopper_with {
         if constexpr (takes<Executor, element<DyRows>, element<XRows>, G>)
             if (!memory.measuring() && groups.experts() > 0 && groups.slots <= INT32_MAX && dw.out > 0 && dw.in > 0 && detail::hopper::is_whole(dy) &&
                 detail::hopper::is_whole(x)) {
-                detail::expects_groups(groups, x.extent(0));
-                expects(dy.extent(0) == x.extent(0), "rows of dY", dy.extent(0), "S = ", x.extent(0));
-                detail::expects_rows(dy, "rows of dY");
-                detail::expects_rows(x, "rows of X");
-                detail::expects_gradient<Executor>(dw, groups.experts(), dy.extent(1), x.extent(1));
+                detail::expects_gradient_product<Executor>(groups, dy, x, dw);
                 if (dw.col_stride == 1 ? gradients(ex, groups, dy, x, dw, mode)
                                        : gradients(ex, groups, x, dy, detail::portable::transposed(dw), mode))
                     return;

@@ -87,10 +87,6 @@ struct row_calls {
                     const Epilogue& epilogue, arena& memory)
     {
         const auto& matrices = matrices_of(w);
-        detail::expects_groups(groups, x.extent(0));
-        expects_shape(data_of(x), "rows (S,.)", data_of(x).extent(0), data_of(x).extent(1));
-        detail::expects_weights(matrices, "W (E,out,in)", groups.experts(), y.extent(1), x.extent(1));
-        expects_shape(y, "output rows (S,.)", groups.slots, matrices.out);
         const auto run = [&]<class Map, hopper_tuning how>(const auto& end) {
             if constexpr (!has_scales<Rows>)
                 if (matrices.col_stride != 1) return tiles<how, lie::wide, Map>(ex, groups, x, w, bias, y, end, epilogue, memory);

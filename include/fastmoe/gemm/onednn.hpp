@@ -152,11 +152,7 @@ struct onednn {
         if constexpr (is_native<Executor, element<DyRows>, element<XRows>, G>)
             if (computes(dy, x) && groups.slots > (std::is_same_v<element<XRows>, float> ? 0 : limits.wgrad_bfloat16) * groups.experts()) {
                 if (!memory.measuring()) {
-                    detail::expects_groups(groups, x.extent(0));
-                    expects(dy.extent(0) == x.extent(0), "rows of dY", dy.extent(0), "S = ", x.extent(0));
-                    detail::expects_rows(dy, "rows of dY");
-                    detail::expects_rows(x, "rows of X");
-                    detail::expects_gradient<Executor>(dw, groups.experts(), dy.extent(1), x.extent(1));
+                    detail::expects_gradient_product<Executor>(groups, dy, x, dw);
                     expects_lines(dw, "dW (E,out,in)");
                 }
                 using call = detail::onednn::call;
@@ -206,12 +202,8 @@ private:
                               matrix_view<B> bias, matrix_view<Y> y, const Epilogue& epilogue, arena& memory)
     {
         if (!memory.measuring()) {
-            detail::expects_groups(groups, x.extent(0));
-            detail::expects_rows(x, "rows (S,.)");
-            detail::expects_weights(w, "W (E,out,in)", groups.experts(), y.extent(1), x.extent(1));
-            detail::expects_pointers<host_executor>(w, "W (E,out,in)");
+            detail::expects_row_product<host_executor>(groups, x, w, y);
             expects_lines(w, "W (E,out,in)");
-            expects_shape(y, "output rows (S,.)", groups.slots, w.out);
         }
         using call = detail::onednn::call;
         lend(detail::tiled::row_product<call, Rows, W, B, Y, Epilogue>(ex, groups, x, w, bias, y, epilogue), memory);

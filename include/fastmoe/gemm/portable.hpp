@@ -159,11 +159,7 @@ struct portable {
     {
         using verb = implementation<verbs::multiply_weight_gradients, Executor>;
         if (!memory.measuring()) {
-            detail::expects_groups(groups, x.extent(0));
-            expects(dy.extent(0) == x.extent(0), "rows of dY", dy.extent(0), "S = ", x.extent(0));
-            detail::expects_rows(dy, "rows of dY");
-            detail::expects_rows(x, "rows of X");
-            detail::expects_gradient<Executor>(dw, groups.experts(), dy.extent(1), x.extent(1));
+            detail::expects_gradient_product<Executor>(groups, dy, x, dw);
             arena needed;
             verb::run(ex, groups, dy, x, dw, mode, needed);
             memory.require(needed.bytes());
@@ -179,11 +175,7 @@ private:
     {
         using verb = implementation<verbs::multiply_rows, Executor>;
         if (!memory.measuring()) {
-            detail::expects_groups(groups, x.extent(0));
-            detail::expects_rows(x, "rows (S,.)");
-            detail::expects_weights(w, "W (E,out,in)", groups.experts(), y.extent(1), x.extent(1));
-            detail::expects_pointers<Executor>(w, "W (E,out,in)");
-            expects_shape(y, "output rows (S,.)", groups.slots, w.out);
+            detail::expects_row_product<Executor>(groups, x, w, y);
             arena needed;
             verb::run(ex, groups, x, w, bias, y, epilogue, needed);
             memory.require(needed.bytes());
