@@ -3,7 +3,7 @@
 /// Codes and scales of rows and weights against their definition in double.
 #include <doctest/doctest.h>
 
-#include <fastmoe/gemm/scaled.hpp>
+#include <fastmoe/gemm/quantize.hpp>
 
 #include "reference_gemm.hpp"
 #include "support/executors.hpp"

@@ -16,7 +16,7 @@
 #include <nlohmann/json.hpp>
 
 #include <fastmoe/exec/host_executor.hpp>
-#include <fastmoe/gemm/scaled.hpp>
+#include <fastmoe/gemm/quantize.hpp>
 #include <fastmoe/io/safetensors.hpp>
 
 #include "support/random.hpp"

@@ -6,7 +6,7 @@
 
 #include <fastmoe/exec/scratch.hpp>
 #include <fastmoe/gemm/hopper.hpp>
-#include <fastmoe/gemm/scaled.hpp>
+#include <fastmoe/gemm/quantize.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI {
 

@@ -5,6 +5,7 @@
 
 #include <fastmoe/gemm/hopper_store.hpp>
 #include <fastmoe/gemm/hopper_tile.hpp>
+#include <fastmoe/gemm/portable_plain.hpp>
 #include <fastmoe/gemm/row_tiles.hpp>
 #include <fastmoe/gemm/scaled.hpp>
 
