@@ -200,19 +200,21 @@ private:
         }
         void all_to_all_known(Executor& ex, in sent, out received, out to_others, out from_others) const override
         {
-            if constexpr (!fm::has_readable_memory<Executor>)
+            if constexpr (fm::exchanges_known_blocks<Communicator, Executor, fm::int64_t>) {
                 detail::with_element(received.type, [&](auto zero) {
                     using T = decltype(zero);
-                    const auto known = [](const out& of) { return of.template vector<T>(); };
-                    if constexpr (fm::exchanges_known_blocks<Communicator, Executor, T>) {
-                        c.template all_to_all_known<Executor, T>(ex, sent.template vector<T>(), known(received), known(to_others), known(from_others));
-                    } else {
-                        c.template all_to_all<Executor, T>(ex, sent.template vector<T>(), known(received));
-                        ex.copy_to_host(to_others.data, sent.data, sent.rows * static_cast<fm::int64_t>(sizeof(T)));
-                        ex.copy_to_host(from_others.data, received.data, received.rows * static_cast<fm::int64_t>(sizeof(T)));
-                        ex.synchronize();
-                    }
+                    c.template all_to_all_known<Executor, T>(ex, sent.template vector<T>(), received.template vector<T>(),
+                                                             to_others.template vector<T>(), from_others.template vector<T>());
                 });
+            } else if constexpr (!fm::has_readable_memory<Executor>) {
+                all_to_all(ex, sent, received);
+                detail::with_element(received.type, [&](auto zero) {
+                    constexpr fm::int64_t bytes = sizeof zero;
+                    ex.copy_to_host(to_others.data, sent.data, sent.rows * bytes);
+                    ex.copy_to_host(from_others.data, received.data, received.rows * bytes);
+                });
+                ex.synchronize();
+            }
         }
         void all_to_all_v(Executor& ex, in sent, counts sent_rows, out received, counts received_rows) const override
         {
