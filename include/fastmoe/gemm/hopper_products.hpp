@@ -67,7 +67,7 @@ struct row_product {
     static constexpr lie rows_lie = how.turned ? how_w : lie::deep, columns_lie = how.turned ? lie::deep : how_w;
     static constexpr bool lines = true;
     static constexpr bool has_map = !std::is_same_v<Map, no_map>;
-    static constexpr int bring_registers = has_map ? 40 : 72;
+    static constexpr int bring_registers = has_map ? 40 : 104;
     static constexpr int weight_bytes = how.turned ? how.row_bytes() : how.column_bytes();
     /// Rows that lie in order come in boxes, too, where a tile has all of its rows.
     static constexpr bool boxes_rows = has_map && !how.turned && !is_gathered<Rows>;
