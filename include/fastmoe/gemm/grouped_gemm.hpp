@@ -107,8 +107,8 @@ FASTMOE_HOST_DEVICE constexpr const auto& matrices_of(const Weights& w) noexcept
 } // namespace detail
 
 /// The view through which a policy reads an expert's matrices where rows are of T: weight_view<T>, or what the policy names,
-/// Gemm::weights<T>. Such a view has the matrices in .codes and may have expects_views(name, experts, out, in), which throws unless it is of that
-/// shape; Gemm::reserve_weights<T>(arena&, experts, out, in) makes one.
+/// Gemm::weights<T>. Such a view has the matrices in .codes and may have expects_views(name, experts, out, in), which throws
+/// unless it is of that shape; Gemm::reserve_weights<T>(arena&, experts, out, in) makes one.
 template <class Gemm, class T>
 using weights_of_gemm = typename detail::weights_of_gemm<Gemm, T>::type;
 

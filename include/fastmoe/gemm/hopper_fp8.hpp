@@ -23,7 +23,7 @@ void with_codes(Executor& ex, const row_groups& groups, const Rows& x, arena& me
         const int64_t n = x.data.extent(0), k = x.data.extent(1);
         const auto codes = memory.matrix<float8_e4m3>(n, k);
         const auto scales = memory.matrix<float>(n, scale_blocks(k));
-        constexpr bool is_gathered = requires { x.index; };
+        constexpr bool is_gathered = hopper::is_gathered<Rows>;
         if (!memory.measuring()) scaled::quantize_rows(ex, groups, !is_gathered, x.data, codes, scales);
         if constexpr (is_gathered) f(block_scaled_rows<indexed_rows<float8_e4m3>>{{codes, x.index}, scales});
         else f(block_scaled_rows<plain_rows<float8_e4m3>>{{codes}, scales});
@@ -45,7 +45,7 @@ void with_floats(Executor& ex, const row_groups& groups, const block_scaled_rows
 {
     const int64_t n = x.codes.data.extent(0), k = x.codes.data.extent(1);
     const auto floats = memory.matrix<float>(n, k);
-    constexpr bool is_gathered = requires { x.codes.index; };
+    constexpr bool is_gathered = hopper::is_gathered<Rows>;
     if (!memory.measuring()) scaled::dequantize_rows(ex, groups, !is_gathered, x.codes.data, x.scales, floats);
     if constexpr (is_gathered) f(indexed_rows<float>{floats, x.codes.index});
     else f(plain_rows<float>{floats});
@@ -65,8 +65,8 @@ struct hopper_fp8_tunings {
 /// are stored as codes (block_scaled_weights) are read as they are. Sums of 128 of the depth are scaled and added in float,
 /// rounded once. wgrad multiplies the rows as they came, by hopper.
 ///
-/// Everywhere else, and where rows of codes are no whole 16 bytes (D and H multiples of 16, and codes that are given), the numbers that codes and scales stand for are
-/// multiplied by gemm::portable in float, which takes four bytes of memory for each element.
+/// Everywhere else, and where rows of codes are no whole 16 bytes (D and H multiples of 16, and codes that are given), the numbers
+/// that codes and scales stand for are multiplied by gemm::portable in float, which takes four bytes of memory for each element.
 ///
 ///     fm::mlp<fm::swiglu, fm::gemm::hopper_fp8> expert{.width = 4096, .hidden = 2048, .layout = fm::gated_layout::interleaved};
 ///

@@ -24,6 +24,7 @@ FASTMOE_HOST_DEVICE constexpr const auto& data_of(const Rows& x) noexcept
     if constexpr (has_scales<Rows>) return x.codes.data;
     else return x.data;
 }
+
 /// What a thread's sums of a stage are multiplied by: scales of rows, each times the one of the tile's weights.
 template <hopper_tuning how>
 struct stage_scales {
