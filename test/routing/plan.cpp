@@ -9,6 +9,7 @@
 
 #include "support/executors.hpp"
 #include "support/scratch.hpp"
+#include "support/warps.hpp"
 
 using namespace fastmoe;
 
@@ -94,7 +95,7 @@ host_plan run_plan(Executor& ex, const choices& c, int64_t total, int64_t alignm
 } // namespace
 
 TEST_CASE_TEMPLATE("where tokens list more choices than there are experts here, slots are those that can be taken, and all may be", Cell,
-                   FASTMOE_EXECUTORS)
+                   FASTMOE_EXECUTORS_AND_WARPS)
 {
     FASTMOE_SEEDED(r, 12);
     FASTMOE_EXECUTOR(ex, Cell);
@@ -119,7 +120,7 @@ TEST_CASE_TEMPLATE("where tokens list more choices than there are experts here, 
     CHECK_EQ(all.bytes() - few.bytes(), 6 * 1024 * 8); // slots that it does without, each of two int32
 }
 
-TEST_CASE_TEMPLATE("a plan is the stable sort of choices by expert", Cell, FASTMOE_EXECUTORS)
+TEST_CASE_TEMPLATE("a plan is the stable sort of choices by expert", Cell, FASTMOE_EXECUTORS_AND_WARPS)
 {
     FASTMOE_SEEDED(r, 11);
     FASTMOE_EXECUTOR(ex, Cell);
@@ -139,7 +140,7 @@ TEST_CASE_TEMPLATE("a plan is the stable sort of choices by expert", Cell, FASTM
 }
 
 TEST_CASE_TEMPLATE("a padded plan gives every expert exactly its slots, the first choices in them, and drops the rest", Cell,
-                   FASTMOE_EXECUTORS)
+                   FASTMOE_EXECUTORS_AND_WARPS)
 {
     FASTMOE_SEEDED(r, 13);
     FASTMOE_EXECUTOR(ex, Cell);
@@ -189,7 +190,7 @@ TEST_CASE("a plan is the same for any number of threads")
     CHECK(run_plan(four, c, 64, 1) == expected);
 }
 
-TEST_CASE_TEMPLATE("all tokens on one expert, and every choice dropped, are plans like any other", Cell, FASTMOE_EXECUTORS)
+TEST_CASE_TEMPLATE("all tokens on one expert, and every choice dropped, are plans like any other", Cell, FASTMOE_EXECUTORS_AND_WARPS)
 {
     FASTMOE_EXECUTOR(ex, Cell);
     for (const int32_t id : {3, -1}) {
@@ -199,7 +200,7 @@ TEST_CASE_TEMPLATE("all tokens on one expert, and every choice dropped, are plan
     }
 }
 
-TEST_CASE_TEMPLATE("K = E = 1000 is planned without quadratic time", Cell, FASTMOE_EXECUTORS)
+TEST_CASE_TEMPLATE("K = E = 1000 is planned without quadratic time", Cell, FASTMOE_EXECUTORS_AND_WARPS)
 {
     FASTMOE_EXECUTOR(ex, Cell);
     choices c{{}, {0}, 20, 1000};
@@ -210,7 +211,7 @@ TEST_CASE_TEMPLATE("K = E = 1000 is planned without quadratic time", Cell, FASTM
     CHECK(run_plan(ex, c, 1000, 1) == expected_plan(c.experts, c.first, 1000, 1));
 }
 
-TEST_CASE_TEMPLATE("an id out of range is dropped and reported with its position", Cell, FASTMOE_EXECUTORS)
+TEST_CASE_TEMPLATE("an id out of range is dropped and reported with its position", Cell, FASTMOE_EXECUTORS_AND_WARPS)
 {
     FASTMOE_EXECUTOR(ex, Cell);
     for (const int64_t k : {2, 20}) {
@@ -238,7 +239,7 @@ TEST_CASE_TEMPLATE("an id out of range is dropped and reported with its position
     }
 }
 
-TEST_CASE_TEMPLATE("an id twice in one token keeps its first choice and is reported", Cell, FASTMOE_EXECUTORS)
+TEST_CASE_TEMPLATE("an id twice in one token keeps its first choice and is reported", Cell, FASTMOE_EXECUTORS_AND_WARPS)
 {
     FASTMOE_EXECUTOR(ex, Cell);
     for (const int64_t k : {3, 24}) {
@@ -265,7 +266,7 @@ TEST_CASE_TEMPLATE("an id twice in one token keeps its first choice and is repor
     }
 }
 
-TEST_CASE_TEMPLATE("ragged offsets that decrease or leave the array are reported and lead nowhere", Cell, FASTMOE_EXECUTORS)
+TEST_CASE_TEMPLATE("ragged offsets that decrease or leave the array are reported and lead nowhere", Cell, FASTMOE_EXECUTORS_AND_WARPS)
 {
     FASTMOE_EXECUTOR(ex, Cell);
     for (const auto& wrong : {std::vector<int32_t>{0, 2, 1, 3}, {0, 1, 2, 9}, {1, 1, 2, 3}, {0, -5, 2, 3}}) {

@@ -8,6 +8,7 @@
 #include "support/bounded.hpp"
 #include "support/poison.hpp"
 #include "support/routed.hpp"
+#include "support/warps.hpp"
 
 using namespace fastmoe;
 using support::widened;
@@ -31,7 +32,7 @@ double inner(const std::vector<double>& a, const std::vector<double>& b)
 
 } // namespace
 
-TEST_CASE_TEMPLATE("dispatch copies each token to its slots, exactly, and zeros the padding", Cell, FASTMOE_CELLS)
+TEST_CASE_TEMPLATE("dispatch copies each token to its slots, exactly, and zeros the padding", Cell, FASTMOE_CELLS_AND_WARPS)
 {
     using T = typename Cell::type;
     FASTMOE_SEEDED(r, 21);
@@ -55,7 +56,7 @@ TEST_CASE_TEMPLATE("dispatch copies each token to its slots, exactly, and zeros 
     }
 }
 
-TEST_CASE_TEMPLATE("combine sums the weighted rows of each token", Cell, FASTMOE_CELLS)
+TEST_CASE_TEMPLATE("combine sums the weighted rows of each token", Cell, FASTMOE_CELLS_AND_WARPS)
 {
     using T = typename Cell::type;
     FASTMOE_SEEDED(r, 22);
@@ -96,7 +97,7 @@ TEST_CASE_TEMPLATE("combine sums the weighted rows of each token", Cell, FASTMOE
     }
 }
 
-TEST_CASE_TEMPLATE("dispatch with weights multiplies each row by its weight and rounds once", Cell, FASTMOE_CELLS)
+TEST_CASE_TEMPLATE("dispatch with weights multiplies each row by its weight and rounds once", Cell, FASTMOE_CELLS_AND_WARPS)
 {
     using T = typename Cell::type;
     using real = accumulate_t<T>;
@@ -122,7 +123,7 @@ TEST_CASE_TEMPLATE("dispatch with weights multiplies each row by its weight and 
     }
 }
 
-TEST_CASE_TEMPLATE("dispatch and combine are each other's adjoint, with weights and without", Cell, FASTMOE_CELLS)
+TEST_CASE_TEMPLATE("dispatch and combine are each other's adjoint, with weights and without", Cell, FASTMOE_CELLS_AND_WARPS)
 {
     using T = typename Cell::type;
     using real = accumulate_t<T>;
@@ -158,7 +159,7 @@ TEST_CASE_TEMPLATE("dispatch and combine are each other's adjoint, with weights 
     }
 }
 
-TEST_CASE_TEMPLATE("the gradient of a weight is the product of its row with the token's gradient", Cell, FASTMOE_CELLS)
+TEST_CASE_TEMPLATE("the gradient of a weight is the product of its row with the token's gradient", Cell, FASTMOE_CELLS_AND_WARPS)
 {
     using T = typename Cell::type;
     using real = accumulate_t<T>;
