@@ -22,7 +22,10 @@ class fiber_team : fibers {
 public:
     static constexpr int warp = 32, most = 256;
 
-    /// f(lane) on each lane.
+    /// @param turn  which lane begins
+    explicit fiber_team(std::uint64_t turn) : turn_(turn) {}
+
+    /// f(lane) on each lane; once.
     template <class F>
     void run(int lanes, const F& f)
     {
@@ -51,7 +54,7 @@ public:
 
 private:
     int lanes_ = 0;
-    std::uint64_t turn_ = 0;
+    std::uint64_t turn_;
     meeting all_, warps_[most / warp];
     unsigned char handed_[most][32];
     alignas(32) unsigned char slots_[2][32 * most / warp];
@@ -109,8 +112,9 @@ public:
         const auto shape = fastmoe::team_shape::of(hint);
         for (int64_t row = n - 1; row >= 0; --row) {
             std::memset(static_cast<void*>(scratch_), 0xff, scratch_bytes);
-            team_.run(shape.lanes, [&](int lane) {
-                fastmoe::wide_team<fiber_lanes> team({&team_, lane}, scratch_);
+            fiber_team lanes(static_cast<std::uint64_t>(row));
+            lanes.run(shape.lanes, [&](int lane) {
+                fastmoe::wide_team<fiber_lanes> team({&lanes, lane}, scratch_);
                 F copy = f; // as every thread of a GPU has its own
                 copy(team, row);
             });
@@ -129,7 +133,6 @@ private:
     fastmoe::host_memory heap_;
     std::byte* scratch_;
     fastmoe::host_faults faults_;
-    fiber_team team_;
 };
 
 static_assert(fastmoe::executor<warps>);
