@@ -18,6 +18,7 @@
 #include "support/executors.hpp"
 #include "support/poison.hpp"
 #include "support/random.hpp"
+#include "support/warps.hpp"
 
 namespace fm = fastmoe;
 using std::int64_t;
@@ -142,6 +143,23 @@ struct take_scratch {
     }
 };
 
+struct tally_rows {
+    fm::matrix_view<const int32_t> keys; // (rows,n)
+    fm::matrix_view<int32_t> ranks;      // (rows,n)
+    fm::matrix_view<int32_t> counts;     // (rows,kinds)
+    bool shared;
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t row) const
+    {
+        int32_t* own = counts.data_handle() + row * counts.extent(1);
+        int32_t* count = shared ? team.template scratch<int32_t>(counts.extent(1)) : own;
+        if (shared) team.for_each(counts.extent(1), [=](int64_t e) { count[e] = own[e]; });
+        team.sync();
+        team.tally(keys.extent(1), count, [&](int64_t i) { return keys(row, i); }, [&](int64_t i, int32_t rank) { ranks(row, i) = rank; });
+        if (shared) team.for_each(counts.extent(1), [=](int64_t e) { own[e] = count[e]; });
+    }
+};
+
 struct count_lanes {
     fm::matrix_view<int64_t> lanes; // (rows,8)
     template <class Team>
@@ -234,15 +252,15 @@ TEST_CASE_TEMPLATE("a reduction calls its function once for each element, on the
 }
 
 TEST_CASE_TEMPLATE("a scan gives every element the sum of those before it and every lane the total", Cell,
-                   FASTMOE_EXECUTORS)
+                   FASTMOE_EXECUTORS_AND_WARPS)
 {
     FASTMOE_EXECUTOR(ex, Cell);
     FASTMOE_SEEDED(r, 4);
-    for (const int64_t n : {0, 1, 3, 4, 5, 8, 29}) {
+    for (const int64_t n : {0, 1, 3, 4, 5, 8, 29, 127, 130, 2100}) {
         const int64_t rows = 6;
         std::vector<int64_t> x(rows * n);
         for (int64_t& v : x) v = r.integer(1, 9);
-        grid<int64_t> before(rows, n), totals(rows, 8);
+        grid<int64_t> before(rows, n), totals(rows, 256);
         fm::for_each_row(ex, rows, scan_rows{fm::as_matrix(x, rows, n), before.view(), totals.view()}, {.width = n});
         for (int64_t i = 0; i < rows; ++i) {
             int64_t sum = 0;
@@ -251,10 +269,37 @@ TEST_CASE_TEMPLATE("a scan gives every element the sum of those before it and ev
                 sum += x[i * n + j];
             }
             CHECK(totals.view()(i, 0) == sum);
-            for (int64_t lane = 1; lane < 8; ++lane)
+            for (int64_t lane = 1; lane < 256; ++lane)
                 CHECK((totals.view()(i, lane) == sum || totals.view()(i, lane) == -1));
         }
     }
+}
+
+TEST_CASE_TEMPLATE("a tally ranks keys in their order and counts them, from what was counted before, in scratch and in memory", Cell,
+                   FASTMOE_EXECUTORS_AND_WARPS)
+{
+    FASTMOE_EXECUTOR(ex, Cell);
+    FASTMOE_SEEDED(r, 5);
+    for (const bool shared : {false, true})
+        for (const int64_t n : {0, 1, 4, 7, 31, 33, 257, 1500}) {
+            const int64_t rows = 3, kinds = r.one_of<int64_t>(1, 2, 5, 40);
+            std::vector<int32_t> keys(rows * n);
+            for (int32_t& e : keys) e = static_cast<int32_t>(r.integer(r.coin(0.2) ? -2 : 0, kinds - 1));
+            grid<int32_t> ranks(rows, n), counts(rows, kinds);
+            std::vector<int32_t> begin(rows * kinds);
+            for (int64_t i = 0; i < rows * kinds; ++i) counts.memory[i] = begin[i] = static_cast<int32_t>(r.integer(0, 9));
+            const auto bytes = shared ? kinds * static_cast<int64_t>(sizeof(int32_t)) : 0;
+            fm::for_each_row(ex, rows, tally_rows{fm::as_matrix(keys, rows, n), ranks.view(), counts.view(), shared},
+                             {.width = n, .scratch_bytes = bytes, .in_turn = r.coin(0.5)});
+            for (int64_t i = 0; i < rows; ++i) {
+                std::vector<int32_t> next(begin.begin() + i * kinds, begin.begin() + (i + 1) * kinds);
+                for (int64_t j = 0; j < n; ++j) {
+                    const int32_t e = keys[i * n + j];
+                    CHECK(ranks.view()(i, j) == (e < 0 ? -1 : next[e]++));
+                }
+                for (int64_t e = 0; e < kinds; ++e) CHECK(counts.view()(i, e) == next[e]);
+            }
+        }
 }
 
 TEST_CASE_TEMPLATE("what lanes write to scratch is there for all of them after sync", Cell, FASTMOE_EXECUTORS)

@@ -214,19 +214,19 @@ TEST_CASE_TEMPLATE("K = E = 1000 is planned without quadratic time", Cell, FASTM
 TEST_CASE_TEMPLATE("an id out of range is dropped and reported with its position", Cell, FASTMOE_EXECUTORS_AND_WARPS)
 {
     FASTMOE_EXECUTOR(ex, Cell);
-    for (const int64_t k : {2, 20}) {
-        choices c{{}, {}, 50, k};
-        for (int64_t t = 0; t < 50; ++t)
+    for (const auto& [tokens, k] : {std::pair<int64_t, int64_t>{50, 2}, {50, 20}, {1500, 2}, {200, 20}}) {
+        choices c{{}, {}, tokens, k};
+        for (int64_t t = 0; t < tokens; ++t)
             for (int32_t j = 0; j < k; ++j) c.experts.push_back(j);
         c.experts[31] = 40;
         c.experts[35] = -2;
         auto experts = support::upload(ex, c.experts);
         buffer<float, typename Cell::executor> weights(ex, experts.size());
-        const routing<float> route{50, 40, k, experts.view(), weights.view(), {}};
+        const routing<float> route{tokens, 40, k, experts.view(), weights.view(), {}};
         arena measure;
-        make_plan(ex, route, reserve_plan(measure, 50, route.choices(), 40), measure);
+        make_plan(ex, route, reserve_plan(measure, tokens, route.choices(), 40), measure);
         support::workspace memory(ex, measure.bytes());
-        const plan p = reserve_plan(memory, 50, route.choices(), 40);
+        const plan p = reserve_plan(memory, tokens, route.choices(), 40);
         const auto text = support::message_of<invalid_argument>([&] {
             make_plan(ex, route, p, memory);
             ex.synchronize();
@@ -234,7 +234,7 @@ TEST_CASE_TEMPLATE("an id out of range is dropped and reported with its position
         CHECK_MESSAGE(support::has(text, "routing.experts(31) is 40"), text);
         CHECK(p.slot_of(31) == -1);
         CHECK(p.slot_of(35) == -1);
-        CHECK(p.offsets(40) == 50 * k - 2);
+        CHECK(p.offsets(40) == tokens * k - 2);
         ex.synchronize(); // the fault is gone once it was thrown
     }
 }
@@ -242,18 +242,18 @@ TEST_CASE_TEMPLATE("an id out of range is dropped and reported with its position
 TEST_CASE_TEMPLATE("an id twice in one token keeps its first choice and is reported", Cell, FASTMOE_EXECUTORS_AND_WARPS)
 {
     FASTMOE_EXECUTOR(ex, Cell);
-    for (const int64_t k : {3, 24}) {
-        std::vector<int32_t> ids(4 * k);
-        for (int64_t t = 0; t < 4; ++t)
+    for (const auto& [tokens, k] : {std::pair<int64_t, int64_t>{4, 3}, {4, 24}, {1000, 3}, {100, 24}}) {
+        std::vector<int32_t> ids(tokens * k);
+        for (int64_t t = 0; t < tokens; ++t)
             for (int32_t j = 0; j < k; ++j) ids[t * k + j] = j;
         ids[k + 2] = 0; // token 1: experts 0, 1, 0
         auto experts = support::upload(ex, ids);
         buffer<float, typename Cell::executor> weights(ex, experts.size());
-        const routing<float> route{4, 30, k, experts.view(), weights.view(), {}};
+        const routing<float> route{tokens, 30, k, experts.view(), weights.view(), {}};
         arena measure;
-        make_plan(ex, route, reserve_plan(measure, 4, route.choices(), 30), measure);
+        make_plan(ex, route, reserve_plan(measure, tokens, route.choices(), 30), measure);
         support::workspace memory(ex, measure.bytes());
-        const plan p = reserve_plan(memory, 4, route.choices(), 30);
+        const plan p = reserve_plan(memory, tokens, route.choices(), 30);
         const auto text = support::message_of<invalid_argument>([&] {
             make_plan(ex, route, p, memory);
             ex.synchronize();
@@ -262,7 +262,7 @@ TEST_CASE_TEMPLATE("an id twice in one token keeps its first choice and is repor
         CHECK_MESSAGE(support::has(text, part.c_str()), text);
         CHECK(p.slot_of(k) >= 0);
         CHECK(p.slot_of(k + 2) == -1);
-        CHECK(p.counts(0) == 4);
+        CHECK(p.counts(0) == tokens);
     }
 }
 
@@ -289,13 +289,14 @@ TEST_CASE_TEMPLATE("ragged offsets that decrease or leave the array are reported
 TEST_CASE("a workspace one byte too small is refused before the plan is touched")
 {
     host_executor ex({.threads = 2});
-    auto experts = support::upload(ex, std::vector<int32_t>(100, 1));
-    buffer<float, host_executor> weights(ex, 100);
-    const routing<float> route{100, 3, 1, experts.view(), weights.view(), {}};
+    constexpr int64_t tokens = 4000; // fewer take no workspace
+    auto experts = support::upload(ex, std::vector<int32_t>(tokens, 1));
+    buffer<float, host_executor> weights(ex, tokens);
+    const routing<float> route{tokens, 3, 1, experts.view(), weights.view(), {}};
     arena plans, scratch;
-    make_plan(ex, route, reserve_plan(plans, 100, 100, 3), scratch);
+    make_plan(ex, route, reserve_plan(plans, tokens, tokens, 3), scratch);
     support::workspace kept(ex, plans.bytes()), lent(ex, scratch.bytes() - 1);
-    const plan p = reserve_plan(kept, 100, 100, 3);
+    const plan p = reserve_plan(kept, tokens, tokens, 3);
     CHECK_THROWS_AS(make_plan(ex, route, p, lent), out_of_memory);
     CHECK(p.counts(0) == -1); // still poison
     CHECK(p.slot_of(0) == -1);

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstddef>
+#include <type_traits>
 
 #include <fastmoe/core/tensor.hpp>
 
@@ -17,7 +18,13 @@ struct row_hint {
     int64_t width = 1;         ///< elements of work in a row
     int64_t scratch_bytes = 0; ///< what the functor takes with scratch(), each block rounded up to 64 bytes; at most
                                ///< team_scratch_bytes
+    bool in_turn = false;      ///< elements wait for those before them, so that more lanes than the fewest help little
 };
+
+class single_lane_team;
+/// Whether a team's lane is a processor, which goes through a row faster alone than by the steps that lanes take together.
+template <class Team>
+inline constexpr bool is_single_lane = std::is_same_v<Team, single_lane_team>;
 
 /// A team of one lane. Sums run in sixteen fixed partial sums, so that they vectorize and never depend on threads.
 class single_lane_team {
@@ -73,6 +80,18 @@ public:
             total = op(total, value);
         }
         return total;
+    }
+
+    /// Counts keys in their order: for i in [0, n), with e = key(i), out(i, counts[e]++), or out(i, -1) for a negative e. counts
+    /// is memory or scratch of the team's own, synced before; what it holds afterwards is visible to all lanes. key(i) and
+    /// out(i, ...) are called once each, by one lane, which need not be that of for_each(n).
+    template <class Key, class Out>
+    FASTMOE_HOST_DEVICE void tally(int64_t n, int32_t* counts, Key key, Out out) const
+    {
+        for (int64_t i = 0; i < n; ++i) {
+            const int32_t e = key(i);
+            out(i, e >= 0 ? counts[e]++ : int32_t{-1});
+        }
     }
 
     /// n elements that the lanes share until the row ends. The sum of all calls is what row_hint announced.

@@ -70,28 +70,60 @@ public:
     template <class T, class Op, class F, class Out>
     FASTMOE_HOST_DEVICE T scan(int64_t n, T init, Op op, F f, Out out) const
     {
-        T total = init;
-        for (int64_t base = 0; base < n; base += lanes()) {
-            const int64_t mine = base + lane();
-            T value = mine < n ? static_cast<T>(f(mine)) : init;
-            for (int distance = 1; distance < warp; distance *= 2) {
-                const T before = meeting_.from(value, in_warp() >= distance ? in_warp() - distance : in_warp());
-                if (in_warp() >= distance) value = op(before, value);
+        constexpr int ahead = sizeof(T) > 16 ? 1 : 4; // what f reads is on its way while the lanes before are added
+        T total = init, values[ahead];
+        for (int64_t first = 0; first < n; first += ahead * lanes()) {
+            for (int a = 0; a < ahead; ++a) {
+                const int64_t mine = first + a * lanes() + lane();
+                values[a] = mine < n ? static_cast<T>(f(mine)) : init;
             }
-            const T left = meeting_.from(value, in_warp() > 0 ? in_warp() - 1 : 0); // op over the lanes before this one
-            T start = total;
-            if (warps() > 1) {
-                const T* all = publish(value, warp - 1);
-                for (int w = 0; w < warps(); ++w) {
-                    if (w == own_warp()) start = total;
-                    total = op(total, all[w]);
+            for (int a = 0; a < ahead && first + a * lanes() < n; ++a) {
+                const int64_t mine = first + a * lanes() + lane();
+                T value = values[a];
+                for (int distance = 1; distance < warp; distance *= 2) {
+                    const T before = meeting_.from(value, in_warp() >= distance ? in_warp() - distance : in_warp());
+                    if (in_warp() >= distance) value = op(before, value);
                 }
-            } else {
-                total = op(total, meeting_.from(value, warp - 1));
+                const T left = meeting_.from(value, in_warp() > 0 ? in_warp() - 1 : 0); // op over the lanes before this one
+                T start = total;
+                if (warps() > 1) {
+                    const T* all = publish(value, warp - 1);
+                    for (int w = 0; w < warps(); ++w) {
+                        if (w == own_warp()) start = total;
+                        total = op(total, all[w]);
+                    }
+                } else {
+                    total = op(total, meeting_.from(value, warp - 1));
+                }
+                if (mine < n) out(mine, in_warp() > 0 ? op(start, left) : start);
             }
-            if (mine < n) out(mine, in_warp() > 0 ? op(start, left) : start);
         }
         return total;
+    }
+
+    /// A warp at a time: each lane learns which lanes before it have its key, and the last one of a key moves its count.
+    template <class Key, class Out>
+    FASTMOE_HOST_DEVICE void tally(int64_t n, int32_t* counts, Key key, Out out) const
+    {
+        for (int64_t base = 0; base < n; base += lanes()) {
+            const int64_t mine = base + lane();
+            const int32_t e = mine < n ? static_cast<int32_t>(key(mine)) : -1;
+            int32_t before = 0, all = 0;
+            for (int other = 0; other < warp; ++other) {
+                const auto same = static_cast<int32_t>(meeting_.from(e, other) == e);
+                before += same & static_cast<int32_t>(other < in_warp());
+                all += same;
+            }
+            if (mine < n && e < 0) out(mine, int32_t{-1});
+            for (int w = 0; w < warps() && base + w * warp < n; ++w) { // counts are the team's: warps take turns
+                const bool turn = w == own_warp() && e >= 0;
+                const int32_t rank = turn ? counts[e] + before : 0;
+                if (turn) out(mine, rank);
+                sync();
+                if (turn && before == all - 1) counts[e] = rank + 1;
+                sync();
+            }
+        }
     }
 
     template <class T>
@@ -130,12 +162,13 @@ struct team_shape {
     int teams;             ///< of a block
     int64_t scratch_bytes; ///< of a team
 
-    /// Rows of few elements get a warp; wide ones, and those whose scratch would leave a block with few warps, a block.
+    /// Rows of few elements, and those that are taken in turn, get a warp; wide ones, and those whose scratch would leave a
+    /// block with few warps, a block.
     static constexpr team_shape of(row_hint hint) noexcept
     {
         constexpr int warp = 32, block = 256;
         const int64_t scratch = (hint.scratch_bytes + 127) / 128 * 128;
-        if (hint.width > 1024 || scratch > team_scratch_bytes / 4) return {block, 1, scratch};
+        if ((hint.width > 1024 && !hint.in_turn) || scratch > team_scratch_bytes / 4) return {block, 1, scratch};
         int teams = block / warp;
         while (teams > 1 && teams * scratch > team_scratch_bytes) teams /= 2;
         return {warp, teams, scratch};

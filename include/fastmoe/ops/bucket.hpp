@@ -18,14 +18,32 @@ struct bucket;
 
 namespace detail {
 
-/// Blocks of positions that are counted independently; fixed by the shape, so the result is too.
+/// Blocks of positions that are counted independently. Ranks do not depend on how positions are cut.
 struct bucket_blocks {
     int64_t size, count;
 
+    /// Of a host, whose threads are few; or of a device, whose warps are many and take some steps each.
+    template <class Executor>
     static constexpr bucket_blocks of(int64_t n) noexcept
     {
-        const int64_t size = n / 64 > 1024 ? (n + 63) / 64 : 1024;
+        constexpr int64_t most = has_readable_memory<Executor> ? 64 : 1024, least = has_readable_memory<Executor> ? 1024 : 256;
+        const int64_t size = n / most > least ? (n + most - 1) / most : least;
         return {size, (n + size - 1) / size};
+    }
+};
+
+/// Where a team counts: lanes that stand side by side in scratch, if there is room; else in the row of memory itself.
+struct bucket_room {
+    int64_t experts;
+
+    constexpr int64_t bytes() const noexcept { return experts <= 2048 ? experts * static_cast<int64_t>(sizeof(int32_t)) : 0; }
+
+    template <class Team>
+    FASTMOE_HOST_DEVICE int32_t* of(Team& team, int32_t* row) const
+    {
+        if constexpr (!is_single_lane<Team>)
+            if (bytes() > 0) return team.template scratch<int32_t>(experts);
+        return row;
     }
 };
 
@@ -48,15 +66,15 @@ struct bucket_count {
     template <class Team>
     FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t b) const
     {
-        int32_t* count = histogram.data_handle() + b * histogram.extent(1);
+        int32_t* row = histogram.data_handle() + b * histogram.extent(1);
+        int32_t* count = bucket_room{histogram.extent(1)}.of(team, row);
         team.for_each(histogram.extent(1), [count](int64_t e) { count[e] = 0; });
         team.sync();
-        if (team.lane() != 0) return;
-        const int64_t n = ids.extent(0), end = (b + 1) * block_size < n ? (b + 1) * block_size : n;
-        for (int64_t i = b * block_size; i < end; ++i) {
-            const int32_t e = ids(position(i));
-            if (e >= 0) ++count[e];
-        }
+        const int64_t n = ids.extent(0), begin = b * block_size, end = begin + block_size < n ? begin + block_size : n;
+        const auto& self = *this;
+        team.tally(
+            end - begin, count, [&self, begin](int64_t i) { return self.ids(self.position(begin + i)); }, [](int64_t, int32_t) {});
+        if (count != row) team.for_each(histogram.extent(1), [count, row](int64_t e) { row[e] = count[e]; });
     }
 };
 
@@ -65,15 +83,14 @@ struct bucket_scan {
     matrix_view<int32_t> histogram; // (blocks,E)
     vector_view<int32_t> counts;    // (E)
 
-    FASTMOE_HOST_DEVICE void operator()(int64_t e) const
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t e) const
     {
-        int32_t total = 0;
-        for (int64_t b = 0; b < histogram.extent(0); ++b) {
-            const int32_t here = histogram(b, e);
-            histogram(b, e) = total;
-            total += here;
-        }
-        counts(e) = total;
+        const auto& self = *this;
+        const int32_t total = team.scan(
+            histogram.extent(0), int32_t{0}, [](int32_t a, int32_t b) { return a + b; },
+            [&self, e](int64_t b) { return self.histogram(b, e); }, [&self, e](int64_t b, int32_t start) { self.histogram(b, e) = start; });
+        if (team.lane() == 0) counts(e) = total;
     }
 };
 
@@ -87,14 +104,15 @@ struct bucket_rank {
     template <class Team>
     FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t b) const
     {
-        if (team.lane() != 0) return;
-        int32_t* next = histogram.data_handle() + b * histogram.extent(1);
-        const int64_t n = ids.extent(0), end = (b + 1) * block_size < n ? (b + 1) * block_size : n;
-        for (int64_t i = b * block_size; i < end; ++i) {
-            const int64_t c = position(i);
-            const int32_t e = ids(c);
-            ranks(c) = e >= 0 ? next[e]++ : -1;
-        }
+        int32_t* row = histogram.data_handle() + b * histogram.extent(1);
+        int32_t* next = bucket_room{histogram.extent(1)}.of(team, row);
+        if (next != row) team.for_each(histogram.extent(1), [next, row](int64_t e) { next[e] = row[e]; });
+        team.sync();
+        const int64_t n = ids.extent(0), begin = b * block_size, end = begin + block_size < n ? begin + block_size : n;
+        const auto& self = *this;
+        team.tally(
+            end - begin, next, [&self, begin](int64_t i) { return self.ids(self.position(begin + i)); },
+            [&self, begin](int64_t i, int32_t rank) { self.ranks(self.position(begin + i)) = rank; });
     }
 };
 
@@ -105,12 +123,13 @@ struct implementation<verbs::bucket, Executor> {
     static void run(Executor& ex, vector_view<const int32_t> ids, detail::bucket_position position,
                     vector_view<int32_t> counts, vector_view<int32_t> ranks, arena& scratch)
     {
-        const auto blocks = detail::bucket_blocks::of(ids.extent(0));
+        const auto blocks = detail::bucket_blocks::of<Executor>(ids.extent(0));
         const auto histogram = scratch.matrix<int32_t>(blocks.count, counts.extent(0));
         if (scratch.measuring()) return;
-        const row_hint hint{.width = blocks.size + counts.extent(0)};
+        const detail::bucket_room room{counts.extent(0)};
+        const row_hint hint{.width = blocks.size + counts.extent(0), .scratch_bytes = room.bytes(), .in_turn = true};
         for_each_row(ex, blocks.count, detail::bucket_count{ids, histogram, position, blocks.size}, hint);
-        for_each(ex, counts.extent(0), detail::bucket_scan{histogram, counts});
+        for_each_row(ex, counts.extent(0), detail::bucket_scan{histogram, counts}, {.width = 8 * blocks.count});
         for_each_row(ex, blocks.count, detail::bucket_rank{ids, histogram, ranks, position, blocks.size}, hint);
     }
 };

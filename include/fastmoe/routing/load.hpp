@@ -38,17 +38,23 @@ struct count_block {
     template <class Team>
     FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t b) const
     {
-        const int64_t experts = counts.extent(1), n = ids.extent(0);
-        int32_t* own = counts.data_handle() + b * experts;
-        team.for_each(experts, [own](int64_t e) { own[e] = 0; });
+        int32_t* row = counts.data_handle() + b * counts.extent(1);
+        int32_t* own = bucket_room{counts.extent(1)}.of(team, row);
+        team.for_each(counts.extent(1), [own](int64_t e) { own[e] = 0; });
         team.sync();
-        if (team.lane() != 0) return;
-        const int64_t end = (b + 1) * block_size < n ? (b + 1) * block_size : n;
-        for (int64_t c = b * block_size; c < end; ++c) {
-            const int32_t e = ids(c);
-            if (e >= 0 && e < experts) ++own[e];
-            else if (e != -1) faults.record(fault_kind::expert_out_of_range, c, e);
-        }
+        const int64_t n = ids.extent(0), begin = b * block_size, end = begin + block_size < n ? begin + block_size : n;
+        const auto& self = *this;
+        team.tally(
+            end - begin, own, [&self, begin](int64_t i) { return self.read(begin + i); }, [](int64_t, int32_t) {});
+        if (own != row) team.for_each(counts.extent(1), [own, row](int64_t e) { row[e] = own[e]; });
+    }
+
+    FASTMOE_HOST_DEVICE int32_t read(int64_t c) const
+    {
+        const int32_t e = ids(c);
+        if (e >= 0 && e < counts.extent(1)) return e;
+        if (e != -1) faults.record(fault_kind::expert_out_of_range, c, e);
+        return -1;
     }
 };
 
@@ -99,11 +105,11 @@ struct implementation<verbs::count_choices, Executor> {
     static void run(Executor& ex, vector_view<const int32_t> chosen, int64_t experts, int64_t* counts, write_mode mode,
                     arena& scratch)
     {
-        const auto blocks = detail::bucket_blocks::of(chosen.extent(0));
+        const auto blocks = detail::bucket_blocks::of<Executor>(chosen.extent(0));
         const auto partial = scratch.matrix<int32_t>(blocks.count, experts);
         if (scratch.measuring()) return;
         for_each_row(ex, blocks.count, detail::count_block{chosen, partial, blocks.size, ex.faults()},
-                     {.width = blocks.size + experts});
+                     {.width = blocks.size + experts, .scratch_bytes = detail::bucket_room{experts}.bytes(), .in_turn = true});
         for_each(ex, experts, detail::add_counts{partial, counts, mode});
     }
 };

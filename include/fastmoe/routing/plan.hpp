@@ -4,8 +4,7 @@
 #pragma once
 
 #include <fastmoe/gemm/grouped_gemm.hpp>
-#include <fastmoe/ops/bucket.hpp>
-#include <fastmoe/routing/routing.hpp>
+#include <fastmoe/routing/check_choices.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI {
 
@@ -101,49 +100,6 @@ void expects_plan(const plan& p, const routing<Real>& route)
     expects_shape(p.token_of, "plan.token_of (S)", p.slots);
 }
 
-/// Copies ids, with -1 for those that are out of range or stand earlier in the same token, and records both.
-/// Few choices are compared with each other; many are looked up in a table of the token that last chose an expert.
-template <class Real>
-struct check_choices {
-    routing<Real> route;
-    vector_view<int32_t> ids;    // (C)
-    matrix_view<int32_t> chosen; // (blocks,E), or without memory
-    int64_t block_size;          // tokens
-    fault_recorder faults;
-
-    template <class Team>
-    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t b) const
-    {
-        int32_t* last = chosen.data_handle() ? chosen.data_handle() + b * chosen.extent(1) : nullptr;
-        if (last) team.for_each(chosen.extent(1), [last](int64_t e) { last[e] = -1; });
-        team.sync();
-        if (team.lane() != 0) return;
-        const int64_t end = (b + 1) * block_size < route.tokens ? (b + 1) * block_size : route.tokens;
-        for (int64_t t = b * block_size; t < end; ++t) {
-            for (int64_t c = route.begin(t); c < route.end(t); ++c) ids(c) = checked(t, c, last);
-        }
-    }
-
-    FASTMOE_HOST_DEVICE int32_t checked(int64_t t, int64_t c, int32_t* last) const
-    {
-        const int32_t e = route.experts(c);
-        if (e == -1) return -1;
-        if (e < -1 || e >= route.total_experts) {
-            faults.record(fault_kind::expert_out_of_range, c, e);
-            return -1;
-        }
-        bool repeated = false;
-        if (last) {
-            repeated = last[e] == t;
-            last[e] = static_cast<int32_t>(t);
-        } else {
-            for (int64_t earlier = route.begin(t); earlier < c; ++earlier) repeated |= route.experts(earlier) == e;
-        }
-        if (repeated) faults.record(fault_kind::expert_repeated, c, e);
-        return repeated ? -1 : e;
-    }
-};
-
 struct plan_offsets {
     plan p;
 
@@ -176,13 +132,6 @@ struct clear_slots {
     FASTMOE_HOST_DEVICE void operator()(int64_t s) const { choice_of[s] = token_of[s] = -1; }
 };
 
-struct clear_ids {
-    using vectorized = void;
-    int32_t* ids; // (C)
-
-    FASTMOE_HOST_DEVICE void operator()(int64_t c) const { ids[c] = -1; }
-};
-
 /// slot_of holds ranks when this begins and slots when it ends.
 template <class Real>
 struct place_choices {
@@ -207,31 +156,45 @@ struct place_choices {
     }
 };
 
-/// body(safe, ids): the routing with `first` repaired, and its ids with -1 for those that are out of range or stand twice in
-/// one token, all recorded as faults.                                                                            // ids (C)
-template <class Executor, class Real, class Body>
-void with_checked_choices(Executor& ex, const routing<Real>& route, arena& scratch, const Body& body)
-{
-    constexpr int64_t few = 16;
-    const auto ids = scratch.vector<int32_t>(route.choices());
-    const auto blocks = bucket_blocks::of(route.tokens);
-    const bool table = route.ragged() || route.k > few;
-    const auto chosen = scratch.matrix<int32_t>(table ? blocks.count : 0, route.total_experts);
-    routing<Real> safe = route;
-    if (route.ragged()) {
-        const auto repaired = scratch.vector<int32_t>(route.tokens + 1);
-        safe.first = repaired;
-        if (!scratch.measuring()) {
-            for_each_row(ex, 1, repair_first<Real>{route, repaired, ex.faults()}, {.width = route.tokens});
-            for_each(ex, route.choices(), clear_ids{ids.data_handle()});
-        }
+/// All of a plan by one team: of few choices, where each further loop would cost more than what it does.
+template <class Real>
+struct plan_few {
+    check_choice<Real> checked;
+    plan p;
+
+    /// Choices and experts of the largest.
+    static constexpr int64_t most_choices = 2048, most_experts = 4096;
+
+    static bool takes(const routing<Real>& route) noexcept
+    {
+        return !route.ragged() && route.k <= few_choices && route.choices() <= most_choices && route.total_experts <= most_experts;
     }
-    if (!scratch.measuring())
-        for_each_row(ex, blocks.count,
-                     check_choices<Real>{safe, ids, table ? chosen : matrix_view<int32_t>{}, blocks.size, ex.faults()},
-                     {.width = blocks.size * (route.k ? route.k : few)});
-    body(safe, ids);
-}
+    row_hint hint() const noexcept
+    {
+        const int64_t choices = checked.route.choices(), experts = checked.route.total_experts;
+        return {.width = choices + experts + p.slots, .scratch_bytes = ((choices + 15) / 16 + (experts + 15) / 16) * 64};
+    }
+
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t) const
+    {
+        const int64_t choices = checked.route.choices(), experts = checked.route.total_experts;
+        const auto& self = *this;
+        const vector_view<int32_t> ids(team.template scratch<int32_t>(choices), choices);
+        int32_t* counts = team.template scratch<int32_t>(experts);
+        team.for_each(experts, [counts](int64_t e) { counts[e] = 0; });
+        team.for_each(p.slots, [&self](int64_t s) { self.p.choice_of(s) = self.p.token_of(s) = -1; });
+        team.for_each(checked.route.tokens, check_few<Real>{checked, ids});
+        team.sync();
+        team.tally(
+            choices, counts, [ids](int64_t c) { return ids(c); }, [&self](int64_t c, int32_t rank) { self.p.slot_of(c) = rank; });
+        team.for_each(experts, [&self, counts](int64_t e) { self.p.counts(e) = counts[e]; });
+        team.sync();
+        plan_offsets{p}(team, 0);
+        team.sync();
+        team.for_each(checked.route.tokens, place_choices<Real>{checked.route, ids, p});
+    }
+};
 
 } // namespace detail
 
@@ -240,6 +203,11 @@ struct implementation<verbs::make_plan, Executor> {
     template <class Real>
     static void run(Executor& ex, const routing<Real>& route, const plan& p, arena& scratch)
     {
+        if (detail::plan_few<Real>::takes(route)) {
+            const detail::plan_few<Real> all{{route, ex.faults()}, p};
+            if (!scratch.measuring()) for_each_row(ex, 1, all, all.hint());
+            return;
+        }
         detail::with_checked_choices(ex, route, scratch, [&](const routing<Real>& safe, vector_view<int32_t> ids) {
             bucket(ex, ids, p.counts, p.slot_of, scratch);
             if (scratch.measuring()) return;

@@ -68,16 +68,21 @@ struct repair_first {
     template <class Team>
     FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t) const
     {
-        if (team.lane() != 0) return;
-        int32_t least = 0;
-        for (int64_t t = 0; t <= route.tokens; ++t) {
-            const int32_t here = route.first(t);
-            const bool wrong = here < least || here > route.choices() || (t == 0 && here != 0);
-            if (wrong) faults.record(fault_kind::first_out_of_order, t, here);
-            else least = here;
-            repaired(t) = least;
-        }
+        const auto& self = *this;
+        team.scan(
+            route.tokens + 1, int32_t{0}, [](int32_t a, int32_t b) { return a > b ? a : b; },
+            [&self](int64_t t) { return self.counts_for(t) ? self.route.first(t) : int32_t{0}; },
+            [&self](int64_t t, int32_t least) {
+                const int32_t here = self.route.first(t);
+                const bool wrong = !self.counts_for(t) || here < least;
+                if (wrong) self.faults.record(fault_kind::first_out_of_order, t, here);
+                self.repaired(t) = wrong ? least : here;
+            });
     }
+
+private:
+    /// Whether the number may raise those after it.
+    FASTMOE_HOST_DEVICE bool counts_for(int64_t t) const { return route.first(t) <= route.choices() && (t != 0 || route.first(0) == 0); }
 };
 
 } // namespace detail
