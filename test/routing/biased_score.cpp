@@ -18,6 +18,7 @@
 #include "support/reference_scores.hpp"
 #include "support/run_gate.hpp"
 #include "support/scratch.hpp"
+#include "support/warps.hpp"
 
 namespace fm = fastmoe;
 namespace oracle = support::reference;
@@ -109,7 +110,7 @@ std::vector<float> biases(support::random& rng, int64_t experts)
 } // namespace
 
 TEST_CASE_TEMPLATE("scores with and without a bias agree with the oracle, and their gradients with finite differences of it", Cell,
-                   FASTMOE_LOGIT_CELLS)
+                   FASTMOE_LOGIT_CELLS_AND_WARPS)
 {
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);
@@ -138,7 +139,7 @@ TEST_CASE_TEMPLATE("scores with and without a bias agree with the oracle, and th
     check(fm::biased_softmax_score{});
 }
 
-TEST_CASE_TEMPLATE("group-limited choices agree with the oracle for both group scores and both masks", Cell, FASTMOE_LOGIT_CELLS)
+TEST_CASE_TEMPLATE("group-limited choices agree with the oracle for both group scores and both masks", Cell, FASTMOE_LOGIT_CELLS_AND_WARPS)
 {
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);

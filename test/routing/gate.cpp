@@ -19,6 +19,7 @@
 #include "support/poison.hpp"
 #include "support/reference.hpp"
 #include "support/run_gate.hpp"
+#include "support/warps.hpp"
 
 namespace fm = fastmoe;
 namespace oracle = support::reference;
@@ -91,11 +92,11 @@ void matches_oracle(Executor& ex, support::random& rng, const Gate& gate, bool r
 
 } // namespace
 
-TEST_CASE_TEMPLATE("softmax over the chosen agrees with the oracle, forward and backward", Cell, FASTMOE_LOGIT_CELLS)
+TEST_CASE_TEMPLATE("softmax over the chosen agrees with the oracle, forward and backward", Cell, FASTMOE_LOGIT_CELLS_AND_WARPS)
 {
     FASTMOE_EXECUTOR(ex, Cell);
     FASTMOE_SEEDED(rng, 1);
-    const bool small = std::is_same_v<typename Cell::executor, support::lanes>;
+    const bool small = !std::is_same_v<typename Cell::executor, fm::host_executor>;
     for (int i = 0; i < (small ? 6 : 40); ++i) {
         const int64_t experts = rng.integer(2, small ? 90 : 300), k = rng.integer(2, std::min<int64_t>(experts, small ? 20 : 80));
         matches_oracle<typename Cell::type>(
@@ -104,11 +105,11 @@ TEST_CASE_TEMPLATE("softmax over the chosen agrees with the oracle, forward and 
     }
 }
 
-TEST_CASE_TEMPLATE("probabilities over all experts agree with the oracle, forward and backward", Cell, FASTMOE_LOGIT_CELLS)
+TEST_CASE_TEMPLATE("probabilities over all experts agree with the oracle, forward and backward", Cell, FASTMOE_LOGIT_CELLS_AND_WARPS)
 {
     FASTMOE_EXECUTOR(ex, Cell);
     FASTMOE_SEEDED(rng, 2);
-    const bool small = std::is_same_v<typename Cell::executor, support::lanes>;
+    const bool small = !std::is_same_v<typename Cell::executor, fm::host_executor>;
     for (int i = 0; i < (small ? 6 : 40); ++i) {
         const int64_t experts = rng.integer(1, small ? 90 : 300), k = rng.integer(1, std::min<int64_t>(experts, small ? 20 : 80));
         matches_oracle<typename Cell::type>(
@@ -117,11 +118,11 @@ TEST_CASE_TEMPLATE("probabilities over all experts agree with the oracle, forwar
     }
 }
 
-TEST_CASE_TEMPLATE("capacity inside of the gate agrees with the oracle, forward and backward", Cell, FASTMOE_LOGIT_CELLS)
+TEST_CASE_TEMPLATE("capacity inside of the gate agrees with the oracle, forward and backward", Cell, FASTMOE_LOGIT_CELLS_AND_WARPS)
 {
     FASTMOE_EXECUTOR(ex, Cell);
     FASTMOE_SEEDED(rng, 3);
-    const bool small = std::is_same_v<typename Cell::executor, support::lanes>;
+    const bool small = !std::is_same_v<typename Cell::executor, fm::host_executor>;
     for (auto order : {fm::drop_order::token_major, fm::drop_order::choice_major, fm::drop_order::by_weight})
         for (double factor : {0.0, 0.5, 1.0, 1.25}) {
             CAPTURE(factor);
@@ -224,7 +225,7 @@ TEST_CASE_TEMPLATE("near ties are ordered by value, so that no bit of a logit is
         }
 }
 
-TEST_CASE_TEMPLATE("rows that are not finite have the documented result", Cell, FASTMOE_LOGIT_CELLS)
+TEST_CASE_TEMPLATE("rows that are not finite have the documented result", Cell, FASTMOE_LOGIT_CELLS_AND_WARPS)
 {
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);
@@ -269,7 +270,7 @@ TEST_CASE_TEMPLATE("rows that are not finite have the documented result", Cell, 
     }
 }
 
-TEST_CASE_TEMPLATE("a masked token chooses nothing and is in no loss", Cell, FASTMOE_LOGIT_CELLS)
+TEST_CASE_TEMPLATE("a masked token chooses nothing and is in no loss", Cell, FASTMOE_LOGIT_CELLS_AND_WARPS)
 {
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);
@@ -385,7 +386,7 @@ struct biased_sigmoid {
 
 } // namespace
 
-TEST_CASE_TEMPLATE("nothing assumes that the first choice is the top one when a selection is not sorted", Cell, FASTMOE_LOGIT_CELLS)
+TEST_CASE_TEMPLATE("nothing assumes that the first choice is the top one when a selection is not sorted", Cell, FASTMOE_LOGIT_CELLS_AND_WARPS)
 {
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);

@@ -150,3 +150,5 @@ struct column<warps> {
 #define FASTMOE_CELLS_AND_WARPS FASTMOE_CELLS, FASTMOE_COLUMN(::support::warps)
 /// FASTMOE_EXECUTORS, and this one.
 #define FASTMOE_EXECUTORS_AND_WARPS FASTMOE_EXECUTORS, ::support::cell<::support::warps, float>
+/// FASTMOE_LOGIT_CELLS of run_gate.hpp, and this one.
+#define FASTMOE_LOGIT_CELLS_AND_WARPS FASTMOE_LOGIT_CELLS, ::support::cell<::support::warps, float>

@@ -74,9 +74,10 @@ FASTMOE_HOST_DEVICE Key kth_greatest(Team& team, const Key* keys, int64_t n, int
 ///     select(team, row, experts, k, chosen)             row.selection(e) -> Real; writes k ids, best first     // (K)
 ///     Select::takes_greatest                            whether the first is always the greatest of the whole row
 ///
-/// Candidates are ranked by counting. In a small row all are candidates; of a larger one, few are chosen by a threshold
-/// that leaves little more than K (the K-th of 32 column maxima), many by the exact K-th key, found bit by bit. O(E)
-/// for K up to 16, O(32 E + K^2) above; no branch depends on a score but the number of candidates.
+/// Where a team has lanes, few are chosen one after the other. A lane alone ranks candidates by counting. In a small row
+/// all are candidates; of a larger one, few are chosen by a threshold that leaves little more than K (the K-th of 32 column
+/// maxima), many by the exact K-th key, found bit by bit. O(E) for K up to 16, O(32 E + K^2) above; no branch depends on a
+/// score but the number of candidates.
 struct top_k {
     static constexpr bool takes_greatest = true;
 
@@ -101,6 +102,8 @@ struct top_k {
                                   padded};
         key* keys = all.keys;
         team.for_each(experts, [keys, row](int64_t e) { keys[e] = detail::ordered(row.selection(e)); });
+        if constexpr (!is_single_lane<Team>)
+            if (k <= few) return take_in_turn(team, keys, experts, k, chosen);
         team.for_each(padded - experts, [keys, experts](int64_t e) { keys[experts + e] = detail::no_key<key>; });
         team.sync();
         rank(team, all, find(team, all, k), k, chosen);
@@ -124,6 +127,26 @@ private:
         std::uint64_t* mask; // (padded/group)
         int64_t experts, padded;
     };
+
+    /// The greatest key, k times over: where many lanes look, each looks at few. A lane's keys are its own from the start.
+    template <class Team, class Key>
+    FASTMOE_HOST_DEVICE static void take_in_turn(Team& team, Key* keys, int64_t experts, int64_t k, int32_t* chosen)
+    {
+        struct entry {
+            Key key;
+            int32_t id;
+        };
+        const auto better = [](const entry& a, const entry& b) { return b.key > a.key || (b.key == a.key && b.id < a.id) ? b : a; };
+        int32_t taken = -1;
+        for (int64_t j = 0; j < k; ++j) {
+            taken = team.reduce(experts, entry{detail::no_key<Key>, INT32_MAX}, better, [=](int64_t e) {
+                            if (e == taken) keys[e] = detail::no_key<Key>;
+                            return entry{keys[e], static_cast<int32_t>(e)};
+                        }).id;
+            if (team.lane() == 0) chosen[j] = taken;
+        }
+        team.sync();
+    }
 
     /// Finds candidates among which the k best are; returns how many.
     template <class Team, class Key>
