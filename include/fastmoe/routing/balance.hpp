@@ -106,7 +106,7 @@ struct implementation<verbs::router_losses, Executor> {
         const int64_t tokens = in.logits.extent(0), experts = in.logits.extent(1), width = experts + 1;
         const int64_t sequences = balance.sequences(tokens);
         const int64_t counted = balance.counts == counted_choices::first && k > 0 ? 1 : k;
-        const auto blocks = detail::sequence_blocks::of(tokens, sequences);
+        const auto blocks = detail::sequence_blocks::of<Executor>(tokens, sequences);
         const auto values = scratch.matrix<Real>(blocks.count, experts);
         const auto sums = scratch.matrix<Real>(blocks.count, width);
         const auto counts = scratch.matrix<int32_t>(blocks.count, width);
@@ -117,12 +117,13 @@ struct implementation<verbs::router_losses, Executor> {
                      detail::router_sums<Real, Score>{in.logits, pointer_or_null(in.mask), chosen.data_handle(),
                                                       values.data_handle(), sums.data_handle(), counts.data_handle(), score,
                                                       blocks, k, counted, z.coefficient != 0, ex.faults()},
-                     {.width = blocks.size * experts});
+                     {.width = blocks.size * experts, .scratch_bytes = detail::bucket_room{experts}.bytes(), .in_turn = experts <= 1024});
+        constexpr int64_t columns = detail::columns_of_team<Executor>;
         double* all = totals.data_handle();
-        const detail::add_sequence_blocks<int32_t> add_counts{counts.data_handle(), all, blocks.each, width, 2 * width};
-        for_each_row(ex, sequences * add_counts.parts(), add_counts, {.width = 64 * blocks.each});
-        const detail::add_sequence_blocks<Real> add_sums{sums.data_handle(), all + width, blocks.each, width, 2 * width};
-        for_each_row(ex, sequences * add_sums.parts(), add_sums, {.width = 64 * blocks.each});
+        const detail::add_sequence_blocks<int32_t> add_counts{counts.data_handle(), all, blocks.each, width, 2 * width, columns};
+        for_each_row(ex, sequences * add_counts.parts(), add_counts, {.width = columns * blocks.each});
+        const detail::add_sequence_blocks<Real> add_sums{sums.data_handle(), all + width, blocks.each, width, 2 * width, columns};
+        for_each_row(ex, sequences * add_sums.parts(), add_sums, {.width = columns * blocks.each});
         Real *losses = out.losses.data_handle(), *slopes = out.slopes.data_handle();
         if (balance.sequence == 0) {
             communicator.all_reduce(ex, totals);

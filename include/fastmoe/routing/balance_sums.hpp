@@ -4,7 +4,8 @@
 /// of balance.hpp.
 #pragma once
 
-#include <fastmoe/exec/executor.hpp>
+#include <fastmoe/ops/bucket.hpp>
+#include <fastmoe/routing/block_sums.hpp>
 #include <fastmoe/routing/score.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI::detail {
@@ -16,10 +17,13 @@ struct sequence_blocks {
     int64_t each;   ///< blocks of a sequence
     int64_t count;  ///< blocks in all
 
+    /// For a host's threads, or for a device's warps.
+    template <class Executor>
     static constexpr sequence_blocks of(int64_t tokens, int64_t sequences) noexcept
     {
+        constexpr int64_t most = has_readable_memory<Executor> ? 512 : 2048, least = has_readable_memory<Executor> ? 64 : 16;
         const int64_t length = sequences > 0 ? tokens / sequences : 0;
-        const int64_t even = tokens / 512 > 64 ? (tokens + 511) / 512 : 64;
+        const int64_t even = tokens / most > least ? (tokens + most - 1) / most : least;
         const int64_t size = even < length ? even : length;
         const int64_t each = length > 0 ? (length + size - 1) / size : 0;
         return {length, size, each, each * sequences};
@@ -65,19 +69,48 @@ struct router_sums {
         for (int64_t t = blocks.begin(b); t < end; ++t) {
             if (mask && mask[t] == 0) continue;
             squares += add_token(team, t, values + b * experts, sum);
-            if (team.lane() == 0) count_choices(t, count);
+            if constexpr (is_single_lane<Team>) count_choices(t, count);
         }
         if (team.lane() == 0) sum[experts] = squares;
+        if constexpr (!is_single_lane<Team>) count_together(team, blocks.begin(b), end, count);
+    }
+
+    /// All choices of the block, by all lanes.
+    template <class Team>
+    FASTMOE_HOST_DEVICE void count_together(Team& team, int64_t begin, int64_t end, int32_t* count) const
+    {
+        const int64_t experts = logits.extent(1);
+        const auto& self = *this;
+        int32_t* own = bucket_room{experts}.of(team, count);
+        if (own != count) team.for_each(experts, [=](int64_t e) { own[e] = 0; });
+        team.sync();
+        team.tally(
+            (end - begin) * counted, own,
+            [&self, begin](int64_t i) {
+                const int64_t t = begin + i / self.counted, c = t * self.k + i % self.counted;
+                return self.mask && self.mask[t] == 0 ? -1 : self.expert_of(c);
+            },
+            [](int64_t, int32_t) {});
+        if (own != count) team.for_each(experts, [=](int64_t e) { count[e] = own[e]; });
+        const int32_t tokens = team.reduce(
+            end - begin, int32_t{0}, adds{}, [&self, begin](int64_t i) { return int32_t{!self.mask || self.mask[begin + i] != 0}; });
+        if (team.lane() == 0) count[experts] = tokens;
+    }
+    /// -1 for none; recorded if it is out of range.
+    FASTMOE_HOST_DEVICE int32_t expert_of(int64_t c) const
+    {
+        const int32_t e = chosen[c];
+        if (e >= 0 && e < static_cast<int32_t>(logits.extent(1))) return e;
+        if (e != -1) faults.record(fault_kind::expert_out_of_range, c, e);
+        return -1;
     }
 
     FASTMOE_HOST_DEVICE void count_choices(int64_t t, int32_t* count) const
     {
-        const auto experts = static_cast<int32_t>(logits.extent(1));
-        ++count[experts];
+        ++count[logits.extent(1)];
         for (int64_t c = t * k; c < t * k + counted; ++c) {
-            const int32_t e = chosen[c];
-            if (e >= 0 && e < experts) ++count[e];
-            else if (e != -1) faults.record(fault_kind::expert_out_of_range, c, e);
+            const int32_t e = expert_of(c);
+            if (e >= 0) ++count[e];
         }
     }
 
@@ -106,27 +139,23 @@ struct router_sums {
     }
 };
 
-/// Adds the blocks of each sequence, in order and in double.
+/// Adds the blocks of each sequence.
 template <class Real>
 struct add_sequence_blocks {
     using vectorized = void;
     const Real* from; // (blocks,W)
     double* to;       // (Q,stride)
     int64_t each, width, stride;
+    int64_t columns; ///< of a task
 
-    static constexpr int64_t columns = 64; ///< of a task
     FASTMOE_HOST_DEVICE constexpr int64_t parts() const noexcept { return (width + columns - 1) / columns; }
 
     template <class Team>
     FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t task) const
     {
-        const int64_t q = task / parts(), begin = task % parts() * columns, step = width;
-        const int64_t n = width - begin < columns ? width - begin : columns;
-        const Real* row = from + q * each * width + begin;
-        double* out = to + q * stride + begin;
-        team.for_each(n, [=](int64_t i) { out[i] = 0; });
-        for (int64_t b = 0; b < each; ++b, row += step)
-            team.for_each(n, [=](int64_t i) { out[i] += static_cast<double>(row[i]); });
+        const int64_t q = task / parts(), begin = task % parts() * columns;
+        total_columns(team, from + q * each * width + begin, each, width, width - begin < columns ? width - begin : columns,
+                   to + q * stride + begin);
     }
 };
 

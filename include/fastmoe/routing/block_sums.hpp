@@ -19,24 +19,40 @@ struct token_blocks {
     }
 };
 
-/// Adds the blocks' partial sums, in order and in double.
+/// Columns that a team adds: many where a lane is alone, which reads them side by side; one where lanes share the blocks.
+template <class Executor>
+inline constexpr int64_t columns_of_team = has_readable_memory<Executor> ? 64 : 1;
+
+/// to[i] = the sum of the blocks' from[b * stride + i], for i in [0, n), in double: in order by a lane, as reduce() does by many.
+template <class Team, class Real>
+FASTMOE_HOST_DEVICE void total_columns(Team& team, const Real* from, int64_t blocks, int64_t stride, int64_t n, double* to)
+{
+    if constexpr (is_single_lane<Team>) {
+        team.for_each(n, [=](int64_t i) { to[i] = 0; });
+        for (int64_t b = 0; b < blocks; ++b, from += stride)
+            team.for_each(n, [=](int64_t i) { to[i] += static_cast<double>(from[i]); });
+    } else {
+        for (int64_t i = 0; i < n; ++i) {
+            const double sum = team.reduce(
+                blocks, 0.0, [](double x, double y) { return x + y; }, [=](int64_t b) { return static_cast<double>(from[b * stride + i]); });
+            if (team.lane() == 0) to[i] = sum;
+        }
+    }
+}
+
+/// Adds the blocks' partial sums.
 template <class Real>
 struct block_totals {
     using vectorized = void;
     const Real* partial; // (blocks,N)
     double* totals;      // (N)
-    int64_t blocks, width; ///< width is N; one row of work for every 64 of it
+    int64_t blocks, width, columns; ///< width is N; one row of work for every so many columns
 
     template <class Team>
     FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t part) const
     {
-        const int64_t begin = part * 64, n = width - begin < 64 ? width - begin : 64;
-        const Real* from = partial + begin;
-        double* to = totals + begin;
-        const int64_t stride = width;
-        team.for_each(n, [=](int64_t i) { to[i] = 0; });
-        for (int64_t b = 0; b < blocks; ++b, from += stride)
-            team.for_each(n, [=](int64_t i) { to[i] += static_cast<double>(from[i]); });
+        const int64_t begin = part * columns, n = width - begin < columns ? width - begin : columns;
+        total_columns(team, partial + begin, blocks, width, n, totals + begin);
     }
 };
 
@@ -46,9 +62,10 @@ struct block_totals {
 template <executor Executor, class Real>
 void sum_blocks(Executor& ex, matrix_view<Real> partial, vector_view<double> totals)
 {
+    constexpr int64_t columns = columns_of_team<Executor>;
     const int64_t blocks = partial.extent(0), width = partial.extent(1);
-    for_each_row(ex, (width + 63) / 64, block_totals<Real>{partial.data_handle(), totals.data_handle(), blocks, width},
-                 {.width = 64 * blocks});
+    for_each_row(ex, (width + columns - 1) / columns,
+                 block_totals<Real>{partial.data_handle(), totals.data_handle(), blocks, width, columns}, {.width = columns * blocks});
 }
 
 } // namespace fastmoe::inline FASTMOE_ABI::detail
