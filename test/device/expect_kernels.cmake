@@ -8,7 +8,7 @@ file(STRINGS "${OBJECT}" kernels REGEX "run_(rows|elements)I")
 list(REMOVE_DUPLICATES kernels)
 list(LENGTH kernels found)
 foreach(functor IN ITEMS
-    choose_row check_choices bucket_rank place_choices plan_offsets router_sums router_loss_gradient weigh_row_backward
+    choose_row check_few bucket_rank place_choices plan_offsets router_sums router_loss_gradient weigh_row_backward
     keep_greatest look_up draw_experts count_up fill
     multiply_row.*bfloat16.*activate multiply_row.*bfloat16.*activate_backward multiply_row.*half multiply_weight_row.*bfloat16
     gather_rows.*bfloat16 sum_row_lists.*bfloat16 sum_group_columns.*bfloat16)

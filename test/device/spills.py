@@ -8,7 +8,7 @@ import sys
 
 HOT = {
     "multiply_row", "multiply_weight_row", "gather_rows", "sum_row_lists", "sum_group_columns", "finish_rows", "choose_row",
-    "weigh_row_backward", "place_choices", "bucket_count", "bucket_rank", "check_choices", "count_up", "fill",
+    "weigh_row_backward", "place_choices", "bucket_count", "bucket_rank", "check_few", "count_up", "fill",
     "multiply_row_tiles", "multiply_gradient_tiles",
 }  # fmt: skip
 ENTRY = re.compile(

@@ -79,10 +79,17 @@ __global__ void __launch_bounds__(256) run_elements(const __grid_constant__ F f,
         }
 }
 
+/// Blocks whose registers a multiprocessor has room for, if a functor says; otherwise the compiler trades them for spills.
+template <class F>
+inline constexpr int resident_blocks = 0;
+template <class F>
+    requires requires { F::resident; }
+inline constexpr int resident_blocks<F> = F::resident;
+
 /// A row a team: blockDim.x / lanes rows a block at a time. Shared memory: the slots, if a team has several warps, then
 /// scratch_bytes a team.
 template <class F>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, resident_blocks<F>)
     run_rows(const __grid_constant__ F f, const int64_t n, const int lanes, const int64_t scratch_bytes)
 {
     extern __shared__ __align__(128) unsigned char fastmoe_shared[];

@@ -36,7 +36,7 @@ struct bucket_blocks {
 struct bucket_room {
     int64_t experts;
 
-    constexpr int64_t bytes() const noexcept { return experts <= 2048 ? experts * static_cast<int64_t>(sizeof(int32_t)) : 0; }
+    FASTMOE_HOST_DEVICE constexpr int64_t bytes() const noexcept { return experts <= 2048 ? experts * static_cast<int64_t>(sizeof(int32_t)) : 0; }
 
     template <class Team>
     FASTMOE_HOST_DEVICE int32_t* of(Team& team, int32_t* row) const

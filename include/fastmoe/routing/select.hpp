@@ -38,18 +38,21 @@ FASTMOE_HOST_DEVICE constexpr order_key<Real> ordered(Real score) noexcept
 template <class Team, class Key>
 FASTMOE_HOST_DEVICE int32_t count_at_least(Team& team, const Key* keys, int64_t n, Key bound)
 {
-    constexpr int64_t block = 64; // a loop of fixed length, which compilers vectorize
     const auto add = [](int32_t a, int32_t b) { return a + b; };
-    const int64_t blocks = n / block;
-    const int32_t most = team.reduce(blocks, int32_t{0}, add, [keys, bound](int64_t b) {
-        int32_t here = 0;
-        for (int i = 0; i < block; ++i) here += keys[b * block + i] >= bound;
-        return here;
-    });
-    if (blocks * block == n) return most;
-    return most + team.reduce(n - blocks * block, int32_t{0}, add, [keys, bound, blocks](int64_t i) {
-               return static_cast<int32_t>(keys[blocks * block + i] >= bound);
-           });
+    const auto reaches = [keys, bound](int64_t i) { return static_cast<int32_t>(keys[i] >= bound); };
+    if constexpr (!is_single_lane<Team>) {
+        return team.reduce(n, int32_t{0}, add, reaches);
+    } else {
+        constexpr int64_t block = 64; // a loop of fixed length, which compilers vectorize
+        const int64_t blocks = n / block;
+        const int32_t most = team.reduce(blocks, int32_t{0}, add, [keys, bound](int64_t b) {
+            int32_t here = 0;
+            for (int i = 0; i < block; ++i) here += keys[b * block + i] >= bound;
+            return here;
+        });
+        if (blocks * block == n) return most;
+        return most + team.reduce(n - blocks * block, int32_t{0}, add, [=](int64_t i) { return reaches(blocks * block + i); });
+    }
 }
 
 /// The k-th greatest of n keys, exactly, bit by bit from the highest.
@@ -59,6 +62,7 @@ FASTMOE_HOST_DEVICE Key kth_greatest(Team& team, const Key* keys, int64_t n, int
     using bits = std::make_unsigned_t<Key>;
     const bits bias = bits(1) << (sizeof(Key) * 8 - 1);
     bits prefix = 0;
+    FASTMOE_KEEP_LOOP
     for (bits bit = bias; bit != 0; bit >>= 1) {
         const int32_t reached = count_at_least(team, keys, n, static_cast<Key>((prefix | bit) ^ bias));
         prefix = reached >= k ? (prefix | bit) : prefix;
@@ -74,7 +78,7 @@ FASTMOE_HOST_DEVICE Key kth_greatest(Team& team, const Key* keys, int64_t n, int
 ///     select(team, row, experts, k, chosen)             row.selection(e) -> Real; writes k ids, best first     // (K)
 ///     Select::takes_greatest                            whether the first is always the greatest of the whole row
 ///
-/// Where a team has lanes, few are chosen one after the other. A lane alone ranks candidates by counting. In a small row
+/// Lanes of a team look for the greatest together, K times over. A lane alone ranks candidates by counting. In a small row
 /// all are candidates; of a larger one, few are chosen by a threshold that leaves little more than K (the K-th of 32 column
 /// maxima), many by the exact K-th key, found bit by bit. O(E) for K up to 16, O(32 E + K^2) above; no branch depends on a
 /// score but the number of candidates.
@@ -102,11 +106,12 @@ struct top_k {
                                   padded};
         key* keys = all.keys;
         team.for_each(experts, [keys, row](int64_t e) { keys[e] = detail::ordered(row.selection(e)); });
-        if constexpr (!is_single_lane<Team>)
-            if (k <= few) return take_in_turn(team, keys, experts, k, chosen);
-        team.for_each(padded - experts, [keys, experts](int64_t e) { keys[experts + e] = detail::no_key<key>; });
-        team.sync();
-        rank(team, all, find(team, all, k), k, chosen);
+        if constexpr (is_single_lane<Team>) {
+            for (int64_t e = experts; e < padded; ++e) keys[e] = detail::no_key<key>;
+            rank(team, all, find(team, all, k), k, chosen);
+        } else {
+            take_in_turn(team, keys, experts, k, chosen);
+        }
         team.sync(); // the choice is complete, and the scratch may be used again
     }
 
@@ -128,7 +133,7 @@ private:
         int64_t experts, padded;
     };
 
-    /// The greatest key, k times over: where many lanes look, each looks at few. A lane's keys are its own from the start.
+    /// The greatest key, k times over: where many lanes look, each looks at few.
     template <class Team, class Key>
     FASTMOE_HOST_DEVICE static void take_in_turn(Team& team, Key* keys, int64_t experts, int64_t k, int32_t* chosen)
     {
@@ -137,15 +142,17 @@ private:
             int32_t id;
         };
         const auto better = [](const entry& a, const entry& b) { return b.key > a.key || (b.key == a.key && b.id < a.id) ? b : a; };
-        int32_t taken = -1;
+        FASTMOE_KEEP_LOOP
         for (int64_t j = 0; j < k; ++j) {
-            taken = team.reduce(experts, entry{detail::no_key<Key>, INT32_MAX}, better, [=](int64_t e) {
-                            if (e == taken) keys[e] = detail::no_key<Key>;
-                            return entry{keys[e], static_cast<int32_t>(e)};
-                        }).id;
-            if (team.lane() == 0) chosen[j] = taken;
+            team.sync(); // all keys are there
+            const int32_t id = team.reduce(experts, entry{detail::no_key<Key>, INT32_MAX}, better, [=](int64_t e) {
+                                   return entry{keys[e], static_cast<int32_t>(e)};
+                               }).id;
+            team.sync(); // and were read
+            if (team.lane() != 0) continue;
+            chosen[j] = id;
+            keys[id] = detail::no_key<Key>;
         }
-        team.sync();
     }
 
     /// Finds candidates among which the k best are; returns how many.

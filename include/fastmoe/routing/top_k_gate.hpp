@@ -32,6 +32,7 @@ namespace detail {
 template <class Real, class Score, class Select, class Weigh>
 struct choose_row {
     using vectorized = void;
+    static constexpr int resident = 2; ///< blocks of a multiprocessor
     matrix_view<const Real> logits; // (T,E)
     const std::uint8_t* mask;       // (T), or null
     int32_t* experts;               // (T,K)
