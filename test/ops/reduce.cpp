@@ -6,6 +6,7 @@
 #include "support/poison.hpp"
 #include "support/routed.hpp"
 #include "support/scratch.hpp"
+#include "support/warps.hpp"
 
 #include <fastmoe/ops/bucket.hpp>
 #include <fastmoe/ops/reduce.hpp>
@@ -23,7 +24,7 @@ struct by_slot {
 } // namespace
 
 TEST_CASE_TEMPLATE("the sum over a group's rows is written or added, scaled, and zero for a group without rows", Cell,
-                   FASTMOE_CELLS)
+                   FASTMOE_CELLS_AND_WARPS)
 {
     using T = typename Cell::type;
     using real = accumulate_t<T>;
@@ -54,7 +55,7 @@ TEST_CASE_TEMPLATE("the sum over a group's rows is written or added, scaled, and
 }
 
 TEST_CASE_TEMPLATE("a sum in float keeps every digit when it is added to an output in double, and one of doubles is double",
-                   Cell, FASTMOE_EXECUTORS)
+                   Cell, FASTMOE_EXECUTORS_AND_WARPS)
 {
     FASTMOE_EXECUTOR(ex, Cell);
     const std::vector<int32_t> counts{3};
@@ -73,7 +74,7 @@ TEST_CASE_TEMPLATE("a sum in float keeps every digit when it is added to an outp
 }
 
 TEST_CASE_TEMPLATE("a sum over rows that are not there is refused by name, and the group's sums are left alone", Cell,
-                   FASTMOE_EXECUTORS)
+                   FASTMOE_EXECUTORS_AND_WARPS)
 {
     FASTMOE_EXECUTOR(ex, Cell);
     const bool host = std::is_same_v<typename Cell::executor, host_executor>;
@@ -94,7 +95,7 @@ TEST_CASE_TEMPLATE("a sum over rows that are not there is refused by name, and t
     }
 }
 
-TEST_CASE_TEMPLATE("ranks count the earlier positions of the same id, by position and by column", Cell, FASTMOE_EXECUTORS)
+TEST_CASE_TEMPLATE("ranks count the earlier positions of the same id, by position and by column", Cell, FASTMOE_EXECUTORS_AND_WARPS)
 {
     FASTMOE_SEEDED(r, 74);
     FASTMOE_EXECUTOR(ex, Cell);

@@ -9,6 +9,7 @@
 #include "support/executors.hpp"
 #include "support/poison.hpp"
 #include "support/scratch.hpp"
+#include "support/warps.hpp"
 
 using namespace fastmoe;
 
@@ -40,7 +41,7 @@ constexpr double unit = 0x1p-53;
 } // namespace
 
 TEST_CASE_TEMPLATE("rows of double are combined in double, and so is their weights' gradient, though the weights are float", Cell,
-                   FASTMOE_EXECUTORS)
+                   FASTMOE_EXECUTORS_AND_WARPS)
 {
     FASTMOE_SEEDED(r, 301);
     FASTMOE_EXECUTOR(ex, Cell);
@@ -67,7 +68,7 @@ TEST_CASE_TEMPLATE("rows of double are combined in double, and so is their weigh
     CHECK(wrong == 0);
 }
 
-TEST_CASE_TEMPLATE("what is added to an output in double keeps its digits", Cell, FASTMOE_EXECUTORS)
+TEST_CASE_TEMPLATE("what is added to an output in double keeps its digits", Cell, FASTMOE_EXECUTORS_AND_WARPS)
 {
     FASTMOE_SEEDED(r, 302);
     FASTMOE_EXECUTOR(ex, Cell);

@@ -5,7 +5,7 @@
 #pragma once
 
 #include <fastmoe/expert/expert.hpp>
-#include <fastmoe/ops/activate.hpp>
+#include <fastmoe/ops/activate_rows.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI {
 
@@ -159,9 +159,16 @@ struct activate_backward {
     FASTMOE_HOST_DEVICE static real dot(Team& team, const T* left, vector_view<const T> right)
     {
         const T* b = right.data_handle();
-        return team.reduce(
-            right.extent(0), real(0), [](real x, real y) { return x + y; },
-            [=](int64_t j) { return left ? real(left[j]) * real(b[j]) : real(0); });
+        const int64_t n = right.extent(0);
+        constexpr int64_t across = line_elements<T>;
+        return sum_over_lines<across, real>(team, n, in_lines<across>(n, left, b), [=](int64_t at, auto size) {
+            if (!left) return real(0);
+            const auto x = widened_line<real, size>(left + at), y = widened_line<real, size>(b + at);
+            real sum = 0;
+            FASTMOE_UNROLL
+            for (int64_t j = 0; j < size; ++j) sum += x.of[j] * y.of[j];
+            return sum;
+        });
     }
 };
 
@@ -182,13 +189,20 @@ struct unweigh_input {
         if (c < 0 || !x) return;
         T* d = dx.data_handle() + s * dx.extent(1);
         const real w = in.weights(c);
-        const real product = team.reduce(
-            dx.extent(1), real(0), [](real a, real b) { return a + b; },
-            [=](int64_t j) {
-                const real value = real(d[j]);
-                d[j] = T(w * value);
-                return value * real(x[j]);
-            });
+        const int64_t n = dx.extent(1);
+        constexpr int64_t across = line_elements<T>;
+        const real product = sum_over_lines<across, real>(team, n, in_lines<across>(n, d, x), [=](int64_t at, auto size) {
+            auto value = widened_line<real, size>(d + at);
+            const auto input = widened_line<real, size>(x + at);
+            real sum = 0;
+            FASTMOE_UNROLL
+            for (int64_t j = 0; j < size; ++j) {
+                sum += value.of[j] * input.of[j];
+                value.of[j] = w * value.of[j];
+            }
+            write_rounded<T>(value, d + at);
+            return sum;
+        });
         if (team.lane() == 0) dweights(c) = product;
     }
 };

@@ -99,6 +99,41 @@ struct finish_input_gradient {
     template <class Team>
     FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t t, const real* sums) const
     {
+        if constexpr (takes_lines<Team>) in_lines_of(team, t, sums);
+        else in_pieces(team, t, sums);
+    }
+
+private:
+    template <class Team>
+    FASTMOE_HOST_DEVICE void in_lines_of(Team& team, int64_t t, const real* sums) const
+    {
+        const int64_t n = dx.extent(1), begin = route.begin(t), end = route.end(t);
+        const auto& self = *this;
+        T* to = dx.data_handle() + t * n;
+        constexpr int64_t across = line_elements<T, Row>;
+        for_each_line<across>(team, n, in_lines<across>(n, rows.data_handle(), to, sums), [=, &self](int64_t at, auto size) {
+            line<real, size> total{};
+            const auto row = [&self, n, at](int64_t c) -> const Row* {
+                const int64_t s = self.slot_of(c);
+                return s < 0 ? nullptr : self.rows.data_handle() + s * n + at;
+            };
+            add_lines(total, begin, end, 1, row, unit_scale<real>{});
+            if (sums) {
+                const auto router = read_line<size>(sums + at);
+                self.add_router(total.of, router.of, static_cast<std::uint64_t>(t * n + at), size);
+            }
+            if (self.mode == write_mode::accumulate) {
+                const auto before = widened_line<real, size>(to + at);
+                FASTMOE_UNROLL
+                for (int64_t j = 0; j < size; ++j) total.of[j] += before.of[j];
+            }
+            write_rounded<T>(total, to + at);
+        });
+    }
+
+    template <class Team>
+    FASTMOE_HOST_DEVICE void in_pieces(Team& team, int64_t t, const real* sums) const
+    {
         const int64_t n = dx.extent(1), begin = route.begin(t), end = route.end(t);
         const auto& self = *this;
         team.for_each((n + row_piece - 1) / row_piece, [=, &self](int64_t piece) {

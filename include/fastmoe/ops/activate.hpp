@@ -1,6 +1,6 @@
 // SPDX-FileCopyrightText: The FastMoE authors
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-/// Activations of an expert and their derivatives, and the row functors that apply them after a GEMM.
+/// Activations of an expert and their derivatives.
 #pragma once
 
 #include <concepts>
@@ -9,7 +9,6 @@
 #include <fastmoe/core/dtype.hpp>
 #include <fastmoe/core/math.hpp>
 #include <fastmoe/core/tensor.hpp>
-#include <fastmoe/exec/team.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI {
 
@@ -173,106 +172,5 @@ concept activation = states_gated<A> && plain_activation<std::conditional_t<A::g
 
 /// Where gate and up stand in a row of 2H: all gates first, or in turns.
 enum class gated_layout : std::uint8_t { concatenated, interleaved };
-
-namespace detail {
-
-/// Columns of gate and up for hidden unit j: gate at j * step, up at j * step + up_offset.
-struct gated_columns {
-    int64_t step, up_offset;
-
-    static constexpr gated_columns of(gated_layout layout, int64_t hidden) noexcept
-    {
-        return layout == gated_layout::concatenated ? gated_columns{1, hidden} : gated_columns{2, 1};
-    }
-};
-
-/// a[j] = weight * activation(pre): one row.
-template <class Activation, class Real, class Team, class T>
-FASTMOE_HOST_DEVICE void activate_row(Team& team, const Activation& f, const T* pre, T* a, int64_t hidden,
-                                      gated_columns at, Real weight)
-{
-    if constexpr (!Activation::gated) {
-        team.for_each(hidden, [=](int64_t j) { a[j] = T(weight * f.value(Real(pre[j]))); });
-    } else if (at.step == 1) {
-        const T* up = pre + at.up_offset;
-        team.for_each(hidden, [=](int64_t j) { a[j] = T(weight * f.value(Real(pre[j]), Real(up[j]))); });
-    } else {
-        team.for_each(hidden, [=](int64_t j) {
-            a[j] = T(weight * f.value(Real(pre[2 * j]), Real(pre[2 * j + 1])));
-        });
-    }
-}
-
-/// Elements that a lane takes at a time. Where a lane is a processor, blocks in memory of their own vectorize whatever
-/// the types are; where lanes stand side by side, single elements keep their accesses side by side.
-template <class Team>
-inline constexpr int64_t lane_block = 1;
-template <>
-inline constexpr int64_t lane_block<single_lane_team> = 64;
-
-/// From d = dLoss/d(weight * a) for n elements from `da` on: their dpre, and the weighted activation over `da`.
-/// Returns <d, a>.
-template <class Activation, class Real, int64_t Block, class T>
-FASTMOE_HOST_DEVICE Real activate_backward_block(const Activation& f, const T* pre, T* da, T* dpre, gated_columns at, Real weight,
-                                                 int64_t n)
-{
-    constexpr int64_t lanes = Block < 16 ? Block : 16;
-    const int64_t turn = Activation::gated ? at.step : 1; // the layout of gated columns says nothing about others
-    Real d[Block], x[Block], up[Block], a[Block], part[lanes];
-    const auto read = [](const T* from, int64_t step, Real (&to)[Block], int64_t count) {
-        if (count == Block && step == 1)
-            for (int64_t j = 0; j < Block; ++j) to[j] = Real(from[j]);
-        else
-            for (int64_t j = 0; j < Block; ++j) to[j] = j < count ? Real(from[j * step]) : Real(0);
-    };
-    const auto write = [](const Real (&from)[Block], T* to, int64_t step, int64_t count) {
-        if (count == Block && step == 1)
-            for (int64_t j = 0; j < Block; ++j) to[j] = T(from[j]);
-        else
-            for (int64_t j = 0; j < Block && j < count; ++j) to[j * step] = T(from[j]); // g++ 12 cannot see that n <= Block
-    };
-    read(da, 1, d, n);
-    read(pre, turn, x, n);
-    if constexpr (Activation::gated) {
-        read(pre + at.up_offset, turn, up, n);
-        for (int64_t j = 0; j < Block; ++j) {
-            const auto back = f.gradient(x[j], up[j], weight * d[j]);
-            a[j] = f.value(x[j], up[j]);
-            x[j] = back.gate;
-            up[j] = back.up;
-        }
-        write(up, dpre + at.up_offset, turn, n);
-    } else {
-        for (int64_t j = 0; j < Block; ++j) {
-            a[j] = f.value(x[j]);
-            x[j] = weight * d[j] * f.derivative(x[j]);
-        }
-    }
-    write(x, dpre, turn, n);
-    for (int64_t j = n; j < Block; ++j) a[j] = Real(0); // whatever the activation makes of nothing
-    for (int64_t j = 0; j < lanes; ++j) part[j] = d[j] * a[j];
-    for (int64_t i = lanes; i < Block; i += lanes)
-        for (int64_t j = 0; j < lanes; ++j) part[j] += d[i + j] * a[i + j];
-    for (int64_t j = 0; j < Block; ++j) a[j] *= weight;
-    write(a, da, 1, n);
-    for (int64_t half = lanes / 2; half > 0; half /= 2)
-        for (int64_t j = 0; j < half; ++j) part[j] += part[j + half];
-    return part[0];
-}
-
-/// The same for a row; <d, a> goes to every lane.
-template <class Activation, class Real, class Team, class T>
-FASTMOE_HOST_DEVICE Real activate_row_backward(Team& team, const Activation& f, const T* pre, T* da, T* dpre,
-                                               int64_t hidden, gated_columns at, Real weight)
-{
-    constexpr int64_t block = lane_block<Team>;
-    return team.reduce((hidden + block - 1) / block, Real(0), [](Real x, Real y) { return x + y; }, [=](int64_t b) {
-        const int64_t first = b * block, n = hidden - first < block ? hidden - first : block;
-        const int64_t from = Activation::gated ? first * at.step : first;
-        return activate_backward_block<Activation, Real, block>(f, pre + from, da + first, dpre + from, at, weight, n);
-    });
-}
-
-} // namespace detail
 
 } // namespace fastmoe::inline FASTMOE_ABI

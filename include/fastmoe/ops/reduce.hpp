@@ -6,6 +6,7 @@
 #include <fastmoe/core/dtype.hpp>
 #include <fastmoe/exec/executor.hpp>
 #include <fastmoe/exec/memory.hpp>
+#include <fastmoe/ops/lines.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI {
 
@@ -38,6 +39,14 @@ inline void expects_groups_inside(vector_view<const int32_t> counts, vector_view
 /// Columns that one team sums at a time.
 inline constexpr int64_t sum_columns = 64;
 
+/// Rows that lanes side by side sum apart from each other at most, each in sum_columns of scratch: no more than a group has on
+/// the average, but a few.
+constexpr int64_t rows_apart(int64_t mean) noexcept { return mean < 4 ? 4 : (mean < 32 ? mean : 32); }
+
+/// Whether the first of these rows says where all begin.
+template <class Rows>
+concept rows_of_matrix = requires(const Rows& rows) { rows.data.data_handle(); };
+
 template <class Real, class Rows, class G, class Scale>
 struct sum_group_columns {
     using vectorized = void;
@@ -48,6 +57,7 @@ struct sum_group_columns {
     matrix_view<G> out;                   // (E,N)
     write_mode mode;
     Scale scale;
+    int64_t apart;                        // rows_apart()
     fault_recorder faults;
 
     template <class Team>
@@ -60,7 +70,21 @@ struct sum_group_columns {
             if (team.lane() == 0) faults.record(fault_kind::group_out_of_range, e, counts(e));
             return;
         }
-        const int64_t begin = offsets(e), end = begin + counts(e);
+        if constexpr (takes_lines<Team>) in_lines_of(team, e, first, width);
+        else in_pieces(team, e, first, width);
+    }
+
+    /// Of scratch, for lanes that sum rows apart.
+    static constexpr int64_t scratch_bytes(int64_t apart) noexcept { return apart * sum_columns * static_cast<int64_t>(sizeof(Sum)); }
+
+private:
+    using element = std::remove_cvref_t<decltype(*std::declval<const Rows&>().row(0))>;
+
+    /// One lane adds all rows in their order.
+    template <class Team>
+    FASTMOE_HOST_DEVICE void in_pieces(Team& team, int64_t e, int64_t first, int64_t width) const
+    {
+        const int64_t n = out.extent(1), begin = offsets(e), end = begin + counts(e);
         const auto& self = *this;
         G* to = out.data_handle() + e * n + first;
         constexpr int64_t lane_columns = 16;
@@ -81,6 +105,43 @@ struct sum_group_columns {
                 to[at + j] = G(self.mode == write_mode::accumulate ? wider_t<Sum, G>(to[at + j]) + total[j] : total[j]);
         });
     }
+
+    /// Each lane adds every so many-th row in a line of columns; what they have is then added in the order of their first rows.
+    template <class Team>
+    FASTMOE_HOST_DEVICE void in_lines_of(Team& team, int64_t e, int64_t first, int64_t width) const
+    {
+        if constexpr (rows_of_matrix<Rows>)
+            if (in_lines<line_elements<element>>(out.extent(1), rows.data.data_handle()))
+                return by_lines<line_elements<element>>(team, e, first, width);
+        by_lines<1>(team, e, first, width);
+    }
+
+    template <int64_t N, class Team>
+    FASTMOE_HOST_DEVICE void by_lines(Team& team, int64_t e, int64_t first, int64_t width) const
+    {
+        const int64_t n = out.extent(1), begin = offsets(e), end = begin + counts(e);
+        const int64_t across = width / N, room = apart * sum_columns / width, fit = team.lanes() / across;
+        const int64_t step = fit < 1 ? 1 : (fit < room ? fit : room);
+        const auto& self = *this;
+        Sum* parts = team.template scratch<Sum>(apart * sum_columns); // (step,width)
+        team.for_each(step * across, [=, &self](int64_t i) {
+            const int64_t at = i % across * N;
+            line<Sum, N> total{};
+            const auto row = [&self, column = first + at](int64_t s) -> const element* {
+                const element* from = self.rows.row(s);
+                return from ? from + column : nullptr;
+            };
+            add_lines(total, begin + i / across, end, step, row, self.scale);
+            write_line<false>(total, parts + i / across * width + at);
+        });
+        team.sync();
+        G* to = out.data_handle() + e * n + first;
+        team.for_each(width, [=, &self](int64_t j) {
+            Sum total = parts[j];
+            for (int64_t r = 1; r < step; ++r) total += parts[r * width + j];
+            to[j] = G(self.mode == write_mode::accumulate ? wider_t<Sum, G>(to[j]) + total : total);
+        });
+    }
 };
 
 } // namespace detail
@@ -96,11 +157,12 @@ struct implementation<verbs::sum_groups, Executor> {
     template <class Functor>
     static void run(Executor& ex, int64_t tasks, const Functor& f, int64_t rows)
     {
-        for_each_row(ex, tasks, f, {.width = rows * detail::sum_columns});
+        for_each_row(ex, tasks, f, {.width = rows * detail::sum_columns, .scratch_bytes = f.scratch_bytes(f.apart)});
     }
 };
 
-/// out(e) (+)= the sum of scale(s) * rows(s) over the rows of group e, in row order; zeros for a group without rows. Sums in
+/// out(e) (+)= the sum of scale(s) * rows(s) over the rows of group e, in row order on the host and elsewhere in an order that
+/// shapes alone decide; zeros for a group without rows. Sums in
 /// the wider type of scale and rows, adds to out in that or in out's if that is wider, and rounds once.
 /// @param rows     plain_rows or indexed_rows                                       // (S,N)
 /// @param counts   rows of each group                                               // (E)
@@ -119,9 +181,8 @@ void sum_groups(Executor& ex, const Rows& rows, vector_view<const int32_t> count
     using Real = decltype(scale(0));
     const int64_t tiles = (out.extent(1) + detail::sum_columns - 1) / detail::sum_columns;
     const int64_t mean = counts.extent(0) > 0 ? rows.extent(0) / counts.extent(0) + 1 : 1;
-    implementation<verbs::sum_groups, Executor>::run(
-        ex, counts.extent(0) * tiles,
-        detail::sum_group_columns<Real, Rows, G, Scale>{rows, counts, offsets, out, mode, scale, ex.faults()}, mean);
+    const detail::sum_group_columns<Real, Rows, G, Scale> f{rows, counts, offsets, out, mode, scale, detail::rows_apart(mean), ex.faults()};
+    implementation<verbs::sum_groups, Executor>::run(ex, counts.extent(0) * tiles, f, mean);
     if constexpr (!has_readable_memory<Executor>) ex.deliver_faults();
 }
 

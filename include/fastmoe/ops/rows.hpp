@@ -6,13 +6,14 @@
 #include <fastmoe/core/dtype.hpp>
 #include <fastmoe/core/indexed_rows.hpp>
 #include <fastmoe/exec/executor.hpp>
+#include <fastmoe/ops/lines.hpp>
 #include <fastmoe/ops/reduce.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI {
 
 namespace detail {
 
-/// Columns that a lane sums in registers.
+/// Columns that one lane alone sums in registers.
 inline constexpr int64_t row_piece = 64;
 
 /// index[i] = i: plain rows in the clothes of indexed ones.
@@ -60,13 +61,20 @@ struct gather_rows {
         const T* source = from.row(s);
         T* target = to.data_handle() + s * to.extent(1);
         const int64_t n = to.extent(1);
+        constexpr int64_t across = line_elements<T>;
+        const bool whole = in_lines<across>(n, source, target);
         if (!source) {
-            team.for_each(n, [=](int64_t j) { target[j] = T(Real(0)); });
+            for_each_line<across>(team, n, whole, [=](int64_t at, auto size) { write_rounded<T>(line<Real, size>{}, target + at); });
         } else if constexpr (std::is_same_v<Scale, unit_scale<Real>>) {
-            team.for_each(n, [=](int64_t j) { target[j] = source[j]; });
+            for_each_line<across>(team, n, whole, [=](int64_t at, auto size) { write_line(read_line<size>(source + at), target + at); });
         } else {
             const Real w = scale(s);
-            team.for_each(n, [=](int64_t j) { target[j] = T(w * Real(source[j])); });
+            for_each_line<across>(team, n, whole, [=](int64_t at, auto size) {
+                auto x = widened_line<Real, size>(source + at);
+                FASTMOE_UNROLL
+                for (int64_t j = 0; j < size; ++j) x.of[j] = w * x.of[j];
+                write_rounded<T>(x, target + at);
+            });
         }
     }
 };
@@ -85,6 +93,33 @@ struct sum_row_lists {
 
     template <class Team>
     FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t t) const
+    {
+        if constexpr (takes_lines<Team>) in_lines_of(team, t);
+        else in_pieces(team, t);
+    }
+
+private:
+    template <class Team>
+    FASTMOE_HOST_DEVICE void in_lines_of(Team& team, int64_t t) const
+    {
+        const int64_t n = y.extent(1), begin = range.begin(t), end = range.end(t);
+        const auto& self = *this;
+        Y* to = y.data_handle() + t * n;
+        constexpr int64_t across = line_elements<T, Y>;
+        for_each_line<across>(team, n, in_lines<across>(n, rows.data_handle(), to), [=, &self](int64_t at, auto size) {
+            line<Sum, size> total{};
+            if (self.mode == write_mode::accumulate) total = widened_line<Sum, size>(to + at);
+            const auto row = [&self, n, at](int64_t c) -> const T* {
+                const int64_t s = self.slot_of(c);
+                return s < 0 ? nullptr : self.rows.data_handle() + s * n + at;
+            };
+            add_lines(total, begin, end, 1, row, self.scale);
+            write_rounded<Y>(total, to + at);
+        });
+    }
+
+    template <class Team>
+    FASTMOE_HOST_DEVICE void in_pieces(Team& team, int64_t t) const
     {
         const int64_t n = y.extent(1), begin = range.begin(t), end = range.end(t);
         const auto& self = *this;
@@ -122,20 +157,77 @@ struct dot_row_lists {
     template <class Team>
     FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t t) const
     {
-        using Sum = wider_t<Real, T>;
+        if constexpr (takes_lines<Team>) {
+            for (int64_t c = range.begin(t), end = range.end(t); c < end; c += rows_together) together(team, t, c, end);
+        } else {
+            for (int64_t c = range.begin(t); c < range.end(t); ++c) one(team, t, c);
+        }
+    }
+
+private:
+    using Sum = wider_t<Real, T>;
+
+    /// Products of several rows with one.
+    struct products_of {
+        Sum of[rows_together];
+
+        FASTMOE_HOST_DEVICE friend products_of operator+(products_of a, const products_of& b) noexcept
+        {
+            FASTMOE_UNROLL
+            for (int k = 0; k < rows_together; ++k) a.of[k] += b.of[k];
+            return a;
+        }
+    };
+
+    /// The choices from c on, at most rows_together: they share the token's row and the meeting of the lanes.
+    template <class Team>
+    FASTMOE_HOST_DEVICE void together(Team& team, int64_t t, int64_t c, int64_t end) const
+    {
         const int64_t n = a.extent(1);
         const T* left = a.data_handle() + t * n;
-        for (int64_t c = range.begin(t); c < range.end(t); ++c) {
-            const int64_t s = slot_of(c);
-            Sum total = 0;
-            if (s >= 0) {
-                const T* right = rows.data_handle() + s * n;
-                total = team.reduce(
-                    n, Sum(0), [](Sum x, Sum y) { return x + y; },
-                    [=](int64_t j) { return Sum(left[j]) * Sum(right[j]); });
-            }
-            if (team.lane() == 0) products(c) = Real(total);
+        struct {
+            const T* of[rows_together];
+        } right;
+        FASTMOE_UNROLL
+        for (int k = 0; k < rows_together; ++k) {
+            const int64_t s = c + k < end ? slot_of(c + k) : -1;
+            right.of[k] = s < 0 ? nullptr : rows.data_handle() + s * n;
         }
+        constexpr int64_t across = line_elements<T>;
+        const auto total = sum_over_lines<across, products_of>(
+            team, n, in_lines<across>(n, left, rows.data_handle()), [=](int64_t at, auto size) {
+                const auto x = read_line<size>(left + at);
+                line<T, size> y[rows_together];
+                FASTMOE_UNROLL
+                for (int k = 0; k < rows_together; ++k) y[k] = right.of[k] ? read_line<size>(right.of[k] + at) : line<T, size>{};
+                products_of out{};
+                FASTMOE_UNROLL
+                for (int k = 0; k < rows_together; ++k) {
+                    if (!right.of[k]) continue;
+                    FASTMOE_UNROLL
+                    for (int64_t j = 0; j < size; ++j) out.of[k] += Sum(x.of[j]) * Sum(y[k].of[j]);
+                }
+                return out;
+            });
+        if (team.lane() != 0) return;
+        FASTMOE_UNROLL
+        for (int k = 0; k < rows_together; ++k)
+            if (c + k < end) products(c + k) = Real(total.of[k]);
+    }
+
+    template <class Team>
+    FASTMOE_HOST_DEVICE void one(Team& team, int64_t t, int64_t c) const
+    {
+        const int64_t n = a.extent(1), s = slot_of(c);
+        const T* left = a.data_handle() + t * n;
+        Sum total = 0;
+        if (s >= 0) {
+            const T* right = rows.data_handle() + s * n;
+            total = team.reduce(
+                n, Sum(0), [](Sum x, Sum y) { return x + y; },
+                [=](int64_t j) { return Sum(left[j]) * Sum(right[j]); });
+        }
+        if (team.lane() == 0) products(c) = Real(total);
     }
 };
 
