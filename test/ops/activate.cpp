@@ -2,12 +2,14 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 #include <doctest/doctest.h>
 
-#include <fastmoe/ops/activate.hpp>
+#include <fastmoe/ops/activate_rows.hpp>
 
 #include <cmath>
 #include <limits>
 
-#include "support/executors.hpp"
+#include "support/compare.hpp"
+#include "support/poison.hpp"
+#include "support/warps.hpp"
 
 using namespace fastmoe;
 
@@ -24,6 +26,69 @@ double definition(gelu_tanh, double x)
     return 0.5 * x * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (x + 0.044715 * x * x * x)));
 }
 double definition(silu, double x) { return x * logistic(x); }
+
+/// Slopes, written independently.
+double slope(gelu, double x) { return phi(x) + x * std::exp(-x * x / 2) / std::sqrt(2 * std::acos(-1.0)); }
+double slope(silu, double x) { return logistic(x) * (1 + x * (1 - logistic(x))); }
+
+/// Each row by an activation and a weight, and back: a is overwritten with the activation, then d is given and dpre returns.
+template <class Activation, class T>
+struct there_and_back {
+    using real = accumulate_t<T>;
+    matrix_view<const T> pre; // (S,H')
+    matrix_view<T> a, d, dpre; // (S,H) (S,H) (S,H')
+    vector_view<real> products; // (S)
+    detail::gated_columns columns;
+    real weight;
+
+    template <class Team>
+    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t s) const
+    {
+        const int64_t hidden = a.extent(1);
+        const T* x = pre.data_handle() + s * pre.extent(1);
+        detail::activate_row<Activation, real>(team, Activation{}, x, a.data_handle() + s * hidden, hidden, columns, weight);
+        const real product = detail::activate_row_backward<Activation, real>(
+            team, Activation{}, x, d.data_handle() + s * hidden, dpre.data_handle() + s * pre.extent(1), hidden, columns, weight);
+        if (team.lane() == 0) products(s) = product;
+    }
+};
+
+/// Rows of one width at one place, held to the definitions.
+template <class Activation, class Plain, class T, class Executor>
+void check_rows(Executor& ex, support::random& r, int64_t hidden, int64_t skew, gated_layout layout)
+{
+    CAPTURE(hidden);
+    CAPTURE(skew);
+    CAPTURE(int(layout));
+    using real = accumulate_t<T>;
+    constexpr int64_t rows = 2, halves = Activation::gated ? 2 : 1;
+    const double weight = 0.75;
+    const auto columns = detail::gated_columns::of(layout, hidden);
+    support::guarded<T> pre(rows, halves * hidden, skew), a(rows, hidden, skew), d(rows, hidden, skew), dpre(rows, halves * hidden, skew);
+    support::guarded<real> products(rows);
+    support::fill_normal(r, pre.view());
+    const auto gradient = support::fill_normal(r, d.view());
+    for_each_row(ex, rows, there_and_back<Activation, T>{pre.view(), a.view(), d.view(), dpre.view(), products.vector(), columns, real(weight)},
+                 {.width = halves * hidden});
+    ex.synchronize();
+    std::vector<double> value(rows * hidden), back(rows * halves * hidden), product(rows), size(rows);
+    for (int64_t s = 0; s < rows; ++s)
+        for (int64_t j = 0; j < hidden; ++j) {
+            const int64_t gate = Activation::gated ? j * columns.step : j, up = gate + columns.up_offset;
+            const double g = double(pre.view()(s, gate)), u = Activation::gated ? double(pre.view()(s, up)) : 1.0;
+            const double dj = gradient[s * hidden + j];
+            value[s * hidden + j] = weight * definition(Plain{}, g) * u;
+            back[s * halves * hidden + gate] = weight * dj * u * slope(Plain{}, g);
+            if (Activation::gated) back[s * halves * hidden + up] = weight * dj * definition(Plain{}, g);
+            product[s] += dj * definition(Plain{}, g) * u;
+            size[s] += std::fabs(dj * definition(Plain{}, g) * u);
+        }
+    CHECK(support::close(a.view(), value, {.length = 24}));
+    CHECK(support::close(d.view(), value, {.length = 24}));
+    CHECK(support::close(dpre.view(), back, {.length = 24}));
+    CHECK(support::close(products.vector(), product, {.length = double(hidden) + 24, .magnitudes = &size}));
+    for (const auto& damage : {a.damage(), d.damage(), dpre.damage(), products.damage()}) CHECK(damage == "");
+}
 
 } // namespace
 
@@ -117,4 +182,18 @@ TEST_CASE("the activation of gpt-oss equals its definition and its gradient the 
     CHECK_EQ(clamped_swiglu{}.gradient(7.1, 7.1, 1.0).gate, 0);
     CHECK_EQ(clamped_swiglu{}.gradient(7.1, 7.1, 1.0).up, 0);
     CHECK_EQ(clamped_swiglu{}.gradient(1.0, -7.1, 1.0).up, 0);
+}
+
+TEST_CASE_TEMPLATE("rows of every width and place have the values and gradients of the definition, in both layouts", Cell,
+                   FASTMOE_CELLS_AND_WARPS)
+{
+    using T = typename Cell::type;
+    FASTMOE_SEEDED(r, 74);
+    FASTMOE_EXECUTOR(ex, Cell);
+    for (const int64_t hidden : {1, 7, 8, 63, 64, 65, 72, 200, 1032, 2056})
+        for (const int64_t skew : {0, 1}) {
+            check_rows<gelu, gelu, T>(ex, r, hidden, skew, gated_layout::concatenated);
+            check_rows<swiglu, silu, T>(ex, r, hidden, skew, gated_layout::concatenated);
+            check_rows<swiglu, silu, T>(ex, r, hidden, skew, gated_layout::interleaved);
+        }
 }
