@@ -13,7 +13,15 @@
 #include <fastmoe/core/tensor.hpp>
 #include <fastmoe/exec/team.hpp>
 
-namespace fastmoe::inline FASTMOE_ABI::detail {
+namespace fastmoe::inline FASTMOE_ABI {
+
+/// A scale of one for every row.
+template <class Real>
+struct unit_scale {
+    FASTMOE_HOST_DEVICE constexpr Real operator()(int64_t) const noexcept { return Real(1); }
+};
+
+namespace detail {
 
 inline constexpr int64_t line_bytes = 16;
 
@@ -123,29 +131,39 @@ FASTMOE_HOST_DEVICE Sum sum_over_lines(Team& team, int64_t n, [[maybe_unused]] b
 inline constexpr int rows_together = 4;
 
 /// total += scale(i) * the line at row(i), for i = first, first + step, ... below end, one after the other. Where row(i) is
-/// null nothing is read and nothing added.
-template <class Sum, int64_t N, class Row, class Scale>
-FASTMOE_HOST_DEVICE void add_lines(line<Sum, N>& total, int64_t first, int64_t end, int64_t step, const Row& row, const Scale& scale)
+/// null nothing is read and nothing added. The loads of Together rows are under way at one time.
+template <int Together = rows_together, class Sum, int64_t N, class Number, class Row, class Scale>
+FASTMOE_HOST_DEVICE void add_lines(line<Sum, N>& total, Number first, Number end, type_identity_t<Number> step, const Row& row,
+                                   const Scale& scale)
 {
     using pointer = decltype(row(first));
     using element = std::remove_cvref_t<decltype(*row(first))>;
-    for (int64_t i = first; i < end; i += rows_together * step) {
-        pointer from[rows_together];
-        Sum weight[rows_together];
-        line<element, N> x[rows_together];
+    constexpr bool plain = std::is_same_v<Scale, unit_scale<decltype(scale(first))>>;
+    FASTMOE_KEEP_LOOP
+    for (Number i = first; i < end; i += Together * step) {
+        pointer from[Together];
+        [[maybe_unused]] Sum weight[Together];
+        line<element, N> x[Together];
         FASTMOE_UNROLL
-        for (int k = 0; k < rows_together; ++k) from[k] = i + k * step < end ? row(i + k * step) : nullptr;
+        for (int k = 0; k < Together; ++k) from[k] = i + k * step < end ? row(i + k * step) : nullptr;
+        if constexpr (!plain) {
+            FASTMOE_UNROLL
+            for (int k = 0; k < Together; ++k) weight[k] = from[k] ? Sum(scale(i + k * step)) : Sum(0);
+        }
         FASTMOE_UNROLL
-        for (int k = 0; k < rows_together; ++k) weight[k] = from[k] ? Sum(scale(i + k * step)) : Sum(0);
+        for (int k = 0; k < Together; ++k) x[k] = from[k] ? read_line<N>(from[k]) : line<element, N>{};
         FASTMOE_UNROLL
-        for (int k = 0; k < rows_together; ++k) x[k] = from[k] ? read_line<N>(from[k]) : line<element, N>{};
-        FASTMOE_UNROLL
-        for (int k = 0; k < rows_together; ++k) {
+        for (int k = 0; k < Together; ++k) {
             if (!from[k]) continue;
             FASTMOE_UNROLL
-            for (int64_t j = 0; j < N; ++j) total.of[j] += weight[k] * Sum(x[k].of[j]);
+            for (int64_t j = 0; j < N; ++j) {
+                if constexpr (plain) total.of[j] += Sum(x[k].of[j]);
+                else total.of[j] += weight[k] * Sum(x[k].of[j]);
+            }
         }
     }
 }
 
-} // namespace fastmoe::inline FASTMOE_ABI::detail
+} // namespace detail
+
+} // namespace fastmoe::inline FASTMOE_ABI

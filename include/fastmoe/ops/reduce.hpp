@@ -112,45 +112,46 @@ private:
     {
         if constexpr (rows_of_matrix<Rows>)
             if (in_lines<line_elements<element>>(out.extent(1), rows.data.data_handle()))
-                return by_lines<line_elements<element>>(team, e, first, width);
-        by_lines<1>(team, e, first, width);
+                return by_lines<line_elements<element>>(team, e, first, static_cast<int32_t>(width));
+        by_lines<1>(team, e, first, static_cast<int32_t>(width));
     }
 
     template <int64_t N, class Team>
-    FASTMOE_HOST_DEVICE void by_lines(Team& team, int64_t e, int64_t first, int64_t width) const
+    FASTMOE_HOST_DEVICE void by_lines(Team& team, int64_t e, int64_t first, int32_t width) const
     {
-        const int64_t n = out.extent(1), begin = offsets(e), end = begin + counts(e);
-        const int64_t across = width / N, room = apart * sum_columns / width, fit = team.lanes() / across;
-        const int64_t step = fit < 1 ? 1 : (fit < room ? fit : room);
+        const int64_t begin = offsets(e), target = e * out.extent(1) + first;
+        const int32_t lanes = static_cast<int32_t>(team.lanes()), lane = static_cast<int32_t>(team.lane());
+        const auto count = static_cast<std::uint32_t>(counts(e)); // unsigned: a few steps beyond it are a number still
+        const int32_t across = width / static_cast<int32_t>(N), room = static_cast<int32_t>(apart * sum_columns) / width;
+        const int32_t fit = lanes / across, step = fit < 1 ? 1 : (fit < room ? fit : room);
         const auto& self = *this;
         Sum* parts = team.template scratch<Sum>(apart * sum_columns); // (step,width)
-        team.for_each(step * across, [=, &self](int64_t i) {
-            const int64_t at = i % across * N;
+        const int32_t part = fit < 1 ? 0 : lane / across;
+        for (int32_t i = lane - part * across; part < step && i < across; i += lanes) {
+            const int32_t at = i * static_cast<int32_t>(N);
             line<Sum, N> total{};
-            const auto row = [&self, column = first + at](int64_t s) -> const element* {
-                const element* from = self.rows.row(s);
+            const auto row = [&self, begin, column = first + at](std::uint32_t r) -> const element* {
+                const element* from = self.rows.row(begin + r);
                 return from ? from + column : nullptr;
             };
-            add_lines(total, begin + i / across, end, step, row, self.scale);
-            write_line<false>(total, parts + i / across * width + at);
-        });
+            const auto scaled = [&self, begin](std::uint32_t r) { return self.scale(begin + r); };
+            // A scale is a chain of loads by itself: two of them at a time would not stay in registers.
+            if constexpr (std::is_same_v<Scale, unit_scale<Real>>) add_lines<2>(total, static_cast<std::uint32_t>(part), count, step, row, self.scale);
+            else add_lines<1>(total, static_cast<std::uint32_t>(part), count, step, row, scaled);
+            write_line<false>(total, parts + part * width + at);
+        }
         team.sync();
-        G* to = out.data_handle() + e * n + first;
+        G* to = out.data_handle() + target;
         team.for_each(width, [=, &self](int64_t j) {
             Sum total = parts[j];
-            for (int64_t r = 1; r < step; ++r) total += parts[r * width + j];
+            FASTMOE_UNROLL_4
+            for (int32_t r = 1; r < step; ++r) total += parts[r * width + j];
             to[j] = G(self.mode == write_mode::accumulate ? wider_t<Sum, G>(to[j]) + total : total);
         });
     }
 };
 
 } // namespace detail
-
-/// A scale of one for every row.
-template <class Real>
-struct unit_scale {
-    FASTMOE_HOST_DEVICE constexpr Real operator()(int64_t) const noexcept { return Real(1); }
-};
 
 template <class Executor>
 struct implementation<verbs::sum_groups, Executor> {
