@@ -8,6 +8,7 @@
 #include <fastmoe/exec/scratch.hpp>
 #include <fastmoe/gemm/portable.hpp>
 #include <fastmoe/ops/reduce.hpp>
+#include <fastmoe/routing/project_parts.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI {
 
@@ -193,13 +194,22 @@ void project_weights_backward(Executor& ex,
         if (pointer_or_null(dbias)) expects_shape(dbias, "dbias (E)", experts);
     }
     detail::with_scratch(scratch, [&](arena& memory) {
-        const row_groups all = one_group(ex, tokens, memory);
         const auto index = detail::chosen_rows(ex, dlogits, memory);
-        gemm::portable{}.wgrad(ex, all, indexed_rows<real>{dlogits, index}, indexed_rows<element>{x, index}, single(dgate),
-                               mode, memory);
-        if (!memory.measuring() && pointer_or_null(dbias))
-            sum_groups(ex, plain_rows<real>{dlogits}, all.counts, all.offsets, unit_scale<real>{},
-                       matrix_view<G>(dbias.data_handle(), 1, experts), mode);
+        const indexed_rows<real> d{dlogits, index};
+        const indexed_rows<element> rows{x, index};
+        if constexpr (runs_blocks<Executor>)
+            if (always_runs_blocks<Executor> || ex.has_blocks()) {
+                if (!memory.measuring() && tokens == 0 && mode == write_mode::accumulate) return;
+                detail::project_weights_in_parts(ex, d, rows, dgate, mode, memory);
+                return detail::project_bias_in_parts(ex, dlogits, tokens, experts, dbias, mode, memory);
+            }
+        if constexpr (!always_runs_blocks<Executor>) {
+            const row_groups all = one_group(ex, tokens, memory);
+            gemm::portable{}.wgrad(ex, all, d, rows, single(dgate), mode, memory);
+            if (!memory.measuring() && pointer_or_null(dbias))
+                sum_groups(ex, plain_rows<real>{dlogits}, all.counts, all.offsets, unit_scale<real>{},
+                           matrix_view<G>(dbias.data_handle(), 1, experts), mode);
+        }
     });
 }
 
