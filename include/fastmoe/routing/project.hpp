@@ -18,8 +18,16 @@ struct jitter;
 
 namespace detail {
 
-/// Rows of the input's gradient that wait in scratch to be rounded.
-inline constexpr int64_t waiting_rows = 1024;
+/// Rows of the input's gradient that wait in scratch to be rounded. Each time costs a few launches where blocks multiply: there
+/// they are whole tiles of as many as stay in the cache of a large GPU.
+inline constexpr int64_t waiting_rows = 1024, waiting_bytes = int64_t{32} << 20;
+
+template <class Real>
+constexpr int64_t waiting_rows_on_blocks(int64_t width) noexcept
+{
+    const int64_t rows = waiting_bytes / static_cast<int64_t>(sizeof(Real)) / (width > 0 ? width : 1) / 128 * 128;
+    return rows > waiting_rows ? rows : waiting_rows;
+}
 
 /// index[t] = t, or -1 where a row of dlogits is all zero: of a token that chose nothing. So products leave its x out,
 /// which may hold anything: 0 * NaN is NaN.
@@ -99,27 +107,75 @@ vector_view<const int32_t> chosen_rows(Executor& ex, matrix_view<const Real> dlo
     return index;
 }
 
+/// project_rows_backward for rows of dlogits, or of their pieces, and the gate that belongs to them.
+template <class Real, class Executor, class D, class W, class Finish>
+void finish_products(Executor& ex, const indexed_rows<D>& d, matrix_view<W> gate, int64_t most, const Finish& finish, arena& memory)
+{
+    const int64_t tokens = d.index.extent(0), width = gate.extent(1);
+    if (tokens < most) most = tokens;
+    const auto waiting = memory.matrix<Real>(most, width);
+    const row_groups whole = one_group(ex, most, memory), last = one_group(ex, most > 0 ? tokens % most : 0, memory);
+    for (int64_t t = 0; t < tokens; t += most) {
+        const int64_t n = tokens - t < most ? tokens - t : most;
+        const auto sums = slice_rows(waiting, 0, n);
+        const auto here = slice(d.index, t, n);
+        gemm::portable{}.dgrad(ex, n == most ? whole : last, indexed_rows<D>{d.data, here}, single(gate), sums, no_epilogue{}, memory);
+        if (memory.measuring()) return; // no later block takes more
+        for_each_row(ex, n, finish_rows<Real, Finish>{sums, here, t, finish}, {.width = width});
+    }
+}
+
 /// finish(team, t, sums) for every token: sums is row t of dlogits gate, not rounded, or null if that row of dlogits is all
 /// zero. So what else belongs to the row can be added before it is rounded, without a matrix of sums.
 template <class Executor, class Real, class W, class Finish>
 void project_rows_backward(Executor& ex, matrix_view<const Real> dlogits, matrix_view<W> gate, const Finish& finish,
                            arena& memory)
 {
-    const int64_t tokens = dlogits.extent(0), width = gate.extent(1);
-    const int64_t most = tokens < waiting_rows ? tokens : waiting_rows;
-    const auto index = chosen_rows(ex, dlogits, memory);
-    const auto waiting = memory.matrix<Real>(most, width);
-    for (int64_t t = 0; t < tokens; t += most) {
-        const arena::scope block(memory);
-        const int64_t n = tokens - t < most ? tokens - t : most;
-        const auto sums = slice_rows(waiting, 0, n);
-        const auto here = slice(index, t, n);
-        gemm::portable{}.dgrad(ex, one_group(ex, n, memory), indexed_rows<Real>{dlogits, here}, single(gate), sums,
-                               no_epilogue{}, memory);
-        if (!memory.measuring())
-            for_each_row(ex, n, finish_rows<Real, Finish>{sums, here, t, finish}, {.width = width});
-        if (memory.measuring()) return; // no later block takes more
+    const int64_t tokens = dlogits.extent(0);
+    if constexpr (runs_blocks<Executor>)
+        if (always_runs_blocks<Executor> || ex.has_blocks()) {
+            const int64_t most = waiting_rows_on_blocks<Real>(gate.extent(1));
+            if constexpr (in_pieces<Real, W>) {
+                const auto pieces = cut_rows(ex, dlogits, tokens, gate.extent(0), memory);
+                return finish_products<Real>(ex, pieces, stacked_gate(ex, gate, memory), most, finish, memory);
+            } else {
+                return finish_products<Real>(ex, indexed_rows<Real>{dlogits, chosen_rows(ex, dlogits, memory)}, gate, most, finish, memory);
+            }
+        }
+    if constexpr (!always_runs_blocks<Executor>)
+        finish_products<Real>(ex, indexed_rows<Real>{dlogits, chosen_rows(ex, dlogits, memory)}, gate, waiting_rows, finish, memory);
+}
+
+/// dx = dlogits gate, rounded where it is stored.
+template <class Executor, class Real, class W, class T>
+void project_input(Executor& ex, matrix_view<const Real> dlogits, matrix_view<W> gate, matrix_view<T> dx, arena& memory)
+{
+    const row_groups all = one_group(ex, dx.extent(0), memory);
+    if constexpr (runs_blocks<Executor> && in_pieces<Real, W>)
+        if (always_runs_blocks<Executor> || ex.has_blocks()) {
+            const auto pieces = cut_rows(ex, dlogits, dx.extent(0), gate.extent(0), memory);
+            return gemm::portable{}.dgrad(ex, all, pieces, single(stacked_gate(ex, gate, memory)), dx, no_epilogue{}, memory);
+        }
+    if constexpr (!in_pieces<Real, W> || !always_runs_blocks<Executor>)
+        gemm::portable{}.dgrad(ex, all, plain_rows<Real>{dlogits}, single(gate), dx, no_epilogue{}, memory);
+}
+
+/// project_weights_backward where blocks multiply. Its scratch does not depend on the mode.
+template <class Executor, class Real, class T, class G>
+void project_weights_on_blocks(Executor& ex, matrix_view<const Real> dlogits, matrix_view<T> x, matrix_view<G> dgate,
+                               vector_view<G> dbias, write_mode mode, arena& memory)
+{
+    using element = std::remove_const_t<T>;
+    const int64_t tokens = x.extent(0), experts = dgate.extent(0);
+    if (!memory.measuring() && tokens == 0 && mode == write_mode::accumulate) return;
+    if constexpr (in_pieces<Real, T>) {
+        const auto pieces = cut_rows(ex, dlogits, tokens, experts, memory);
+        project_weights_in_parts(ex, pieces, indexed_rows<element>{x, pieces.index}, dgate, mode, memory);
+    } else {
+        const auto index = chosen_rows(ex, dlogits, memory);
+        project_weights_in_parts(ex, indexed_rows<Real>{dlogits, index}, indexed_rows<element>{x, index}, dgate, mode, memory);
     }
+    project_bias_in_parts(ex, dlogits, tokens, experts, dbias, mode, memory);
 }
 
 } // namespace detail
@@ -156,7 +212,6 @@ template <executor Executor, class T, class W>
 void project_input_backward(Executor& ex, type_identity_t<matrix_view<const accumulate_t<T>>> dlogits,
                             matrix_view<W> gate, matrix_view<T> dx, write_mode mode, arena& scratch)
 {
-    using real = accumulate_t<T>;
     const int64_t tokens = dx.extent(0), experts = gate.extent(0), width = dx.extent(1);
     if (!scratch.measuring()) {
         expects_shape(dx, "dx (T,D)", tokens, width);
@@ -164,9 +219,7 @@ void project_input_backward(Executor& ex, type_identity_t<matrix_view<const accu
         expects_shape(dlogits, "dlogits (T,E)", tokens, experts);
     }
     detail::with_scratch(scratch, [&](arena& memory) {
-        if (mode == write_mode::overwrite)
-            gemm::portable{}.dgrad(ex, one_group(ex, tokens, memory), plain_rows<real>{dlogits}, single(gate), dx,
-                                   no_epilogue{}, memory);
+        if (mode == write_mode::overwrite) detail::project_input(ex, dlogits, gate, dx, memory);
         else detail::project_rows_backward(ex, dlogits, gate, detail::add_sums<T>{dx}, memory);
     });
 }
@@ -194,18 +247,14 @@ void project_weights_backward(Executor& ex,
         if (pointer_or_null(dbias)) expects_shape(dbias, "dbias (E)", experts);
     }
     detail::with_scratch(scratch, [&](arena& memory) {
-        const auto index = detail::chosen_rows(ex, dlogits, memory);
-        const indexed_rows<real> d{dlogits, index};
-        const indexed_rows<element> rows{x, index};
         if constexpr (runs_blocks<Executor>)
-            if (always_runs_blocks<Executor> || ex.has_blocks()) {
-                if (!memory.measuring() && tokens == 0 && mode == write_mode::accumulate) return;
-                detail::project_weights_in_parts(ex, d, rows, dgate, mode, memory);
-                return detail::project_bias_in_parts(ex, dlogits, tokens, experts, dbias, mode, memory);
-            }
+            if (always_runs_blocks<Executor> || ex.has_blocks())
+                return detail::project_weights_on_blocks(ex, dlogits, x, dgate, dbias, mode, memory);
         if constexpr (!always_runs_blocks<Executor>) {
             const row_groups all = one_group(ex, tokens, memory);
-            gemm::portable{}.wgrad(ex, all, d, rows, single(dgate), mode, memory);
+            const auto index = detail::chosen_rows(ex, dlogits, memory);
+            gemm::portable{}.wgrad(ex, all, indexed_rows<real>{dlogits, index}, indexed_rows<element>{x, index}, single(dgate),
+                                   mode, memory);
             if (!memory.measuring() && pointer_or_null(dbias))
                 sum_groups(ex, plain_rows<real>{dlogits}, all.counts, all.offsets, unit_scale<real>{},
                            matrix_view<G>(dbias.data_handle(), 1, experts), mode);

@@ -4,8 +4,7 @@
 /// cut into parts that blocks sum side by side, and the parts are added in their order. Part of project.hpp.
 #pragma once
 
-#include <fastmoe/exec/block.hpp>
-#include <fastmoe/gemm/portable.hpp>
+#include <fastmoe/routing/project_pieces.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI::detail {
 
@@ -44,20 +43,27 @@ struct cut_tokens {
     }
 };
 
-/// to (+)= the parts in their order, rounded once. Neighbouring lanes read neighbouring elements.
-template <class Real, class G>
+/// to (+)= the parts in their order, rounded once. A part is the sum of matrices that follow each other, the last first.
+/// Neighbouring lanes read neighbouring elements.
+template <int matrices, class Real, class G>
 struct add_parts {
-    const Real* parts;  // (P,stride)
-    int64_t count;      ///< P
-    int64_t stride;     ///< elements from a part to the next
-    G* to;              // (n)
+    const Real* parts; // (P,stride)
+    int64_t count;     ///< P
+    int64_t stride;    ///< elements from a part to the next
+    G* to;             // (n)
+    int64_t n;
     write_mode mode;
 
     FASTMOE_HOST_DEVICE void operator()(int64_t i) const
     {
         Real total = 0;
         FASTMOE_UNROLL_4
-        for (int64_t p = 0; p < count; ++p) total += parts[p * stride + i];
+        for (int64_t p = 0; p < count; ++p) {
+            Real part = 0;
+            FASTMOE_UNROLL
+            for (int m = matrices - 1; m >= 0; --m) part += parts[p * stride + m * n + i];
+            total += part;
+        }
         to[i] = G(mode == write_mode::accumulate ? wider_t<Real, G>(to[i]) + total : total);
     }
 };
@@ -109,22 +115,26 @@ void project_bias_in_parts(Executor& ex, matrix_view<const Real> dlogits, int64_
     for_each_row(ex, experts, add_bias_parts<Real, G>{parts, dbias.data_handle(), mode}, {.width = parts.extent(0)});
 }
 
-/// dgate (+)= d^T x, over indexed rows of both.
-template <class Executor, class Real, class T, class G>
-void project_weights_in_parts(Executor& ex, const indexed_rows<Real>& d, const indexed_rows<T>& x, matrix_view<G> dgate,
+/// dgate (+)= d^T x, over indexed rows of both; d may be in pieces.
+template <class Executor, class Dy, class T, class G>
+void project_weights_in_parts(Executor& ex, const indexed_rows<Dy>& d, const indexed_rows<T>& x, matrix_view<G> dgate,
                               write_mode mode, arena& memory)
 {
+    using real = accumulate_t<Dy>;
+    constexpr bool pieces = std::is_same_v<Dy, bfloat16>;
     const arena::scope lent(memory);
-    const int64_t tokens = x.extent(0), rows = dgate.extent(0), width = dgate.extent(1), parts = depth_parts(tokens, rows, width);
+    const int64_t tokens = x.extent(0), experts = dgate.extent(0), width = dgate.extent(1);
+    const int64_t rows = pieces ? piece_columns(experts) : experts, parts = depth_parts(tokens, rows, width);
     expects(tokens <= INT32_MAX, "rows", tokens, "0 to 2^31 - 1");
     const auto counts = memory.vector<int32_t>(parts);
     const auto offsets = memory.vector<int64_t>(parts + 1);
-    const auto sums = memory.matrix<Real>(parts * rows, width);
+    const auto sums = memory.matrix<real>(parts * rows, width);
     if (!memory.measuring()) for_each(ex, parts, cut_tokens{counts.data_handle(), offsets.data_handle(), parts, tokens});
     gemm::portable{}.wgrad(ex, row_groups{counts, offsets, tokens}, d, x,
-                           stacked(tensor_view<Real, 3>(sums.data_handle(), parts, rows, width)), write_mode::overwrite, memory);
+                           stacked(tensor_view<real, 3>(sums.data_handle(), parts, rows, width)), write_mode::overwrite, memory);
     if (!memory.measuring())
-        for_each(ex, rows * width, add_parts<Real, G>{sums.data_handle(), parts, rows * width, dgate.data_handle(), mode});
+        for_each(ex, experts * width,
+                 add_parts<pieces ? 3 : 1, real, G>{sums.data_handle(), parts, rows * width, dgate.data_handle(), experts * width, mode});
 }
 
 } // namespace fastmoe::inline FASTMOE_ABI::detail
