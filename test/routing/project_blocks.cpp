@@ -203,7 +203,70 @@ void check_input(support::random& r, const shape& s, int64_t skew, way how, Exec
 
 float piece_sum(const fm::detail::three_pieces& p) { return static_cast<float>(p.low) + static_cast<float>(p.middle) + static_cast<float>(p.high); }
 
+template <class T, class W, class B, class Executor>
+void check_logits(support::random& r, const shape& s, int64_t skew, bool with_bias, Executor& ex)
+{
+    using real = fm::accumulate_t<T>;
+    CAPTURE(s.tokens);
+    CAPTURE(s.experts);
+    CAPTURE(s.width);
+    CAPTURE(skew);
+    input<T> x(r, s.tokens, s.width, skew);
+    input<W> gate(r, s.experts, s.width, skew);
+    input<B> bias(r, 1, s.experts, skew);
+    support::guarded<real> logits(s.tokens, s.experts, skew), again(s.tokens, s.experts, skew);
+    sums expected(numbers(static_cast<std::size_t>(s.tokens * s.experts)));
+    for (int64_t t = 0; t < s.tokens; ++t)
+        for (int64_t e = 0; e < s.experts; ++e) {
+            if (with_bias) expected.add(t * s.experts + e, bias(0, e));
+            for (int64_t d = 0; d < s.width; ++d) expected.add(t * s.experts + e, x(t, d) * gate(e, d));
+        }
+    for (auto* each : {&logits, &again})
+        with_exact_scratch(ex, [&](fm::arena& scratch) {
+            fm::project(ex, x.view(), gate.view(), with_bias ? fm::vector_view<const B>(bias.memory.vector()) : fm::vector_view<const B>{},
+                        each->view(), scratch);
+        });
+    CHECK(support::close(logits.view(), expected.value, {.length = double(s.width) + 2, .magnitudes = &expected.magnitude}));
+    CHECK(std::memcmp(logits.data(), again.data(), sizeof(real) * static_cast<std::size_t>(s.tokens * s.experts)) == 0);
+    CHECK_EQ(logits.damage(), "");
+}
+
 } // namespace
+
+TEST_CASE_TEMPLATE("logits of few tokens are x W^T + b, by teams and without scratch, those of more by tiles", Cell, on<lane_blocks, float>,
+                   on<lane_blocks, bfloat16>, on<lane_blocks, fm::half>, on<lane_blocks, double>, on<warp_blocks, float>,
+                   on<warp_blocks, bfloat16>, on<warp_blocks, double>)
+{
+    using T = typename Cell::type;
+    FASTMOE_SEEDED(r, 57);
+    typename Cell::executor ex;
+    const bool slow = std::is_same_v<typename Cell::executor, warp_blocks>;
+    for (const int64_t tokens : {0, 1, 2, 3, 4, 5, 31, 32})
+        for (const int64_t experts : {1, 8, 60, 64, 130}) {
+            if (slow && tokens * experts > 300) continue;
+            const int64_t width = r.one_of(1, 7, 8, 65, 256, 1024);
+            check_logits<T, T, T>(r, {tokens, experts, width}, r.integer(0, 1), r.coin(), ex);
+        }
+    for (const int64_t width : {1025, 2080, 4096}) check_logits<T, T, T>(r, {r.integer(1, 6), 5, width}, 0, true, ex); // a block a team
+    check_logits<T, T, T>(r, {3, 4, 0}, 0, true, ex);
+    if constexpr (!std::is_same_v<T, double>) {
+        check_logits<T, float, float>(r, {5, 7, 100}, 0, true, ex);
+        check_logits<float, T, bfloat16>(r, {1, 7, 96}, 0, true, ex);
+    }
+    CHECK_EQ(ex.products + ex.lines, 0);
+    if (slow) return;
+    fm::arena query;
+    const auto ask = [&](int64_t tokens, int64_t experts) {
+        fm::project(ex, fm::matrix_view<const T>(nullptr, tokens, 64), fm::matrix_view<const T>(nullptr, experts, 64), fm::vector_view<const T>{},
+                    fm::matrix_view<fm::accumulate_t<T>>(nullptr, tokens, experts), query);
+        return query.bytes();
+    };
+    CHECK_EQ(ask(32, 256), 0);
+    CHECK(ask(32, 257) > 0);
+    check_logits<T, T, T>(r, {33, 130, 72}, 0, true, ex);
+    check_logits<T, T, T>(r, {32, 257, 16}, 0, true, ex);
+    CHECK((ex.lines > 0) == !std::is_same_v<T, double>);
+}
 
 TEST_CASE("a float from 2^-110 on is exactly the sum of its three pieces, and none of them overflows or changes sign")
 {

@@ -8,6 +8,7 @@
 #include <fastmoe/exec/scratch.hpp>
 #include <fastmoe/gemm/portable.hpp>
 #include <fastmoe/ops/reduce.hpp>
+#include <fastmoe/routing/project_few.hpp>
 #include <fastmoe/routing/project_parts.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI {
@@ -109,7 +110,8 @@ vector_view<const int32_t> chosen_rows(Executor& ex, matrix_view<const Real> dlo
 
 /// project_rows_backward for rows of dlogits, or of their pieces, and the gate that belongs to them.
 template <class Real, class Executor, class D, class W, class Finish>
-void finish_products(Executor& ex, const indexed_rows<D>& d, matrix_view<W> gate, int64_t most, const Finish& finish, arena& memory)
+void finish_products(Executor& ex, const indexed_rows<D>& d, matrix_view<W> gate, int64_t most, const Finish& finish,
+                     arena& memory)
 {
     const int64_t tokens = d.index.extent(0), width = gate.extent(1);
     if (tokens < most) most = tokens;
@@ -119,7 +121,8 @@ void finish_products(Executor& ex, const indexed_rows<D>& d, matrix_view<W> gate
         const int64_t n = tokens - t < most ? tokens - t : most;
         const auto sums = slice_rows(waiting, 0, n);
         const auto here = slice(d.index, t, n);
-        gemm::portable{}.dgrad(ex, n == most ? whole : last, indexed_rows<D>{d.data, here}, single(gate), sums, no_epilogue{}, memory);
+        gemm::portable{}.dgrad(ex, n == most ? whole : last, indexed_rows<D>{d.data, here}, single(gate), sums,
+                               no_epilogue{}, memory);
         if (memory.measuring()) return; // no later block takes more
         for_each_row(ex, n, finish_rows<Real, Finish>{sums, here, t, finish}, {.width = width});
     }
@@ -139,11 +142,14 @@ void project_rows_backward(Executor& ex, matrix_view<const Real> dlogits, matrix
                 const auto pieces = cut_rows(ex, dlogits, tokens, gate.extent(0), memory);
                 return finish_products<Real>(ex, pieces, stacked_gate(ex, gate, memory), most, finish, memory);
             } else {
-                return finish_products<Real>(ex, indexed_rows<Real>{dlogits, chosen_rows(ex, dlogits, memory)}, gate, most, finish, memory);
+                const indexed_rows<Real> rows{dlogits, chosen_rows(ex, dlogits, memory)};
+                return finish_products<Real>(ex, rows, gate, most, finish, memory);
             }
         }
-    if constexpr (!always_runs_blocks<Executor>)
-        finish_products<Real>(ex, indexed_rows<Real>{dlogits, chosen_rows(ex, dlogits, memory)}, gate, waiting_rows, finish, memory);
+    if constexpr (!always_runs_blocks<Executor>) {
+        const indexed_rows<Real> rows{dlogits, chosen_rows(ex, dlogits, memory)};
+        finish_products<Real>(ex, rows, gate, waiting_rows, finish, memory);
+    }
 }
 
 /// dx = dlogits gate, rounded where it is stored.
@@ -185,7 +191,8 @@ void project_weights_on_blocks(Executor& ex, matrix_view<const Real> dlogits, ma
 /// @param gate     the router; may be of another type than x                                   // (E,D)
 /// @param bias     without memory, or empty: none                                                        // (E)
 /// @param logits   overwritten                                                                 // (T,E)
-/// @param scratch  taken and given back; on a measuring arena only counted
+/// @param scratch  taken and given back; on a measuring arena only counted. Where blocks multiply, few tokens need none, and
+///                 the order of their sums, so their last bits, is another than that of more tokens
 /// @throws invalid_argument if shapes disagree, out_of_memory; nothing is written then
 template <executor Executor, class T, class W, class B>
 void project(Executor& ex, matrix_view<T> x, matrix_view<W> gate, vector_view<B> bias,
@@ -198,6 +205,11 @@ void project(Executor& ex, matrix_view<T> x, matrix_view<W> gate, vector_view<B>
         expects_shape(x, "x (T,D)", tokens, x.extent(1));
         if (pointer_or_null(bias)) expects_shape(bias, "gate bias (E)", experts);
     }
+    if constexpr (runs_blocks<Executor>)
+        if (detail::few.holds(tokens, experts) && (always_runs_blocks<Executor> || ex.has_blocks())) {
+            if (!scratch.measuring()) detail::project_few(ex, x, gate, pointer_or_null(bias), logits);
+            return;
+        }
     detail::with_scratch(scratch, [&](arena& memory) {
         gemm::portable{}.forward(ex, one_group(ex, tokens, memory), plain_rows<std::remove_const_t<T>>{x}, single(gate),
                                  matrix_view<B>(pointer_or_null(bias), 1, experts), logits, no_epilogue{}, memory);
@@ -205,6 +217,7 @@ void project(Executor& ex, matrix_view<T> x, matrix_view<W> gate, vector_view<B>
 }
 
 /// dx (+)= dlogits gate. Nothing is added for a token whose row of dlogits is all zero, whatever stands in the gate.
+/// Where blocks multiply, a bfloat16 gate meets dlogits in tensor cores, in pieces that lose nothing (project_pieces.hpp).
 /// @param dlogits  the gradient of the logits                                                  // (T,E)
 /// @param dx       overwritten, or added to and rounded once                                   // (T,D)
 /// @throws as project
@@ -225,7 +238,8 @@ void project_input_backward(Executor& ex, type_identity_t<matrix_view<const accu
 }
 
 /// dgate (+)= dlogits^T x,  dbias (+)= the sum of dlogits over tokens. Zeros, or nothing to add, for no tokens. Where a row
-/// of dlogits is all zero, as it is for a padding token, its x is not read: it may hold NaN.
+/// of dlogits is all zero, as it is for a padding token, its x is not read: it may hold NaN. Where blocks multiply, tokens are
+/// summed in parts (project_parts.hpp), and bfloat16 tokens as project_input_backward says of the gate.
 /// @param dlogits  the gradient of the logits                                                  // (T,E)
 /// @param x        the tokens                                                                  // (T,D)
 /// @param dgate    overwritten, or added to and rounded once                                   // (E,D)

@@ -77,8 +77,8 @@ struct sum_tokens {
 
     FASTMOE_HOST_DEVICE void operator()(int64_t i) const
     {
-        const int64_t e = i % experts, first = i / experts * depth_cuts.bias_tokens;
-        const int64_t end = first + depth_cuts.bias_tokens < tokens ? first + depth_cuts.bias_tokens : tokens;
+        constexpr int64_t step = depth_cuts.bias_tokens;
+        const int64_t e = i % experts, first = i / experts * step, end = first + step < tokens ? first + step : tokens;
         Real total = 0;
         FASTMOE_UNROLL_4
         for (int64_t t = first; t < end; ++t) total += dlogits[t * experts + e];
@@ -132,9 +132,10 @@ void project_weights_in_parts(Executor& ex, const indexed_rows<Dy>& d, const ind
     if (!memory.measuring()) for_each(ex, parts, cut_tokens{counts.data_handle(), offsets.data_handle(), parts, tokens});
     gemm::portable{}.wgrad(ex, row_groups{counts, offsets, tokens}, d, x,
                            stacked(tensor_view<real, 3>(sums.data_handle(), parts, rows, width)), write_mode::overwrite, memory);
+    using add = add_parts<pieces ? 3 : 1, real, G>;
+    const int64_t n = experts * width;
     if (!memory.measuring())
-        for_each(ex, experts * width,
-                 add_parts<pieces ? 3 : 1, real, G>{sums.data_handle(), parts, rows * width, dgate.data_handle(), experts * width, mode});
+        for_each(ex, n, add{sums.data_handle(), parts, rows * width, dgate.data_handle(), n, mode});
 }
 
 } // namespace fastmoe::inline FASTMOE_ABI::detail
