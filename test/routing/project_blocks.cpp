@@ -28,6 +28,13 @@ using numbers = std::vector<double>;
 using lane_blocks = support::fiber_blocks<support::lanes>; ///< teams are one lane
 using warp_blocks = support::fiber_blocks<support::warps>; ///< teams are a GPU's
 
+
+/// An executor for a device that turns out to have none.
+struct without_blocks : lane_blocks {
+    bool has_blocks() const { return false; }
+};
+static_assert(fm::runs_blocks<without_blocks> && !fm::always_runs_blocks<without_blocks>);
+
 template <class Executor, class T>
 struct on {
     using executor = Executor;
@@ -469,4 +476,14 @@ TEST_CASE_TEMPLATE("the bits of the router's gradients do not depend on the numb
     const auto expected = bits(1);
     CHECK(support::same_bits(bits(1), expected));
     CHECK(support::same_bits(bits(5), expected));
+}
+
+TEST_CASE("a device without blocks takes the ways of the host")
+{
+    FASTMOE_SEEDED(r, 58);
+    without_blocks ex;
+    for (const write_mode mode : {write_mode::overwrite, write_mode::accumulate}) check_weights<bfloat16>(r, {70, 9, 24}, 1, mode, true, ex);
+    for (const way how : {way::accumulate, way::rows}) check_input<bfloat16, bfloat16>(r, {70, 9, 24}, 1, how, ex);
+    check_logits<bfloat16, bfloat16, bfloat16>(r, {5, 9, 24}, 1, true, ex);
+    CHECK_EQ(ex.products + ex.lines, 0);
 }

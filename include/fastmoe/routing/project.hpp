@@ -109,8 +109,8 @@ vector_view<const int32_t> chosen_rows(Executor& ex, matrix_view<const Real> dlo
 }
 
 /// project_rows_backward for rows of dlogits, or of their pieces, and the gate that belongs to them.
-template <class Real, class Executor, class D, class W, class Finish>
-void finish_products(Executor& ex, const indexed_rows<D>& d, matrix_view<W> gate, int64_t most, const Finish& finish,
+template <class Real, class Executor, class Dy, class W, class Finish>
+void finish_products(Executor& ex, const indexed_rows<Dy>& d, matrix_view<W> gate, int64_t most, const Finish& finish,
                      arena& memory)
 {
     const int64_t tokens = d.index.extent(0), width = gate.extent(1);
@@ -121,7 +121,7 @@ void finish_products(Executor& ex, const indexed_rows<D>& d, matrix_view<W> gate
         const int64_t n = tokens - t < most ? tokens - t : most;
         const auto sums = slice_rows(waiting, 0, n);
         const auto here = slice(d.index, t, n);
-        gemm::portable{}.dgrad(ex, n == most ? whole : last, indexed_rows<D>{d.data, here}, single(gate), sums,
+        gemm::portable{}.dgrad(ex, n == most ? whole : last, indexed_rows<Dy>{d.data, here}, single(gate), sums,
                                no_epilogue{}, memory);
         if (memory.measuring()) return; // no later block takes more
         for_each_row(ex, n, finish_rows<Real, Finish>{sums, here, t, finish}, {.width = width});
