@@ -17,13 +17,14 @@ HOT = {
 SUMS = r"sum_group_columns\w*rowsINS0_8bfloat16"  # read in lines; what they write are columns
 
 ENTRY = re.compile(r"\.entry\s+(\w+)\s*\((.*?)^\}", re.DOTALL | re.MULTILINE)
-ACCESS = re.compile(r"\b(ld|st)\.((?:volatile|relaxed|weak)\.)?global((?:\.\w+)*)\.(v2|v4)\.[bufs](32|64)\b")
+# Without a space the compiler did not work it out, as it may with kernels that are inlined far.
+ACCESS = re.compile(r"\b(ld|st)(?:\.(?:global|nc|volatile|relaxed|weak|c[agsv]|lu|w[bt]|L[12]::\w+))*\.(v2|v4)\.[bufs](32|64)\b")
 
 
 def lines_of(body):
     """How many loads and stores of global memory are of 16 bytes."""
     found = {"ld": 0, "st": 0}
-    for kind, _, _, vector, bits in ACCESS.findall(body):
+    for kind, vector, bits in ACCESS.findall(body):
         found[kind] += int(vector[1]) * int(bits) == 128
     return found["ld"], found["st"]
 

@@ -83,6 +83,7 @@ struct gather_rows {
 template <class Real, class T, class Y, class Range, class Scale>
 struct sum_row_lists {
     using vectorized = void;
+    static constexpr int resident = 4; ///< blocks of a multiprocessor
     using Sum = wider_t<wider_t<Real, T>, Y>;
     matrix_view<const T> rows;           // (S,D)
     vector_view<const int32_t> slot_of;  // (C)
