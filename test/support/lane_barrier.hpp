@@ -141,7 +141,6 @@ private:
 #if defined(FASTMOE_UNDER_TSAN)
     // A quiet meeting must not look like a sync().
     static constexpr auto quiet_both = relaxed, quiet_release = relaxed, quiet_acquire = relaxed;
-#undef FASTMOE_UNDER_TSAN
 #else
     static constexpr auto quiet_both = std::memory_order_acq_rel, quiet_release = std::memory_order_release,
                           quiet_acquire = std::memory_order_acquire;

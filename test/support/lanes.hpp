@@ -92,21 +92,14 @@ public:
     template <class Key, class Out>
     FASTMOE_HOST_DEVICE void tally(int64_t n, int32_t* counts, Key key, Out out) const
     {
-        int32_t all[lane_count];
         barrier_->note(lane_, {"tally", n});
-        for (int64_t base = 0; base < n; base += lane_count) {
-            const int64_t mine = base + lane_;
-            const int32_t e = mine < n ? static_cast<int32_t>(key(mine)) : -1;
-            barrier_->exchange(lane_, {"a part of tally", base}, e, all);
-            int32_t before = 0, same = 0;
-            for (int64_t other = 0; other < lane_count; ++other) {
-                before += other < lane_ && all[other] == e;
-                same += all[other] == e;
+        constexpr int64_t part = 64; // that a lane counts before it is another's turn
+        sync();
+        for (int64_t begin = 0; begin < n; begin += part) {
+            for (int64_t i = begin; i < begin + part && i < n && begin / part % lane_count == lane_; ++i) {
+                const int32_t e = static_cast<int32_t>(key(i));
+                out(i, e >= 0 ? counts[e]++ : -1);
             }
-            const int32_t rank = e >= 0 ? counts[e] + before : -1;
-            if (mine < n) out(mine, rank);
-            sync();
-            if (e >= 0 && before == same - 1) counts[e] = rank + 1;
             sync();
         }
     }
