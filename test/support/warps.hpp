@@ -30,7 +30,7 @@ public:
     void run(int lanes, const F& f)
     {
         lanes_ = lanes;
-        take_turns(static_cast<std::size_t>(lanes), 64 << 10, [this, &f] { f(now()); }, [this] { return static_cast<std::size_t>(turn_ += 7); },
+        take_turns(static_cast<std::size_t>(lanes), 256 << 10, [this, &f] { f(now()); }, [this] { return static_cast<std::size_t>(turn_ += 7); },
                    [](bool) {});
         if (!complaint().empty()) throw std::logic_error(complaint());
     }
