@@ -99,7 +99,7 @@ struct finish_input_gradient {
     template <class Team>
     FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t t, const real* sums) const
     {
-        if constexpr (takes_lines<Team>) in_lines_of(team, t, sums);
+        if constexpr (!is_single_lane<Team>) in_lines_of(team, t, sums);
         else in_pieces(team, t, sums);
     }
 

@@ -56,7 +56,7 @@ template <class Activation, class Real, class Team, class T>
 FASTMOE_HOST_DEVICE void activate_row(Team& team, const Activation& f, const T* pre, T* a, int64_t hidden,
                                       gated_columns at, Real weight)
 {
-    if constexpr (takes_lines<Team>) {
+    if constexpr (!is_single_lane<Team>) {
         constexpr int64_t across = line_elements<T>;
         const bool whole = in_lines<across>(hidden, pre, a);
         for_each_line<across>(team, hidden, whole, [=](int64_t j, auto size) {
@@ -177,7 +177,7 @@ template <class Activation, class Real, class Team, class T>
 FASTMOE_HOST_DEVICE Real activate_row_backward(Team& team, const Activation& f, const T* pre, T* da, T* dpre,
                                                int64_t hidden, gated_columns at, Real weight)
 {
-    if constexpr (takes_lines<Team>) {
+    if constexpr (!is_single_lane<Team>) {
         constexpr int64_t across = line_elements<T>;
         return sum_over_lines<across, Real>(team, hidden, in_lines<across>(hidden, pre, da, dpre), [=](int64_t j, auto size) {
             const int64_t from = Activation::gated ? j * at.step : j;

@@ -25,12 +25,6 @@ namespace detail {
 
 inline constexpr int64_t line_bytes = 16;
 
-/// Whether the lanes of a team take lines.
-template <class Team>
-inline constexpr bool takes_lines = true;
-template <>
-inline constexpr bool takes_lines<single_lane_team> = false;
-
 /// Elements of a line. Where types differ they are those of the narrowest, and several accesses of a wider one.
 template <class First, class... More>
 inline constexpr int64_t line_elements = [] {
@@ -112,7 +106,7 @@ FASTMOE_HOST_DEVICE bool in_lines(int64_t n, const T*... rows) noexcept
 template <int64_t N, class Team, class F>
 FASTMOE_HOST_DEVICE void for_each_line(Team& team, int64_t n, [[maybe_unused]] bool whole, F f)
 {
-    if constexpr (takes_lines<Team>)
+    if constexpr (!is_single_lane<Team>)
         if (whole) return team.for_each(n / N, [=](int64_t i) { f(i * N, line_size<N>{}); });
     team.for_each(n, [=](int64_t i) { f(i, line_size<1>{}); });
 }
@@ -122,7 +116,7 @@ template <int64_t N, class Sum, class Team, class F>
 FASTMOE_HOST_DEVICE Sum sum_over_lines(Team& team, int64_t n, [[maybe_unused]] bool whole, F f)
 {
     const auto add = [](const Sum& a, const Sum& b) { return a + b; };
-    if constexpr (takes_lines<Team>)
+    if constexpr (!is_single_lane<Team>)
         if (whole) return team.reduce(n / N, Sum{}, add, [=](int64_t i) { return f(i * N, line_size<N>{}); });
     return team.reduce(n, Sum{}, add, [=](int64_t i) { return f(i, line_size<1>{}); });
 }

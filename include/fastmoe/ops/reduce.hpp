@@ -70,7 +70,7 @@ struct sum_group_columns {
             if (team.lane() == 0) faults.record(fault_kind::group_out_of_range, e, counts(e));
             return;
         }
-        if constexpr (takes_lines<Team>) in_lines_of(team, e, first, width);
+        if constexpr (!is_single_lane<Team>) in_lines_of(team, e, first, width);
         else in_pieces(team, e, first, width);
     }
 

@@ -95,7 +95,7 @@ struct sum_row_lists {
     template <class Team>
     FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t t) const
     {
-        if constexpr (takes_lines<Team>) in_lines_of(team, t);
+        if constexpr (!is_single_lane<Team>) in_lines_of(team, t);
         else in_pieces(team, t);
     }
 
@@ -158,7 +158,7 @@ struct dot_row_lists {
     template <class Team>
     FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t t) const
     {
-        if constexpr (takes_lines<Team>) {
+        if constexpr (!is_single_lane<Team>) {
             for (int64_t c = range.begin(t), end = range.end(t); c < end; c += rows_together) together(team, t, c, end);
         } else {
             for (int64_t c = range.begin(t); c < range.end(t); ++c) one(team, t, c);
