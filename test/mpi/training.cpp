@@ -81,6 +81,7 @@ TEST_CASE("SIGUSR1 for mpirun saves and stops all ranks after the same step")
     wait_for_steps(p, "parts/log.csv", c);
     c.send(SIGUSR1);
     CHECK(c.wait() != 0);
+    INFO("it said ", p.bytes("stderr"));
     CHECK(p.bytes("stdout").find("--resume goes on") != std::string::npos);
     const auto done = std::to_string(static_cast<int>(numbers(p.at("parts/log.csv")).back()[0]));
     REQUIRE(run_mpi(p, 2, {"--out", p.at("parts"), "--resume", "--stop-at", std::to_string(std::stoi(done) + 1)}) == 0);
