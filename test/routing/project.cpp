@@ -9,6 +9,7 @@
 
 #include <fastmoe/routing/project.hpp>
 
+#include "support/exact_scratch.hpp"
 #include "support/compare.hpp"
 #include "support/executors.hpp"
 #include "support/poison.hpp"
@@ -40,23 +41,6 @@ sums product(int64_t m, int64_t n, int64_t depth, const A& a, const B& b, const 
     return out;
 }
 
-/// A workspace of exactly what a call asks for; runs the call on it.
-template <class Executor, class Call>
-void with_exact_scratch(Executor& ex, const Call& call)
-{
-    fm::arena query;
-    call(query);
-    fm::buffer<std::byte, Executor> lent(ex, query.bytes());
-    support::poison(lent.view());
-    fm::arena scratch(lent.view());
-    call(scratch);
-    ex.synchronize();
-    CHECK_EQ(scratch.used(), 0);
-    if (query.bytes() == 0) return;
-    fm::arena small(fm::slice(lent.view(), 0, query.bytes() - 1));
-    CHECK_THROWS_AS(call(small), fm::out_of_memory);
-}
-
 } // namespace
 
 TEST_CASE_TEMPLATE("logits are x W^T + b in the accumulator's precision, whatever the type of x", Cell, FASTMOE_CELLS)
@@ -76,7 +60,7 @@ TEST_CASE_TEMPLATE("logits are x W^T + b in the accumulator's precision, whateve
                    b = support::normal_vector<T>(rng, experts);
         const auto in_x = support::upload(ex, x), in_w = support::upload(ex, w), in_b = support::upload(ex, b);
         support::guarded<real> logits(tokens, experts);
-        with_exact_scratch(ex, [&](fm::arena& scratch) {
+        support::with_exact_scratch(ex, [&](fm::arena& scratch) {
             fm::project(ex, fm::matrix_view<const T>(in_x.data(), tokens, width),
                         fm::matrix_view<const T>(in_w.data(), experts, width),
                         fm::vector_view<const T>(with_bias ? in_b.data() : nullptr, with_bias ? experts : 0), logits.view(), scratch);
@@ -109,7 +93,7 @@ TEST_CASE_TEMPLATE("the input's gradient is dlogits W, written or added", Cell, 
             const auto before = support::normal_vector<T>(rng, tokens * width);
             support::guarded<T> dx(tokens, width);
             if (mode == fm::write_mode::accumulate) support::fill(dx.view(), support::widened(before));
-            with_exact_scratch(ex, [&](fm::arena& scratch) { // ends with a refused call, which must write nothing
+            support::with_exact_scratch(ex, [&](fm::arena& scratch) { // ends with a refused call, which must write nothing
                 fm::project_input_backward(ex, fm::matrix_view<const real>(in_d.data(), tokens, experts),
                                            fm::matrix_view<const T>(in_w.data(), experts, width), dx.view(), mode, scratch);
             });
@@ -143,7 +127,7 @@ TEST_CASE_TEMPLATE("the weights' gradient is dlogits^T x, the bias's its sum; no
                 const auto start_w = rng.normals(experts * width), start_b = rng.normals(experts);
                 numbers from_w(experts * width, 0.0), from_b(experts, 0.0);
                 if (adds) from_w = support::fill(dw.view(), start_w), from_b = support::fill(db.vector(), start_b);
-                with_exact_scratch(ex, [&](fm::arena& scratch) {
+                support::with_exact_scratch(ex, [&](fm::arena& scratch) {
                     fm::project_weights_backward(ex, fm::matrix_view<const real>(in_d.data(), tokens, experts),
                                                  fm::matrix_view<const T>(in_x.data(), tokens, width), dw.view(),
                                                  with_bias ? db.vector() : fm::vector_view<real>{}, mode, scratch);

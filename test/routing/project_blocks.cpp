@@ -17,6 +17,7 @@
 #include "support/executors.hpp"
 #include "support/fiber_blocks.hpp"
 #include "support/poison.hpp"
+#include "support/exact_scratch.hpp"
 #include "support/warps.hpp"
 
 namespace fm = fastmoe;
@@ -57,23 +58,6 @@ std::vector<shape> shapes(support::random& r)
         for (const int64_t experts : {1, 8, 60}) out.push_back({tokens, experts, r.one_of(8, 17, 130)});
     out.push_back({2049, 130, 33});
     return out;
-}
-
-/// A call on a poisoned workspace of exactly what it asks for, and once more on one that is a byte too small.
-template <class Executor, class Call>
-void with_exact_scratch(Executor& ex, const Call& call)
-{
-    fm::arena query;
-    call(query);
-    fm::buffer<std::byte, Executor> lent(ex, query.bytes());
-    support::poison(lent.view());
-    fm::arena scratch(lent.view());
-    call(scratch);
-    ex.synchronize();
-    CHECK_EQ(scratch.used(), 0);
-    if (query.bytes() == 0) return;
-    fm::arena little(fm::slice(lent.view(), 0, query.bytes() - 1));
-    CHECK_THROWS_AS(call(little), fm::out_of_memory);
 }
 
 /// A matrix that may lie anywhere.
@@ -147,7 +131,7 @@ void check_weights(support::random& r, const shape& s, int64_t skew, write_mode 
             b.add(e, in.dlogits(t, e));
             for (int64_t d = 0; d < s.width; ++d) w.add(e * s.width + d, in.dlogits(t, e) * in.x(t, d));
         }
-    with_exact_scratch(ex, [&](fm::arena& scratch) {
+    support::with_exact_scratch(ex, [&](fm::arena& scratch) {
         fm::project_weights_backward(ex, in.dlogits.view(), in.x.view(), dw.view(), with_bias ? db.vector() : fm::vector_view<real>{}, mode,
                                      scratch);
     });
@@ -192,7 +176,7 @@ void check_input(support::random& r, const shape& s, int64_t skew, way how, Exec
             if (in.absent[t] && how == way::rows) expected.add(at, 7);
             for (int64_t e = 0; e < s.experts && !in.absent[t]; ++e) expected.add(at, in.dlogits(t, e) * in.gate(e, d));
         }
-    with_exact_scratch(ex, [&](fm::arena& scratch) {
+    support::with_exact_scratch(ex, [&](fm::arena& scratch) {
         if (how != way::rows)
             return fm::project_input_backward(ex, in.dlogits.view(), in.gate.view(), dx.view(),
                                               how == way::overwrite ? write_mode::overwrite : write_mode::accumulate, scratch);
@@ -229,7 +213,7 @@ void check_logits(support::random& r, const shape& s, int64_t skew, bool with_bi
             for (int64_t d = 0; d < s.width; ++d) expected.add(t * s.experts + e, x(t, d) * gate(e, d));
         }
     for (auto* each : {&logits, &again})
-        with_exact_scratch(ex, [&](fm::arena& scratch) {
+        support::with_exact_scratch(ex, [&](fm::arena& scratch) {
             fm::project(ex, x.view(), gate.view(), with_bias ? fm::vector_view<const B>(bias.memory.vector()) : fm::vector_view<const B>{},
                         each->view(), scratch);
         });
@@ -338,7 +322,7 @@ TEST_CASE("the input's gradient comes in as many rounds as its rows need, with o
     std::vector<float> whole, cut;
     for (const int64_t most : {1024, 128}) {
         support::guarded<float> kept(s.tokens, s.width);
-        with_exact_scratch(ex, [&](fm::arena& scratch) {
+        support::with_exact_scratch(ex, [&](fm::arena& scratch) {
             fm::detail::with_scratch(scratch, [&](fm::arena& memory) {
                 const auto pieces = fm::detail::cut_rows(ex, in.dlogits.view(), s.tokens, s.experts, memory);
                 fm::detail::finish_products<float>(ex, pieces, fm::detail::stacked_gate(ex, in.gate.view(), memory), most,
@@ -377,12 +361,12 @@ TEST_CASE("what is not finite in pieces gives what it gives in float")
                     to_w[e * s.width + d] += in.dlogits(t, e) * in.x(t, d);
                     to_x[t * s.width + d] += in.dlogits(t, e) * in.gate(e, d);
                 }
-        with_exact_scratch(ex, [&](fm::arena& scratch) {
+        support::with_exact_scratch(ex, [&](fm::arena& scratch) {
             fm::project_weights_backward(ex, in.dlogits.view(), in.x.view(), fm::as_matrix(dw, s.experts, s.width), {}, write_mode::overwrite,
                                          scratch);
         });
         support::guarded<float> kept(s.tokens, s.width);
-        with_exact_scratch(ex, [&](fm::arena& scratch) {
+        support::with_exact_scratch(ex, [&](fm::arena& scratch) {
             fm::detail::with_scratch(scratch, [&](fm::arena& memory) {
                 fm::detail::project_rows_backward(ex, in.dlogits.view(), in.gate.view(), keep_sums<float>{kept.view()}, memory);
             });
@@ -395,11 +379,11 @@ TEST_CASE("what is not finite in pieces gives what it gives in float")
         in.gate.memory.view()(3, 1) = bfloat16(infinity);
         in.x.memory.view()(5, 1) = bfloat16(-infinity);
         support::guarded<float> again(s.tokens, s.width);
-        with_exact_scratch(ex, [&](fm::arena& scratch) {
+        support::with_exact_scratch(ex, [&](fm::arena& scratch) {
             fm::project_weights_backward(ex, in.dlogits.view(), in.x.view(), fm::as_matrix(dw, s.experts, s.width), {}, write_mode::overwrite,
                                          scratch);
         });
-        with_exact_scratch(ex, [&](fm::arena& scratch) {
+        support::with_exact_scratch(ex, [&](fm::arena& scratch) {
             fm::detail::with_scratch(scratch, [&](fm::arena& memory) {
                 fm::detail::project_rows_backward(ex, in.dlogits.view(), in.gate.view(), keep_sums<float>{again.view()}, memory);
             });
