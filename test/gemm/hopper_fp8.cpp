@@ -7,6 +7,7 @@
 #include "portable_cases.hpp"
 #if !defined(FASTMOE_TEST_CUDA)
 #include "support/fiber_clusters.hpp"
+#include "support/warps.hpp"
 #endif
 
 namespace {
@@ -19,7 +20,7 @@ using fm::gemm::hopper_tuning;
 #if defined(FASTMOE_TEST_CUDA) // nvcc takes no fibers: the GPU alone
 using clusters = fm::cuda_executor;
 #else
-using clusters = support::fiber_clusters<support::lanes>;
+using clusters = support::fiber_clusters<support::warps>;
 #endif
 
 template <hopper_tuning of_rows>

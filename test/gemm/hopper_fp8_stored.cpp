@@ -6,11 +6,12 @@
 
 #include "portable_cases.hpp"
 #include "support/fiber_clusters.hpp"
+#include "support/warps.hpp"
 
 namespace {
 
 using fm::float8_e4m3;
-using clusters = support::fiber_clusters<support::lanes>;
+using clusters = support::fiber_clusters<support::warps>;
 
 /// Whose host looks at pointers.
 struct readable_clusters : clusters {

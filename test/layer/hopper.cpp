@@ -1,17 +1,19 @@
 // SPDX-FileCopyrightText: The FastMoE authors
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-/// A layer whose experts multiply by gemm::hopper, run an instruction at a time without a GPU, against the oracle: activations
-/// in the products' registers, and row by row where a layout does not allow that.
+/// A layer as a GPU runs it, its experts by gemm::hopper, an instruction at a time without one, against the oracle: all else on
+/// teams of a GPU's shape; activations in the products' registers, and row by row where a layout does not allow that.
 #include <fastmoe/gemm/hopper.hpp>
 
 #include "support/compare_layer.hpp"
+#include "support/fiber_blocks.hpp"
 #include "support/fiber_clusters.hpp"
+#include "support/warps.hpp"
 
 using namespace fastmoe;
 
 namespace {
 
-using clusters = support::fiber_clusters<support::lanes>;
+using clusters = support::fiber_clusters<support::fiber_blocks<support::warps>>;
 
 template <class T>
 struct cell {

@@ -169,7 +169,7 @@ TEST_CASE_TEMPLATE("the sequence loss is the mean of the sequences' own losses",
     near(losses_of<Real>(ex, apart, {2, 1}, {.coefficient = 0.5}).losses[0], 0.5, 1e-6);
 
     FASTMOE_SEEDED(rng, 82);
-    const bool small = std::is_same_v<typename Cell::executor, support::lanes>;
+    const bool small = support::takes_turns<typename Cell::executor>;
     for (int i = 0; i < (small ? 3 : 20); ++i) {
         const shape s{rng.integer(1, 40), 1};
         const int64_t length = rng.one_of<int64_t>(1, 2, 70, rng.integer(1, 200)), count = rng.integer(0, small ? 2 : 9);

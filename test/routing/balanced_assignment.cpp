@@ -93,7 +93,7 @@ TEST_CASE_TEMPLATE("the sum of logits is the greatest that a balanced assignment
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);
     FASTMOE_SEEDED(rng, 81);
-    const bool small = std::is_same_v<typename Cell::executor, support::lanes>;
+    const bool small = support::takes_turns<typename Cell::executor>;
     for (int i = 0; i < (small ? 14 : 140); ++i) {
         const int64_t experts = rng.integer(1, small ? 6 : 20), tokens = rng.integer(0, small ? 20 : 60);
         const int style = i % 7;
@@ -182,7 +182,7 @@ TEST_CASE_TEMPLATE("as few tokens as can be get an expert that is nothing to the
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);
     FASTMOE_SEEDED(rng, 84);
-    const bool small = std::is_same_v<typename Cell::executor, support::lanes>;
+    const bool small = support::takes_turns<typename Cell::executor>;
     for (int i = 0; i < (small ? 8 : 60); ++i) {
         const int64_t experts = rng.integer(1, small ? 5 : 9), tokens = rng.integer(1, small ? 12 : 40);
         support::random_batch<Real> b(rng, tokens, experts, 100, 0.1);

@@ -199,7 +199,7 @@ TEST_CASE_TEMPLATE("balancing by quantiles takes the exact order statistic of ev
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);
     FASTMOE_SEEDED(rng, 92);
-    const bool small = std::is_same_v<typename Cell::executor, support::lanes>;
+    const bool small = support::takes_turns<typename Cell::executor>;
     for (int i = 0; i < (small ? 3 : 20); ++i) {
         const int64_t experts = rng.integer(2, small ? 20 : 90), k = rng.integer(1, experts - 1);
         const int64_t tokens = rng.integer(1, small ? 10 : 120);
@@ -238,7 +238,7 @@ TEST_CASE_TEMPLATE("the histogram form is within a bin of the exact quantile, an
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);
     FASTMOE_SEEDED(rng, 94);
-    const bool small = std::is_same_v<typename Cell::executor, support::lanes>;
+    const bool small = support::takes_turns<typename Cell::executor>;
     const int64_t experts = 9, k = 3, bins = 1000;
     std::vector<std::vector<double>> parts;
     std::vector<double> all;

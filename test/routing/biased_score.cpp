@@ -110,12 +110,12 @@ std::vector<float> biases(support::random& rng, int64_t experts)
 } // namespace
 
 TEST_CASE_TEMPLATE("scores with and without a bias agree with the oracle, and their gradients with finite differences of it", Cell,
-                   FASTMOE_LOGIT_CELLS_AND_WARPS)
+                   FASTMOE_LOGIT_CELLS)
 {
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);
     FASTMOE_SEEDED(rng, 31);
-    const bool small = std::is_same_v<typename Cell::executor, support::lanes>;
+    const bool small = support::takes_turns<typename Cell::executor>;
     const auto check = [&]<class Score>(Score score) {
         for (int i = 0; i < (small ? 3 : 12); ++i) {
             const int64_t experts = rng.integer(1, small ? 40 : 150), k = rng.integer(1, std::min<int64_t>(experts, 12));
@@ -139,12 +139,12 @@ TEST_CASE_TEMPLATE("scores with and without a bias agree with the oracle, and th
     check(fm::biased_softmax_score{});
 }
 
-TEST_CASE_TEMPLATE("group-limited choices agree with the oracle for both group scores and both masks", Cell, FASTMOE_LOGIT_CELLS_AND_WARPS)
+TEST_CASE_TEMPLATE("group-limited choices agree with the oracle for both group scores and both masks", Cell, FASTMOE_LOGIT_CELLS)
 {
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);
     FASTMOE_SEEDED(rng, 32);
-    const bool small = std::is_same_v<typename Cell::executor, support::lanes>;
+    const bool small = support::takes_turns<typename Cell::executor>;
     for (int i = 0; i < (small ? 8 : 60); ++i) {
         const int64_t groups = rng.integer(1, 8), size = rng.integer(1, small ? 6 : 40), experts = groups * size;
         const int64_t keep = rng.integer(1, groups), top = rng.integer(1, std::min<int64_t>(size, 4));

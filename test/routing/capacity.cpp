@@ -51,7 +51,7 @@ TEST_CASE_TEMPLATE("each drop order keeps what a one-by-one count keeps, and cha
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);
     FASTMOE_SEEDED(rng, 21);
-    const bool small = std::is_same_v<typename Cell::executor, support::lanes>;
+    const bool small = support::takes_turns<typename Cell::executor>;
     for (int i = 0; i < (small ? 9 : 150); ++i)
         for (auto order : orders) {
             const int64_t experts = rng.integer(1, 40), tokens = rng.integer(0, small ? 40 : 3000);

@@ -67,7 +67,7 @@ TEST_CASE_TEMPLATE("1 to 4 ranks drop what one rank drops of the joined batch, i
     using Real = typename Cell::type;
     using executor = typename Cell::executor;
     FASTMOE_SEEDED(rng, 71);
-    const bool small = std::is_same_v<executor, support::lanes>;
+    const bool small = support::takes_turns<executor>;
     for (int i = 0; i < (small ? 4 : 40); ++i)
         for (auto order : orders)
             for (int ranks = 1; ranks <= (small ? 2 : 4); ++ranks) {

@@ -142,7 +142,7 @@ TEST_CASE_TEMPLATE("the cosine router agrees with the oracle, and every gradient
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);
     FASTMOE_SEEDED(rng, 81);
-    const bool small = std::is_same_v<typename Cell::executor, support::lanes>;
+    const bool small = support::takes_turns<typename Cell::executor>;
     for (int i = 0; i < (small ? 3 : 8); ++i) {
         const int64_t experts = rng.integer(2, small ? 9 : 20), k = rng.integer(2, std::min<int64_t>(experts, 5));
         const int64_t width = rng.integer(1, 9), inner = rng.integer(2, 7);

@@ -84,7 +84,7 @@ TEST_CASE_TEMPLATE("scores divided by a norm, or by a sum with a least value, ag
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);
     FASTMOE_SEEDED(rng, 41);
-    const bool small = std::is_same_v<typename Cell::executor, support::lanes>;
+    const bool small = support::takes_turns<typename Cell::executor>;
     for (int i = 0; i < (small ? 3 : 12); ++i) {
         const int64_t experts = rng.integer(3, small ? 30 : 100), k = rng.integer(2, std::min<int64_t>(experts, 12));
         const int64_t tokens = rng.integer(0, small ? 4 : 10);

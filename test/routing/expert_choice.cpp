@@ -49,7 +49,7 @@ TEST_CASE_TEMPLATE("every expert takes as many as it should, none that another b
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);
     FASTMOE_SEEDED(rng, 61);
-    const bool small = std::is_same_v<typename Cell::executor, support::lanes>;
+    const bool small = support::takes_turns<typename Cell::executor>;
     for (int i = 0; i < (small ? 6 : 30); ++i) {
         const int64_t experts = rng.integer(1, small ? 12 : 70), tokens = rng.integer(0, small ? 70 : 200);
         const int64_t k = rng.integer(1, experts);
@@ -89,7 +89,7 @@ TEST_CASE_TEMPLATE("tokens of equal probability are taken in their order, also w
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);
     FASTMOE_SEEDED(rng, 62);
-    const bool small = std::is_same_v<typename Cell::executor, support::lanes>;
+    const bool small = support::takes_turns<typename Cell::executor>;
     for (int i = 0; i < (small ? 5 : 25); ++i) {
         const int64_t experts = rng.integer(1, small ? 9 : 40), tokens = rng.integer(1, small ? 70 : 150);
         const int64_t k = rng.integer(1, experts);

@@ -62,7 +62,7 @@ std::vector<double> differences(const Gate& gate, int64_t tokens, std::vector<do
 } // namespace
 
 TEST_CASE_TEMPLATE("a kept weight that is next to nothing grows to its token's sum, with a finite gradient", Cell,
-                   FASTMOE_LOGIT_CELLS_AND_WARPS)
+                   FASTMOE_LOGIT_CELLS)
 {
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);
@@ -152,7 +152,7 @@ TEST_CASE("with a negative scale rescaled weights have the gradient of finite di
 }
 
 TEST_CASE_TEMPLATE("scores that underflow, all or nearly, leave weights, losses and gradients finite", Cell,
-                   FASTMOE_LOGIT_CELLS_AND_WARPS)
+                   FASTMOE_LOGIT_CELLS)
 {
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);
@@ -235,7 +235,7 @@ TEST_CASE("an empty mask and an empty bias are none, wherever their pointers poi
 }
 
 TEST_CASE_TEMPLATE("losses work for as many experts as the selection has room for, and more are refused by name", Cell,
-                   FASTMOE_LOGIT_CELLS_AND_WARPS)
+                   FASTMOE_LOGIT_CELLS)
 {
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);
@@ -331,7 +331,7 @@ std::string bounded(Executor& ex, const fm::capacity& bound, written<Real>& w)
 } // namespace
 
 TEST_CASE_TEMPLATE("capacity takes ids out of range for dropped, names the first, and touches nothing outside", Cell,
-                   FASTMOE_LOGIT_CELLS_AND_WARPS)
+                   FASTMOE_LOGIT_CELLS)
 {
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);
@@ -345,7 +345,7 @@ TEST_CASE_TEMPLATE("capacity takes ids out of range for dropped, names the first
     }
 }
 
-TEST_CASE_TEMPLATE("ragged choices that overlap belong to one token each, and the fault is named", Cell, FASTMOE_LOGIT_CELLS_AND_WARPS)
+TEST_CASE_TEMPLATE("ragged choices that overlap belong to one token each, and the fault is named", Cell, FASTMOE_LOGIT_CELLS)
 {
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);
@@ -374,7 +374,7 @@ TEST_CASE("a ragged choice that no token has takes no place from those that have
     CHECK_EQ(w.weights, std::vector<float>{1, 2, 9, 9});
 }
 
-TEST_CASE_TEMPLATE("losses take ids out of range for none, and name the first", Cell, FASTMOE_LOGIT_CELLS_AND_WARPS)
+TEST_CASE_TEMPLATE("losses take ids out of range for none, and name the first", Cell, FASTMOE_LOGIT_CELLS)
 {
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);

@@ -92,7 +92,7 @@ void matches_oracle(Executor& ex, support::random& rng, const Gate& gate, bool r
 
 } // namespace
 
-TEST_CASE_TEMPLATE("softmax over the chosen agrees with the oracle, forward and backward", Cell, FASTMOE_LOGIT_CELLS_AND_WARPS)
+TEST_CASE_TEMPLATE("softmax over the chosen agrees with the oracle, forward and backward", Cell, FASTMOE_LOGIT_CELLS)
 {
     FASTMOE_EXECUTOR(ex, Cell);
     FASTMOE_SEEDED(rng, 1);
@@ -105,7 +105,7 @@ TEST_CASE_TEMPLATE("softmax over the chosen agrees with the oracle, forward and 
     }
 }
 
-TEST_CASE_TEMPLATE("probabilities over all experts agree with the oracle, forward and backward", Cell, FASTMOE_LOGIT_CELLS_AND_WARPS)
+TEST_CASE_TEMPLATE("probabilities over all experts agree with the oracle, forward and backward", Cell, FASTMOE_LOGIT_CELLS)
 {
     FASTMOE_EXECUTOR(ex, Cell);
     FASTMOE_SEEDED(rng, 2);
@@ -118,7 +118,7 @@ TEST_CASE_TEMPLATE("probabilities over all experts agree with the oracle, forwar
     }
 }
 
-TEST_CASE_TEMPLATE("capacity inside of the gate agrees with the oracle, forward and backward", Cell, FASTMOE_LOGIT_CELLS_AND_WARPS)
+TEST_CASE_TEMPLATE("capacity inside of the gate agrees with the oracle, forward and backward", Cell, FASTMOE_LOGIT_CELLS)
 {
     FASTMOE_EXECUTOR(ex, Cell);
     FASTMOE_SEEDED(rng, 3);
@@ -225,7 +225,7 @@ TEST_CASE_TEMPLATE("near ties are ordered by value, so that no bit of a logit is
         }
 }
 
-TEST_CASE_TEMPLATE("rows that are not finite have the documented result", Cell, FASTMOE_LOGIT_CELLS_AND_WARPS)
+TEST_CASE_TEMPLATE("rows that are not finite have the documented result", Cell, FASTMOE_LOGIT_CELLS)
 {
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);
@@ -270,7 +270,7 @@ TEST_CASE_TEMPLATE("rows that are not finite have the documented result", Cell, 
     }
 }
 
-TEST_CASE_TEMPLATE("a masked token chooses nothing and is in no loss", Cell, FASTMOE_LOGIT_CELLS_AND_WARPS)
+TEST_CASE_TEMPLATE("a masked token chooses nothing and is in no loss", Cell, FASTMOE_LOGIT_CELLS)
 {
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);
@@ -386,7 +386,7 @@ struct biased_sigmoid {
 
 } // namespace
 
-TEST_CASE_TEMPLATE("nothing assumes that the first choice is the top one when a selection is not sorted", Cell, FASTMOE_LOGIT_CELLS_AND_WARPS)
+TEST_CASE_TEMPLATE("nothing assumes that the first choice is the top one when a selection is not sorted", Cell, FASTMOE_LOGIT_CELLS)
 {
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);

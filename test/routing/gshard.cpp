@@ -138,7 +138,7 @@ TEST_CASE_TEMPLATE("GShard's gate agrees with algorithm 1 in all its forms, and 
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);
     FASTMOE_SEEDED(rng, 101);
-    const bool small = std::is_same_v<typename Cell::executor, support::lanes>;
+    const bool small = support::takes_turns<typename Cell::executor>;
     for (int i = 0; i < (small ? 4 : 12); ++i) {
         const int64_t experts = rng.integer(2, small ? 9 : 16), tokens = rng.integer(1, small ? 8 : 30);
         for (double factor : {inf, 0.4, 0.8}) {

@@ -49,7 +49,7 @@ TEST_CASE_TEMPLATE("logits are x W^T + b in the accumulator's precision, whateve
     using real = fm::accumulate_t<T>;
     FASTMOE_EXECUTOR(ex, Cell);
     FASTMOE_SEEDED(rng, 41);
-    const bool small = std::is_same_v<typename Cell::executor, support::lanes>;
+    const bool small = support::takes_turns<typename Cell::executor>;
     for (int i = 0; i < (small ? 4 : 12); ++i) {
         const int64_t tokens = rng.integer(0, small ? 12 : 130), width = rng.integer(1, 70), experts = rng.integer(1, 40);
         CAPTURE(tokens);
@@ -81,7 +81,7 @@ TEST_CASE_TEMPLATE("the input's gradient is dlogits W, written or added", Cell, 
     using real = fm::accumulate_t<T>;
     FASTMOE_EXECUTOR(ex, Cell);
     FASTMOE_SEEDED(rng, 42);
-    const bool small = std::is_same_v<typename Cell::executor, support::lanes>;
+    const bool small = support::takes_turns<typename Cell::executor>;
     for (int64_t tokens : {0, 1, 9, small ? 5 : 1024, small ? 6 : 2500}) // over one block of rows and its edge
         for (auto mode : {fm::write_mode::overwrite, fm::write_mode::accumulate}) {
             const int64_t width = rng.integer(1, 40), experts = rng.integer(1, 12);
@@ -112,7 +112,7 @@ TEST_CASE_TEMPLATE("the weights' gradient is dlogits^T x, the bias's its sum; no
     using real = fm::accumulate_t<T>;
     FASTMOE_EXECUTOR(ex, Cell);
     FASTMOE_SEEDED(rng, 43);
-    const bool small = std::is_same_v<typename Cell::executor, support::lanes>;
+    const bool small = support::takes_turns<typename Cell::executor>;
     for (int64_t tokens : {0, 1, 17, small ? 20 : 700})
         for (auto mode : {fm::write_mode::overwrite, fm::write_mode::accumulate})
             for (bool with_bias : {true, false}) {
@@ -222,7 +222,7 @@ TEST_CASE_TEMPLATE("jitter multiplies: zero stays zero, and the factor lies in [
 {
     using T = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);
-    const bool small = std::is_same_v<typename Cell::executor, support::lanes>;
+    const bool small = support::takes_turns<typename Cell::executor>;
     const int64_t tokens = small ? 50 : 500, width = 64, n = tokens * width;
     const std::uint64_t random[] = {5, 9}, next_step[] = {5, 10};
     std::vector<T> x, y(n), again(n), later(n), tail(n / 2);

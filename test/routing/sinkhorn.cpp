@@ -75,7 +75,7 @@ TEST_CASE_TEMPLATE("the choice is the top K of d1 C d0 after the rounds asked fo
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);
     FASTMOE_SEEDED(rng, 71);
-    const bool small = std::is_same_v<typename Cell::executor, support::lanes>;
+    const bool small = support::takes_turns<typename Cell::executor>;
     for (int i = 0; i < (small ? 4 : 24); ++i) {
         const int64_t experts = rng.integer(1, small ? 12 : 70), tokens = rng.integer(0, small ? 20 : 200);
         const int64_t k = i % 2 ? 1 : rng.integer(1, experts);
@@ -102,7 +102,7 @@ TEST_CASE_TEMPLATE("logits of any size are scaled as exactly as small ones, wher
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);
     FASTMOE_SEEDED(rng, 72);
-    const bool small = std::is_same_v<typename Cell::executor, support::lanes>;
+    const bool small = support::takes_turns<typename Cell::executor>;
     for (int i = 0; i < (small ? 3 : 12); ++i)
         for (double size : {1e2, 1e4, 1e9}) {
             const int64_t experts = rng.integer(2, 9), tokens = rng.integer(2, small ? 10 : 60);

@@ -70,7 +70,7 @@ TEST_CASE_TEMPLATE("SparseMixer agrees with the oracle for any K, and its gradie
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);
     FASTMOE_SEEDED(rng, 91);
-    const bool small = std::is_same_v<typename Cell::executor, support::lanes>;
+    const bool small = support::takes_turns<typename Cell::executor>;
     for (int i = 0; i < (small ? 8 : 40); ++i) {
         const int64_t experts = rng.integer(1, small ? 12 : 40);
         const int64_t k = i % 5 == 0 ? experts : rng.integer(1, std::min<int64_t>(experts, 6));
@@ -209,7 +209,7 @@ TEST_CASE_TEMPLATE("the published estimator weighs by m or m / 3 and has the gra
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);
     FASTMOE_SEEDED(rng, 93);
-    const int64_t tokens = std::is_same_v<typename Cell::executor, support::lanes> ? 12 : 60, experts = 7, k = 3;
+    const int64_t tokens = support::takes_turns<typename Cell::executor> ? 12 : 60, experts = 7, k = 3;
     fm::sparse_mixer_gate gate{.experts = experts, .k = k, .epsilon = 0.6, .pick = fm::mixer_pick::sampled};
     const auto logits = support::normal_vector<Real>(rng, tokens * experts);
     const auto dweights = support::normal_vector<Real>(rng, tokens * k);

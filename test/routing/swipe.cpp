@@ -159,7 +159,7 @@ TEST_CASE_TEMPLATE("choices stay and move as one count after the other says, for
 {
     using Real = typename Cell::type;
     FASTMOE_SEEDED(rng, 101);
-    const bool small = std::is_same_v<typename Cell::executor, support::lanes>;
+    const bool small = support::takes_turns<typename Cell::executor>;
     for (int i = 0; i < (small ? 4 : 60); ++i) {
         const int ranks = small ? 2 : static_cast<int>(rng.integer(1, 4));
         const int64_t each = rng.integer(1, 5), k = rng.integer(1, std::min<int64_t>(4, ranks * each));

@@ -62,7 +62,7 @@ TEST_CASE_TEMPLATE("every expert takes its own best tokens first, then the best 
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);
     FASTMOE_SEEDED(rng, 91);
-    const bool small = std::is_same_v<typename Cell::executor, support::lanes>;
+    const bool small = support::takes_turns<typename Cell::executor>;
     for (int i = 0; i < (small ? 6 : 40); ++i) {
         const int64_t experts = rng.integer(1, small ? 9 : 50), tokens = rng.integer(0, small ? 40 : 200);
         const int64_t k = rng.integer(1, std::min<int64_t>(experts, 8)), tile = rng.integer(1, 20);
@@ -104,7 +104,7 @@ TEST_CASE_TEMPLATE("ties go to the lower token, among own choices and among othe
     using Real = typename Cell::type;
     FASTMOE_EXECUTOR(ex, Cell);
     FASTMOE_SEEDED(rng, 92);
-    const bool small = std::is_same_v<typename Cell::executor, support::lanes>;
+    const bool small = support::takes_turns<typename Cell::executor>;
     for (int i = 0; i < (small ? 6 : 30); ++i) {
         const int64_t experts = rng.integer(1, small ? 7 : 20), tokens = rng.integer(1, small ? 40 : 140);
         const int64_t k = rng.integer(1, experts), tile = rng.integer(1, 9);

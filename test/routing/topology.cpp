@@ -103,7 +103,7 @@ TEST_CASE_TEMPLATE("of the choices that leave a node the most probable stay with
     using Real = typename Cell::type;
     using executor = typename Cell::executor;
     FASTMOE_SEEDED(rng, 111);
-    const bool small = std::is_same_v<executor, support::lanes>;
+    const bool small = support::takes_turns<executor>;
     for (int i = 0; i < (small ? 2 : 25); ++i)
         for (int ranks : {1, 2, 4})
             for (auto counts : {fm::off_node_choices::all, fm::off_node_choices::first}) {
@@ -112,7 +112,7 @@ TEST_CASE_TEMPLATE("of the choices that leave a node the most probable stay with
                 const auto seed = rng.bits();
                 fm::run_ranks(ranks, [&](const fm::threads& c) {
                     const auto ex = [] {
-                        if constexpr (std::is_same_v<executor, support::lanes>) return std::make_unique<executor>();
+                        if constexpr (support::takes_turns<executor>) return std::make_unique<executor>();
                         else return std::make_unique<executor>(fm::host_options{.threads = 1});
                     }();
                     support::random own(seed + static_cast<std::uint64_t>(c.rank()));

@@ -26,6 +26,12 @@
 
 namespace support {
 
+/// Whether lanes of a team take turns, so that a test had better be small.
+template <class Executor>
+inline constexpr bool takes_turns = false;
+template <>
+inline constexpr bool takes_turns<lanes> = true;
+
 /// How the tests make an executor, and whether this machine can.
 template <class Executor>
 struct column;

@@ -3,6 +3,7 @@
 /// Threads of a GPU's block as fibers of one thread, which take turns and meet. Part of fiber_blocks.hpp and fiber_clusters.hpp.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdint>
@@ -11,7 +12,55 @@
 #include <string>
 #include <vector>
 
+#if defined(__SANITIZE_ADDRESS__)
+#define FASTMOE_FIBERS_SWAP 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define FASTMOE_FIBERS_SWAP 1
+#endif
+#endif
+
 namespace support {
+
+/// Where a fiber, or who runs it, goes on. The first turn is a context's, all later ones are jumps, since to swap contexts
+/// takes two calls of the system; AddressSanitizer, which has to know of stacks, is left with those.
+class fiber_context {
+public:
+    /// @param run  called on the stack as run(self), when this is entered first; does not return
+    void start(char* stack, std::size_t bytes, void (*run)(unsigned, unsigned), void* self)
+    {
+        getcontext(&context_);
+        context_.uc_stack.ss_sp = stack;
+        context_.uc_stack.ss_size = bytes;
+        context_.uc_link = nullptr;
+        const auto at = reinterpret_cast<std::uintptr_t>(self);
+        makecontext(&context_, reinterpret_cast<void (*)()>(run), 2, static_cast<unsigned>(at >> 32), static_cast<unsigned>(at & 0xffffffffu));
+        is_new_ = true;
+    }
+    static void* self(unsigned high, unsigned low)
+    {
+        return reinterpret_cast<void*>((static_cast<std::uintptr_t>(high) << 32) | low);
+    }
+    /// Goes on there, until somebody leaves for here.
+    void leave_for(fiber_context& there)
+    {
+#if defined(FASTMOE_FIBERS_SWAP)
+        swapcontext(&context_, &there.context_);
+#else
+        if (_setjmp(place_) != 0) return;
+        if (there.is_new_) {
+            there.is_new_ = false;
+            setcontext(&there.context_);
+        }
+        _longjmp(there.place_, 1);
+#endif
+    }
+
+private:
+    ucontext_t context_;
+    jmp_buf place_;
+    bool is_new_ = false;
+};
 
 /// A base class: what a thread does calls its members, so they are the derived class's business alone.
 class fibers {
@@ -34,13 +83,7 @@ protected:
         turns_.resize(count);
         for (std::size_t t = 0; t < count; ++t) {
             if (stacks.size() <= t) stacks.emplace_back(new char[size]);
-            ucontext_t& mine = turns_[t].context;
-            getcontext(&mine);
-            mine.uc_stack.ss_sp = stacks[t].get();
-            mine.uc_stack.ss_size = size;
-            mine.uc_link = &main_;
-            const auto self = reinterpret_cast<std::uintptr_t>(this);
-            makecontext(&mine, reinterpret_cast<void (*)()>(&enter), 2, static_cast<unsigned>(self >> 32), static_cast<unsigned>(self & 0xffffffffu));
+            turns_[t].context.start(stacks[t].get(), size, &enter, this);
         }
         for (bool any = true; any && complaint_.empty();) {
             any = false;
@@ -52,7 +95,7 @@ protected:
                 any = true;
                 if (turns_[t].until && !turns_[t].until()) continue;
                 now_ = static_cast<int>(t);
-                swapcontext(&main_, &turns_[t].context);
+                main_.leave_for(turns_[t].context);
             }
             after(before == progress_);
             if (any && before == progress_) complain("threads wait for others that do not come");
@@ -77,7 +120,7 @@ protected:
         const int mine = now_;
         turn& of = turns_[static_cast<std::size_t>(mine)];
         of.until = until;
-        swapcontext(&of.context, &main_);
+        of.context.leave_for(main_);
         now_ = mine;
         of.until = nullptr;
     }
@@ -98,21 +141,23 @@ protected:
 
 private:
     struct turn {
-        ucontext_t context;
+        fiber_context context;
         bool done = false;
         std::function<bool()> until;
     };
     static void enter(unsigned high, unsigned low)
     {
-        auto* self = reinterpret_cast<fibers*>((static_cast<std::uintptr_t>(high) << 32) | low);
+        auto* self = static_cast<fibers*>(fiber_context::self(high, low));
         self->body_();
-        self->turns_[static_cast<std::size_t>(self->now_)].done = true;
+        turn& mine = self->turns_[static_cast<std::size_t>(self->now_)];
+        mine.done = true;
         self->go_on();
+        mine.context.leave_for(self->main_);
     }
 
     std::function<void()> body_;
     std::vector<turn> turns_;
-    ucontext_t main_;
+    fiber_context main_;
     int now_ = 0;
     std::uint64_t progress_ = 0;
     std::string complaint_;

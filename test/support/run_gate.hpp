@@ -12,11 +12,12 @@
 
 #include "executors.hpp"
 #include "poison.hpp"
+#include "warps.hpp"
 
-/// The executors with the two types that logits come in.
+/// The executors with the two types that logits come in; teams of a GPU's shape in float.
 #define FASTMOE_LOGIT_CELLS                                                                                           \
     ::support::cell<::fastmoe::host_executor, double>, ::support::cell<::fastmoe::host_executor, float>,              \
-        ::support::cell<::support::lanes, double>, ::support::cell<::support::lanes, float>
+        ::support::cell<::support::lanes, double>, ::support::cell<::support::warps_or_lanes, float>
 
 namespace support {
 

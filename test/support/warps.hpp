@@ -138,6 +138,8 @@ private:
 static_assert(fastmoe::executor<warps>);
 
 template <>
+inline constexpr bool takes_turns<warps> = true;
+template <>
 struct column<warps> {
     static constexpr const char* name = "warps";
     static bool available() { return true; }
@@ -149,12 +151,17 @@ struct column<warps> {
 #if defined(FASTMOE_UNDER_TSAN) // which does not know of fibers
 #define FASTMOE_CELLS_AND_WARPS FASTMOE_CELLS
 #define FASTMOE_EXECUTORS_AND_WARPS FASTMOE_EXECUTORS
-#define FASTMOE_LOGIT_CELLS_AND_WARPS FASTMOE_LOGIT_CELLS
 #else
 /// FASTMOE_CELLS, and this executor with each dtype.
 #define FASTMOE_CELLS_AND_WARPS FASTMOE_CELLS, FASTMOE_COLUMN(::support::warps)
 /// FASTMOE_EXECUTORS, and this one.
 #define FASTMOE_EXECUTORS_AND_WARPS FASTMOE_EXECUTORS, ::support::cell<::support::warps, float>
-/// FASTMOE_LOGIT_CELLS of run_gate.hpp, and this one.
-#define FASTMOE_LOGIT_CELLS_AND_WARPS FASTMOE_LOGIT_CELLS, ::support::cell<::support::warps, float>
 #endif
+
+namespace support {
+#if defined(FASTMOE_UNDER_TSAN)
+using warps_or_lanes = lanes;
+#else
+using warps_or_lanes = warps;
+#endif
+} // namespace support
