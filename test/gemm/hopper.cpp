@@ -7,6 +7,7 @@
 #if !defined(FASTMOE_TEST_CUDA)
 #include "support/fiber_clusters.hpp"
 #include "support/queued.hpp"
+#include "support/warps.hpp"
 #endif
 
 namespace {
@@ -14,7 +15,7 @@ namespace {
 #if defined(FASTMOE_TEST_CUDA) // nvcc takes no fibers: the GPU alone
 using clusters = fm::cuda_executor;
 #else
-using clusters = support::fiber_clusters<support::lanes>;
+using clusters = support::fiber_clusters<support::warps>;
 #endif
 static_assert(fm::executor<clusters> && fm::runs_clusters<clusters>);
 
@@ -78,12 +79,24 @@ void check_whole(unsigned seed, const Gemm& gemm, std::size_t each = 3)
 
 
 #if !defined(FASTMOE_TEST_CUDA)
+/// Knows how often a team was asked to count tiles.
+struct counting_teams : support::warps {
+    int64_t counted = 0;
+
+    template <class F>
+    void for_each_row(int64_t n, const F& f, fm::row_hint hint)
+    {
+        counted += std::is_same_v<F, fm::detail::tiles::count_row_tiles>;
+        support::warps::for_each_row(n, f, hint);
+    }
+};
+
 /// An epilogue by pairs that keeps an account of its calls: results beside y are the half difference or the negated values, and
 /// a row's sum is that of its values.
-template <class T, int more_>
+template <class T, int more_, bool summed>
 struct counting_pairs {
     static constexpr int more = more_;
-    static constexpr bool has_sums = true;
+    static constexpr bool has_sums = summed;
     int64_t slots, width;
     int* begun; // rows that are none
     int* calls; // (S,N / 2)
@@ -105,9 +118,9 @@ struct counting_pairs {
         return float(y[0]) + float(y[1]);
     }
 };
-template <class T, int more_>
+template <class T, int more, bool sums>
 struct counting_epilogue {
-    counting_pairs<T, more_> pairs;
+    counting_pairs<T, more, sums> pairs;
     float* totals; // (S)
     template <class Team>
     void operator()(Team&, int64_t, int64_t) const
@@ -115,7 +128,7 @@ struct counting_epilogue {
         ++*pairs.begun; // the row form, which nobody asked for
     }
     bool takes_pairs() const { return true; }
-    counting_pairs<T, more_> in_pairs() const { return pairs; }
+    counting_pairs<T, more, sums> in_pairs() const { return pairs; }
     template <class Team>
     void finish(Team& team, int64_t, int64_t s, float total) const
     {
@@ -123,23 +136,28 @@ struct counting_epilogue {
     }
 };
 
-template <class T, int more>
-void check_pairs(support::random& r)
+/// @param counts  rows of experts: 16 or fewer on average are taken with the features down, where pairs are not summed
+template <class T, int more, bool sums>
+void check_pairs(support::random& r, const std::vector<int32_t>& counts)
 {
-    const ragged g = ragged::of(r, {100, 0, 140, 30, 1}, 3);
+    const ragged g = ragged::of(r, counts, 3);
     const int64_t in = 72, out = 272; // rows of half of them are whole lines, too
     const test_rows<T> x(r, g, in, support::start::aligned);
     test_weights<T> w(weight_storage::stacked, g.experts(), out, in, support::start::aligned);
     w.fill(r);
     const fm::weight_view<const T> weights = w.view();
+    std::vector<T> bias(static_cast<std::size_t>(g.experts() * out));
+    for (T& each : bias) each = T(static_cast<float>(r.normal()));
+    const fm::matrix_view<const T> biases(bias.data(), g.experts(), out);
     int begun = 0;
     std::vector<int> calls(static_cast<std::size_t>(g.slots * out / 2));
-    support::guarded<T> y(g.slots, out), results(g.slots, more == 1 ? out / 2 : out);
+    support::guarded<T> y(g.slots, out), plain(g.slots, out), results(g.slots, more == 1 ? out / 2 : out);
     std::vector<float> totals(static_cast<std::size_t>(g.slots));
     clusters ex(2, 3);
     support::in_workspace(ex, [&](fm::arena& memory) {
-        const counting_epilogue<T, more> epilogue{{g.slots, out, &begun, calls.data(), results.data()}, totals.data()};
-        fm::gemm::hopper{}.forward(ex, g.view(), x.indexed(), weights, fm::matrix_view<const T>{}, y.view(), epilogue, memory);
+        const counting_epilogue<T, more, sums> epilogue{{g.slots, out, &begun, calls.data(), results.data()}, totals.data()};
+        fm::gemm::hopper{}.forward(ex, g.view(), x.indexed(), weights, biases, y.view(), epilogue, memory);
+        fm::gemm::hopper{}.forward(ex, g.view(), x.indexed(), weights, biases, plain.view(), fm::no_epilogue{}, memory);
         ex.synchronize();
     });
     CHECK(begun == 0);
@@ -152,11 +170,13 @@ void check_pairs(support::random& r)
             const T* of = y.data() + s * out + n;
             CHECK_EQ(calls[static_cast<std::size_t>((s * out + n) / 2)], int{is_row});
             if (!is_row) continue;
+            for (int64_t v = 0; v < 2; ++v) CHECK_EQ(float(of[v]), float(plain.data()[s * out + n + v]));
             total += double(float(of[0])) + double(float(of[1]));
             if (more == 1) CHECK_EQ(float(results.data()[(s * out + n) / 2]), float(T((float(of[0]) - float(of[1])) / 2)));
-            else CHECK_EQ(float(results.data()[s * out + n + 1]), -float(of[1]));
+            if (more == 2) CHECK_EQ(float(results.data()[s * out + n]), -float(of[0]));
+            if (more == 2) CHECK_EQ(float(results.data()[s * out + n + 1]), -float(of[1]));
         }
-        CHECK(std::fabs(totals[static_cast<std::size_t>(s)] - total) < 1e-3);
+        CHECK(std::fabs(totals[static_cast<std::size_t>(s)] - (sums ? total : 0)) < 1e-3);
     }
 }
 #endif
@@ -348,7 +368,25 @@ static_assert(!hopper_tuning{.rows = 64, .columns = 128, .stages = 2}.fits() && 
 TEST_CASE_TEMPLATE("an epilogue by pairs is called once for each pair, and begun for rows alone", T, bfloat16, fm::half)
 {
     FASTMOE_SEEDED(r, 65);
-    check_pairs<T, 1>(r);
-    check_pairs<T, 2>(r);
+    const std::vector<int32_t> many{100, 0, 140, 30, 1}, few{9, 0, 1, 17, 16, 2};
+    check_pairs<T, 1, true>(r, many);
+    check_pairs<T, 2, true>(r, many);
+    check_pairs<T, 1, false>(r, many);
+    check_pairs<T, 1, false>(r, few);
+    check_pairs<T, 2, false>(r, few);
+}
+
+TEST_CASE("tiles are counted by each block, or by a team before it where the experts are too many for that")
+{
+    FASTMOE_SEEDED(r, 66);
+    for (const int64_t experts : {int64_t{1023}, int64_t{1024}, int64_t{1025}}) {
+        CAPTURE(experts);
+        std::vector<int32_t> counts(static_cast<std::size_t>(experts));
+        for (int i = 0; i < 20; ++i) counts[static_cast<std::size_t>(r.integer(0, experts - 1))] = static_cast<int32_t>(r.integer(1, 20));
+        counts[0] = 3, counts.back() = 200;
+        support::fiber_clusters<counting_teams> ex(3, 5);
+        check_products<bfloat16, bfloat16, bfloat16>(r, {counts, 16, 8}, ex, fm::gemm::hopper{}, weight_storage::stacked, support::start::aligned);
+        CHECK((ex.counted > 0) == (experts > 1024));
+    }
 }
 #endif

@@ -63,7 +63,6 @@ struct row_product {
     static constexpr hopper_tuning tuning = how;
     static constexpr bool is_scaled = has_scales<Rows>;
     static_assert(!is_scaled || (how_w == lie::deep && how.fits_scaled()), "a hopper_tuning that products of scaled codes do not hold");
-    static_assert(!how.turned || std::is_same_v<decltype(Store::end), rounded_pairs>, "pairs are of features, which lie down here");
     using element = portable::row_element_t<Rows>;
     static constexpr lie rows_lie = how.turned ? how_w : lie::deep, columns_lie = how.turned ? lie::deep : how_w;
     static constexpr bool lines = true;
@@ -79,7 +78,8 @@ struct row_product {
     std::conditional_t<boxes_rows, Map, no_map> row_map; ///< of x: its first rows, as many as
     int64_t mapped;
     Weights w;            // (E,N,K)
-    row_tiles rows_of;    ///< tiles of cluster * tokens rows
+    row_groups groups;
+    vector_view<const int64_t> counted; // (E+1)  as row_tiles has them, of cluster * tokens rows; without memory: in each block's own
     Rows x;               // (S,K)
     int64_t out;          ///< N
     Store to;
@@ -113,12 +113,24 @@ struct row_product {
                 if (!has_lines) block.copy_box(to, *rows, full, first, first_row, 0, 0);
         }
     };
-    FASTMOE_HOST_DEVICE int64_t tiles() const noexcept { return rows_of.count() * ceil_div(out, weight_rows); }
-    FASTMOE_HOST_DEVICE place tile(int64_t t, int rank) const noexcept
+    template <class Block>
+    FASTMOE_HOST_DEVICE void start(Block& block, std::byte* list) const
     {
-        const banded at = banded::of(t, rows_of.count(), ceil_div(out, weight_rows), how.band);
-        const auto [e, number] = rows_of.find(at.row);
-        const row_range group = row_range::of(rows_of.groups, e);
+        if (!counted.data_handle() && block.thread() / warp_threads == 1)
+            tiles::count_in_warp(block, groups, tokens * how.cluster, reinterpret_cast<int64_t*>(list));
+    }
+    FASTMOE_HOST_DEVICE row_tiles rows_of(const std::byte* list) const noexcept
+    {
+        const int64_t* const own = reinterpret_cast<const int64_t*>(list);
+        return {groups, vector_view<const int64_t>(counted.data_handle() ? counted.data_handle() : own, groups.experts() + 1)};
+    }
+    FASTMOE_HOST_DEVICE int64_t tiles(const std::byte* list) const noexcept { return rows_of(list).count() * ceil_div(out, weight_rows); }
+    FASTMOE_HOST_DEVICE place tile(const std::byte* list, int64_t t, int rank) const noexcept
+    {
+        const row_tiles all = rows_of(list);
+        const banded at = banded::of(t, all.count(), ceil_div(out, weight_rows), how.band);
+        const auto [e, number] = all.find(at.row);
+        const row_range group = row_range::of(groups, e);
         const int64_t above = (number * how.cluster + rank) * tokens;
         const int64_t first = group.first + above, count = group.count - above;
         const bool is_box = boxes_rows && count >= tokens && first + tokens <= mapped;
@@ -162,7 +174,9 @@ struct row_product {
     FASTMOE_HOST_DEVICE void store(Block& block, const place& p, int first_row, const sums<how>& c) const
     {
         const auto is_zero = [&](int64_t s) { return !x.row(s); };
-        if constexpr (how.turned) store_turned(block, to, p, first_row, out, is_zero, c);
+        if constexpr (how.turned && !std::is_same_v<decltype(Store::end), rounded_pairs>)
+            store_turned_pairs(block, to, p, first_row, out, is_zero, c);
+        else if constexpr (how.turned) store_turned(block, to, p, first_row, out, is_zero, c);
         else store_rows(block, to, p, first_row, out, is_zero, c);
     }
 };
@@ -194,11 +208,15 @@ struct gradient_product {
         static constexpr int box_bytes = 0;
         static constexpr bool has_lines = true;
     };
-    FASTMOE_HOST_DEVICE int64_t tiles() const noexcept
+    template <class Block>
+    FASTMOE_HOST_DEVICE void start(Block&, std::byte*) const noexcept
+    {
+    }
+    FASTMOE_HOST_DEVICE int64_t tiles(const std::byte* = nullptr) const noexcept
     {
         return groups.experts() * ceil_div(dw.out, how.rows) * ceil_div(dw.in, how.columns);
     }
-    FASTMOE_HOST_DEVICE place tile(int64_t t, int) const noexcept
+    FASTMOE_HOST_DEVICE place tile(const std::byte*, int64_t t, int) const noexcept
     {
         const int64_t high = ceil_div(dw.out, how.rows), wide = ceil_div(dw.in, how.columns);
         const int64_t e = t / (high * wide);

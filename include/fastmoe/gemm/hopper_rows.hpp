@@ -98,8 +98,14 @@ struct row_calls {
         };
         // Tiles of few rows are stored an element at a time, wherever y begins.
         const bool is_few = groups.slots <= 16 * groups.experts() || !is_line(y.data_handle());
-        if constexpr (pairs_epilogue<Epilogue> && sizeof(Y) == 2 && !wide_rows.turned && !narrow_rows.turned) // pairs are not turned
-            if (!is_few && !matrices.pointers && epilogue.takes_pairs()) return run_many(epilogue.in_pairs());
+        if constexpr (pairs_epilogue<Epilogue> && sizeof(Y) == 2) {
+            const bool takes_pairs = !matrices.pointers && epilogue.takes_pairs();
+            if constexpr (!wide_rows.turned && !narrow_rows.turned)
+                if (takes_pairs && !is_few) return run_many(epilogue.in_pairs());
+            if constexpr (few_rows.turned && !has_sums<Epilogue>()) // see store_turned_pairs
+                if (takes_pairs && is_few && reinterpret_cast<std::uintptr_t>(y.data_handle()) % alignof(pair<Y>) == 0)
+                    return run.template operator()<map, few_rows>(epilogue.in_pairs());
+        }
         // Matrices that are held apart have no map. They are brought in lines, and have as few kernels as will do.
         const bool done = matrices.pointers ? is_few ? run.template operator()<no_map, few_rows>(rounded_pairs{})
                                                      : run.template operator()<no_map, narrow_rows>(rounded_pairs{})
@@ -111,6 +117,9 @@ struct row_calls {
     }
 
 private:
+    static constexpr int64_t most_counted = 1024; ///< experts whose tiles each block counts for itself
+
+    /// Whether its pairs, if it has them, are summed.
     template <class Epilogue>
     static constexpr bool has_sums() noexcept
     {
@@ -137,7 +146,9 @@ private:
         if constexpr (End::has_sums) sums = memory.matrix<float>(groups.slots, ceil_div(m.out, how.columns));
         if (groups.slots == 0) return true;
         constexpr int64_t tokens = how.tokens() * how.cluster;
-        for_each_row(ex, 1, tiles::count_row_tiles{groups, before, tokens}, {.width = groups.experts()});
+        const int64_t list_bytes = (groups.experts() + 1) * static_cast<int64_t>(sizeof(int64_t));
+        const bool counts_itself = groups.experts() <= most_counted && multiply::shared_bytes + list_bytes <= hopper_tuning::most_shared_bytes;
+        if (!counts_itself) for_each_row(ex, 1, tiles::count_row_tiles{groups, before, tokens}, {.width = groups.experts()});
         constexpr bool deep = how_w == lie::deep;
         using T = typename product::element;
         constexpr int64_t bytes = sizeof(T);
@@ -160,8 +171,9 @@ private:
                                  {depth_of<T>, product::tokens},
                                  static_cast<int>(bytes)};
         const multiply f{{describe.template operator()<product::has_map>(source), describe.template operator()<product::boxes_rows>(of_rows),
-                          mapped, w, {groups, before}, x, m.out, {bias, y, end, sums}, ex.faults()}};
-        ex.for_each_cluster((groups.slots / tokens + groups.experts()) * ceil_div(m.out, product::weight_rows), f, multiply::shared_bytes);
+                          mapped, w, groups, counts_itself ? vector_view<const int64_t>() : before, x, m.out, {bias, y, end, sums}, ex.faults()}};
+        ex.for_each_cluster((groups.slots / tokens + groups.experts()) * ceil_div(m.out, product::weight_rows), f,
+                            multiply::shared_bytes + (counts_itself ? list_bytes : 0));
         if constexpr (!product::has_map) ex.deliver_faults();
         if constexpr (End::has_sums) {
             const finish_row<Epilogue> finish{epilogue, sums};

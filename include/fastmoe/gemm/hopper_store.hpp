@@ -168,6 +168,44 @@ FASTMOE_HOST_DEVICE void store_turned(Block& block, const to_rows<B, Y, End>& to
         }
 }
 
+/// The same with an end by pairs: a lane has one feature of two tokens, its neighbour four lanes on the next feature of both.
+/// The even one ends the pair of the first token, the odd one that of the second. y is aligned to pairs.
+template <class Block, class B, class Y, class End, class Place, class IsZero, hopper_tuning how>
+FASTMOE_HOST_DEVICE void store_turned_pairs(Block& block, const to_rows<B, Y, End>& to, const Place& p, int first_row, int64_t out,
+                                            const IsZero& is_zero, const sums<how>& c)
+{
+    static_assert(!End::has_sums, "a row's pairs lie in many warps here");
+    const int thread = block.thread() % warpgroup_threads, down = thread / warp_threads * 16 + thread % warp_threads / 4;
+    const bool odd = down % 2 != 0;
+    FASTMOE_UNROLL
+    for (int i = 0; i < how.columns / 8; ++i) {
+        const int r = 8 * i + 2 * (thread % 4), mine = odd ? r + 1 : r; // tokens: of the first sum, and of this lane's pair
+        const bool zero[2] = {r < p.count && is_zero(p.first + r), r + 1 < p.count && is_zero(p.first + r + 1)};
+        const bool inside = mine < p.count;
+        const int64_t s = inside ? p.first + mine : 0;
+        const auto of_row = inside ? to.end.begin(s) : decltype(to.end.begin(s)){};
+        FASTMOE_UNROLL
+        for (int b = 0; b < how.blocks(); ++b)
+            FASTMOE_UNROLL
+            for (int half = 0; half < 2; ++half) {
+                const int64_t n = p.feature + first_row + 64 * b + down + 8 * half, first = odd ? n - 1 : n;
+                float value[2];
+                FASTMOE_UNROLL
+                for (int v = 0; v < 2; ++v)
+                    value[v] = (zero[v] ? 0.0f : c.of[b][4 * i + 2 * half + v]) + (n < out ? to.plus(p.expert, n) : 0.0f);
+                const float other = as_float(block.exchange(as_word(odd ? value[0] : value[1]), 4));
+                if (!inside || first >= out) continue; // features are whole chunks of 8
+                const float two[2] = {odd ? other : value[0], odd ? value[1] : other};
+                pair<Y> y{};
+                Y more[2] = {};
+                to.end.pair(of_row, s, first, two, y.values, more);
+                *reinterpret_cast<pair<Y>*>(to.y.data_handle() + s * out + first) = y;
+                if constexpr (End::more == 2) *reinterpret_cast<pair<Y>*>(to.end.result().data_handle() + s * out + first) = {{more[0], more[1]}};
+                else if constexpr (End::more == 1) to.end.result().data_handle()[(s * out + first) / 2] = more[0];
+            }
+    }
+}
+
 /// How many neighbours of a row of dW one access writes.
 enum class gradient_access { lines, pairs, singles };
 

@@ -31,8 +31,9 @@ struct sums {
 ///     Product::is_scaled               whether the sums of a stage are scaled, see sum_scaled()
 ///     Product::rows_lie, ::columns_lie of both operands; Product::lines, ::has_map: whether it brings lines, and boxes
 ///     Product::bring_registers         of the 504 that three warpgroups' threads have together
-///     p.tiles()                        of a cluster
-///     p.tile(t, rank)                  what follows is about; t.steps: the stages of its depth; t.box_bytes: of each in boxes;
+///     p.start(block, list)             before all else; where the executor was asked for more memory than shared_bytes, it begins at list
+///     p.tiles(list)                    of a cluster
+///     p.tile(list, t, rank)            what follows is about; t.steps: the stages of its depth; t.box_bytes: of each in boxes;
 ///                                      t.has_lines: whether there are lines in them
 ///     p.bring(block, tile, f)          f(o): o.bring_lines(block, stage, first) by all who bring, o.bring_boxes(block, stage, full,
 ///                                      first) by the first of them
@@ -55,6 +56,8 @@ struct multiply_tiles {
         barrier_word* const full = reinterpret_cast<barrier_word*>(block.shared() + how.stages * how.stage_bytes());
         barrier_word* const empty = full + how.stages;
         barrier_word* const turns = empty + how.stages; // of the two who multiply
+        const std::byte* const list = block.shared() + shared_bytes;
+        product.start(block, block.shared() + shared_bytes);
         if (block.thread() == 0) {
             for (int g = 0; g < 2; ++g) block.init(turns + g, warps);
             for (int s = 0; s < how.stages; ++s) {
@@ -65,21 +68,21 @@ struct multiply_tiles {
         block.sync_cluster();
         if (block.warpgroup() == 0) {
             block.template give_registers<Product::bring_registers>();
-            bring(block, full, empty);
+            bring(block, list, full, empty);
         } else {
             block.template take_registers<(504 - Product::bring_registers) / 2>();
-            multiply(block, full, empty, turns);
+            multiply(block, list, full, empty, turns);
         }
         block.sync_cluster(); // no block ends while another brings for it, or arrives at its barriers
     }
 
 private:
     template <class Block>
-    FASTMOE_HOST_DEVICE void bring(Block& block, barrier_word* full, barrier_word* empty) const
+    FASTMOE_HOST_DEVICE void bring(Block& block, const std::byte* list, barrier_word* full, barrier_word* empty) const
     {
         position at;
-        for (int64_t t = block.cluster(), end = product.tiles(); t < end; t += block.clusters()) {
-            const auto tile = product.tile(t, block.rank());
+        for (int64_t t = block.cluster(), end = product.tiles(list); t < end; t += block.clusters()) {
+            const auto tile = product.tile(list, t, block.rank());
             if (!Product::lines && block.thread() != 0) {
                 at.count += static_cast<unsigned>(tile.steps);
                 continue;
@@ -102,15 +105,15 @@ private:
     }
 
     template <class Block>
-    FASTMOE_HOST_DEVICE void multiply(Block& block, barrier_word* full, barrier_word* empty, barrier_word* turns) const
+    FASTMOE_HOST_DEVICE void multiply(Block& block, const std::byte* list, barrier_word* full, barrier_word* empty, barrier_word* turns) const
     {
         const int group = block.warpgroup() - 1;
         const int first_row = ping_pong ? 0 : group * how.blocks() * 64;
         position at;
         bool mine = !ping_pong || group == 0;
         unsigned done = 0; // tiles of this warpgroup
-        for (int64_t t = block.cluster(), end = product.tiles(); t < end; t += block.clusters()) {
-            const auto tile = product.tile(t, block.rank());
+        for (int64_t t = block.cluster(), end = product.tiles(list); t < end; t += block.clusters()) {
+            const auto tile = product.tile(list, t, block.rank());
             if (mine) {
                 // Products take turns: epilogues lie under the other's, and nobody is so far ahead of a barrier that the parity of
                 // its phase comes round.

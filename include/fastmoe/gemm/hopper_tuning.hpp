@@ -24,6 +24,7 @@ struct hopper_tuning {
                               ///< what it costs and seen that it is not needed on their device
 
     static constexpr int line_bytes = 128; ///< of the depth, a stage: 64 elements of 16 bits, or 128 bytes
+    static constexpr int most_shared_bytes = 227 * 1024 - 1024; ///< of a block, less what aligns it
 
     /// Rows of 64 that a warpgroup sums at a time.
     FASTMOE_HOST_DEVICE constexpr int blocks() const noexcept { return schedule == hopper_schedule::cooperative ? rows / 128 : rows / 64; }
@@ -41,7 +42,7 @@ struct hopper_tuning {
         const bool has_instruction = whole || (turned && (columns == 16 || columns == 32));
         const bool is_cut = turned ? cluster == 1 : (cluster == 1 || cluster == 2) && columns % (64 * cluster) == 0;
         const bool has_sums = (rows == 64 || rows == 128) && blocks() >= 1 && blocks() * columns <= 256;
-        return has_instruction && is_cut && has_sums && stages >= 2 && band >= 1 && shared_bytes() <= 227 * 1024 - 1024;
+        return has_instruction && is_cut && has_sums && stages >= 2 && band >= 1 && shared_bytes() <= most_shared_bytes;
     }
     /// Whether the products of scaled codes, which have sums of a stage besides, hold it: 128 columns or fewer, as many as have
     /// one scale.

@@ -41,6 +41,30 @@ struct count_row_tiles {
     }
 };
 
+/// The same by one warp of a block, into memory of the block. Few enough tiles that 32 bits count them.
+template <class Block>
+FASTMOE_HOST_DEVICE void count_in_warp(Block& block, const row_groups& groups, int64_t rows, int64_t* before)
+{
+    constexpr int lanes = 32;
+    const int lane = block.thread() % lanes;
+    const int64_t experts = groups.experts(), each = ceil_div(experts, lanes);
+    const int64_t first = lane * each < experts ? lane * each : experts, last = first + each < experts ? first + each : experts;
+    const auto tiles = [&](int64_t e) { return ceil_div(row_range::of(groups, e).count, rows); };
+    std::uint32_t sum = 0; // of this lane and those below it
+    for (int64_t e = first; e < last; ++e) sum += static_cast<std::uint32_t>(tiles(e));
+    const std::uint32_t own = sum;
+    for (int distance = 1; distance < lanes; distance *= 2) {
+        const std::uint32_t below = block.broadcast(sum, lane >= distance ? lane - distance : lane);
+        if (lane >= distance) sum += below;
+    }
+    int64_t total = sum - own;
+    for (int64_t e = first; e < last; ++e) {
+        before[e] = total;
+        total += tiles(e);
+    }
+    if (lane == lanes - 1) before[experts] = sum;
+}
+
 /// Tiles of rows before each expert, and where a tile of all of them is.
 struct row_tiles {
     row_groups groups;

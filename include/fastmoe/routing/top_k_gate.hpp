@@ -38,6 +38,7 @@ struct choose_row {
     int32_t* experts;               // (T,K)
     int32_t* before;                // (T,K)  the same, for what capacity will drop; or experts itself
     Real* weights;                  // (T,K)
+    Real* losses;                   // (2)    cleared by token 0's team; or null
     Score score;
     Select select;
     Weigh weigh;
@@ -56,6 +57,7 @@ struct choose_row {
         Real* weight = weights + t * k;
         const Real* l = logits.data_handle() + t * all;
         const bool open = !mask || mask[t] != 0;
+        if (losses && t == 0) team.for_each(2, [to = losses](int64_t i) { to[i] = Real(0); });
         if constexpr (best_is_first) {
             if (open) {
                 select(team, plain_logits<Real>{l}, all, k, chosen);
@@ -148,6 +150,7 @@ struct top_k_gate {
             finish(ex, in, c, state, measure);
             scratch.require(measure.bytes());
             choose(ex, in, state);
+            if (state.routing.tokens > 0 && !has_loss(in.mode)) return apply_capacity(ex, capacity, state.routing, c, scratch);
         }
         finish(ex, in, c, state, scratch);
     }
@@ -180,8 +183,8 @@ struct top_k_gate {
     void finish(Executor& ex, const gate_input<T>& in, const Communicator& c, const top_k_state<Real>& state,
                 arena& scratch) const
     {
-        const bool live = !scratch.measuring(), training = in.mode == gate_mode::training;
-        if (training && has_loss())
+        const bool live = !scratch.measuring();
+        if (has_loss(in.mode))
             router_losses_forward(ex, score, gate_logits<Real>{in.logits, in.mask}, state.routing.experts, k, balance,
                                   z, c, router_losses<Real>{state.losses, state.slopes}, scratch);
         else if (live) for_each(ex, 2, detail::fill<Real>{state.losses.data_handle(), Real(0)});
@@ -243,6 +246,7 @@ private:
     }
 
     bool has_loss() const noexcept { return balance.coefficient != 0 || z.coefficient != 0; }
+    bool has_loss(gate_mode mode) const noexcept { return mode == gate_mode::training && has_loss(); }
 
     void check_training() const
     {
@@ -258,7 +262,8 @@ private:
             ex, state.routing.tokens,
             detail::choose_row<Real, Score, Select, Weigh>{
                 in.logits, pointer_or_null(in.mask), state.routing.experts.data_handle(), state.chosen.data_handle(),
-                state.routing.weights.data_handle(), score, select, weigh, k, static_cast<Real>(scale)},
+                state.routing.weights.data_handle(), has_loss(in.mode) ? nullptr : state.losses.data_handle(), score, select,
+                weigh, k, static_cast<Real>(scale)},
             select.template scratch_bytes<Real>(experts, k));
     }
 };
