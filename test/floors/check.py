@@ -27,6 +27,7 @@ FLOORS = {
 # A tuned twin in cuda/ stands where the header does whose verbs it specializes.
 TWINS = {
     "cuda_check": "exec",
+    "kernel_order": "exec",
     "cuda_memory": "exec",
     "cuda_block": "exec",
     "cuda_cluster": "exec",

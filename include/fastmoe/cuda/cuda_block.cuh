@@ -6,7 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <fastmoe/core/dtype.hpp>
-#include <fastmoe/cuda/cuda_check.cuh>
+#include <fastmoe/cuda/kernel_order.cuh>
 #include <fastmoe/exec/block.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI::detail::inline FASTMOE_CUDA_ABI {
@@ -112,18 +112,6 @@ private:
 
 static_assert(thread_block<device_block>);
 
-/// Whether every architecture that this is compiled for has the instructions.
-constexpr bool compiled_for_blocks() noexcept
-{
-#if defined(__CUDA_ARCH_LIST__)
-    for (const int architecture : {__CUDA_ARCH_LIST__})
-        if (architecture < 800) return false;
-    return true;
-#else
-    return false;
-#endif
-}
-
 /// What was compiled for devices before 8.0 alone ends the kernel with an error: it has no
 /// instructions for it, and has_blocks() keeps it from being called on such a device.
 template <class F>
@@ -132,6 +120,7 @@ __global__ void __launch_bounds__(block_threads, F::resident) run_blocks([[maybe
     extern __shared__ __align__(128) unsigned char fastmoe_shared[];
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     device_block block{reinterpret_cast<std::byte*>(fastmoe_shared)};
+    wait_for_kernels();
     f(block);
 #elif defined(__CUDA_ARCH__)
     __trap();

@@ -8,6 +8,7 @@
 
 #include <fastmoe/core/dtype.hpp>
 #include <fastmoe/cuda/cuda_check.cuh>
+#include <fastmoe/cuda/kernel_order.cuh>
 #include <fastmoe/cuda/warpgroup_product.cuh>
 #include <fastmoe/exec/cluster.hpp>
 
@@ -246,6 +247,7 @@ __global__ void __launch_bounds__(FASTMOE_HAS_CLUSTERS ? cluster_block_threads :
     extern __shared__ __align__(1024) unsigned char fastmoe_cluster_shared[];
     device_cluster<F::cluster> block{reinterpret_cast<std::byte*>(fastmoe_cluster_shared)};
     block.memory += (1024 - block.address(block.memory) % 1024) % 1024;
+    wait_for_kernels();
     f(block);
 #elif defined(__CUDA_ARCH__)
     __trap();

@@ -15,6 +15,13 @@
 
 namespace fastmoe::inline FASTMOE_ABI::inline FASTMOE_CUDA_ABI {
 
+struct cuda_options {
+    /// Let a kernel be launched while the one before it ends, so that less time passes between them: what CUDA calls
+    /// programmatic dependent launch. Results and order are the same. Of compute capability 9.0 and later, where no earlier
+    /// architecture is compiled for; without effect elsewhere.
+    bool programmatic_launch = false;
+};
+
 /// The GPU executor: a stream of the device that is current when it is made, memory in the order of that stream, and a
 /// record of faults. Several live side by side, on streams and devices of their own; nothing is shared between them.
 ///
@@ -32,7 +39,8 @@ public:
     /// @param memory  null: a pool of the executor's own (cuda_memory). Must give memory of the device in the order of the
     ///                stream, and outlive the executor
     /// @throws cuda_error, out_of_memory
-    explicit cuda_executor(cudaStream_t stream = nullptr, memory_resource* memory = nullptr) : stream_(stream), memory_(memory)
+    explicit cuda_executor(cudaStream_t stream = nullptr, memory_resource* memory = nullptr, const cuda_options& options = {})
+        : stream_(stream), memory_(memory)
     {
         detail::cuda_check(cudaGetDevice(&device_), "cudaGetDevice");
         int major = 0;
@@ -40,6 +48,7 @@ public:
         detail::cuda_check(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device_), "cudaDeviceGetAttribute");
         has_blocks_ = major >= 8;
         has_warpgroups_ = major == 9;
+        overlaps_ = options.programmatic_launch && detail::compiled_for(900);
         if (has_warpgroups_) encoder_ = detail::find_tensor_map_encoder();
         if (!memory_) memory_ = &pool_.emplace(stream);
         void* pinned = nullptr;
@@ -113,7 +122,7 @@ public:
     }
     /// Whether the device is of compute capability 8.0 or later. Compiled for no other, there is no code for others.
     bool has_blocks() const noexcept { return has_blocks_; }
-    static constexpr bool always_has_blocks = detail::compiled_for_blocks();
+    static constexpr bool always_has_blocks = detail::compiled_for(800);
 
     /// As runs_clusters says.
     using box_map = CUtensorMap;
@@ -187,18 +196,25 @@ private:
         how.blockDim = dim3(static_cast<unsigned>(threads));
         how.dynamicSmemBytes = static_cast<std::size_t>(shared);
         how.stream = stream_;
-        cudaLaunchAttribute shape{};
-        shape.id = cudaLaunchAttributeClusterDimension;
-        shape.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-        how.attrs = &shape;
-        how.numAttrs = cluster > 1;
+        cudaLaunchAttribute said[2] = {};
+        how.attrs = said;
+        if (cluster > 1) {
+            cudaLaunchAttribute& shape = said[how.numAttrs++];
+            shape.id = cudaLaunchAttributeClusterDimension;
+            shape.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+        }
+        if (overlaps_) {
+            cudaLaunchAttribute& early = said[how.numAttrs++];
+            early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+            early.val.programmaticStreamSerializationAllowed = 1;
+        }
         detail::cuda_check(cudaLaunchKernelEx(&how, kernel, f, sizes...), "a kernel launch");
     }
 
     cudaStream_t stream_;
     memory_resource* memory_;
     int device_ = 0, multiprocessors_ = 0;
-    bool has_blocks_ = false, has_warpgroups_ = false;
+    bool has_blocks_ = false, has_warpgroups_ = false, overlaps_ = false;
     detail::tensor_map_encoder* encoder_ = nullptr; ///< where there are warpgroups
     std::optional<cuda_memory> pool_;
     buffer<fault_words, cuda_executor> record_;

@@ -9,7 +9,7 @@
 
 #include <cuda_runtime.h>
 
-#include <fastmoe/cuda/cuda_check.cuh>
+#include <fastmoe/cuda/kernel_order.cuh>
 #include <fastmoe/exec/wide_team.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI::detail::inline FASTMOE_CUDA_ABI {
@@ -66,12 +66,12 @@ struct device_lanes {
     }
 };
 
-
 /// Four elements a thread, a block apart: what a warp touches at one time is contiguous.
 template <class F>
 __global__ void __launch_bounds__(256) run_elements(const __grid_constant__ F f, const int64_t n)
 {
     constexpr int each = 4, block = 256;
+    wait_for_kernels();
     for (int64_t base = int64_t{blockIdx.x} * (each * block); base < n; base += int64_t{gridDim.x} * (each * block))
         for (int j = 0; j < each; ++j) {
             const int64_t i = base + j * block + threadIdx.x;
@@ -95,6 +95,7 @@ __global__ void __launch_bounds__(256, resident_blocks<F>)
     extern __shared__ __align__(128) unsigned char fastmoe_shared[];
     auto* shared = reinterpret_cast<std::byte*>(fastmoe_shared);
     const unsigned teams = blockDim.x / lanes, own = threadIdx.x / lanes;
+    wait_for_kernels();
     std::byte* scratch = shared + (teams == 1 ? device_lanes::slot_bytes : own * scratch_bytes);
     for (int64_t row = int64_t{blockIdx.x} * teams + own; row < n; row += int64_t{gridDim.x} * teams) {
         wide_team<device_lanes> team({lanes, shared}, scratch);
