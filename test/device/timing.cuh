@@ -1,6 +1,7 @@
 // SPDX-FileCopyrightText: The FastMoE authors
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-/// What the programs that measure a GPU share: times of events, random values, and whether gemm::hopper runs here.
+/// What the programs that measure a GPU share: times of events, of calls and of captured graphs, random values, and whether
+/// gemm::hopper runs here.
 #pragma once
 
 #include <algorithm>
@@ -64,6 +65,27 @@ double milliseconds_of(fm::cuda_executor& ex, int rounds, const Body& body)
         if (round >= 0) times.push_back(took);
     }
     return median(times);
+}
+
+/// The median time of one of the replays of a graph, in which body()'s call stands alone: what an engine pays for a step whose
+/// calls the host has prepared.
+template <class Body>
+double captured_milliseconds_of(fm::cuda_executor& ex, int rounds, const Body& body)
+{
+    constexpr int at_once = 20;
+    ex.synchronize();
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t ready = nullptr;
+    fm::detail::cuda_check(cudaStreamBeginCapture(ex.stream(), cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
+    body();
+    fm::detail::cuda_check(cudaStreamEndCapture(ex.stream(), &graph), "cudaStreamEndCapture");
+    fm::detail::cuda_check(cudaGraphInstantiate(&ready, graph, 0), "cudaGraphInstantiate");
+    const double all = milliseconds_of(ex, rounds, [&] {
+        for (int i = 0; i < at_once; ++i) fm::detail::cuda_check(cudaGraphLaunch(ready, ex.stream()), "cudaGraphLaunch");
+    });
+    cudaGraphExecDestroy(ready);
+    cudaGraphDestroy(graph);
+    return all / at_once;
 }
 
 /// Uniform in [-scale, scale).

@@ -214,6 +214,27 @@ TEST_CASE("so it does with products of codes, which are quantized in the workspa
     CHECK(device.box_bytes > 100000); // the weights' codes, too
 }
 
+TEST_CASE("a step of decoding is six launches: logits, choices, plan, two products, combine")
+{
+    support::fiber_clusters<support::fiber_blocks<support::queued>> device;
+    const auto launches = [&](int64_t few, gated_layout layout) {
+        using expert = mlp<swiglu, gemm::hopper>;
+        const moe_layer layer{top_k_gate<softmax_score>{.experts = 8, .k = 2}, expert{.width = width, .hidden = 16, .layout = layout}, self{}};
+        const auto weights = random_weights<bfloat16>(device, layer, 1);
+        buffer<bfloat16, decltype(device)> x(device, few * width), y(device, few * width);
+        buffer<std::byte, decltype(device)> memory(device, layer.infer_bytes<bfloat16>(device, few, width));
+        const auto graph = device.capture([&] {
+            arena a(memory.view());
+            layer.infer(device, x.matrix(few, width), weights.view(), y.matrix(few, width), a);
+        });
+        return graph.size();
+    };
+    for (const int64_t few : {1, 8, 32}) {
+        CHECK(launches(few, gated_layout::interleaved) == 6);
+        CHECK(launches(few, gated_layout::concatenated) == 7); // activations, row by row
+    }
+}
+
 TEST_CASE("other gates wait for nothing either; a replay draws what its step says")
 {
     support::queued device;
