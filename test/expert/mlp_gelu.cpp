@@ -7,7 +7,7 @@ using namespace fastmoe;
 
 FASTMOE_MLP_TEST("the exact GELU", gelu)
 
-#if !defined(FASTMOE_UNDER_TSAN) // which does not know of fibers
+#if FASTMOE_RUNS_WARPS
 TEST_CASE_TEMPLATE("an mlp gives the oracle's values and gradients on a GPU's teams, with rows in lines and without", T, FASTMOE_DTYPES)
 {
     FASTMOE_SEEDED(r, 37);

@@ -22,13 +22,6 @@ namespace {
 constexpr fm::drop_order orders[] = {fm::drop_order::token_major, fm::drop_order::choice_major, fm::drop_order::by_weight};
 constexpr fm::capacity_scope all_ranks = fm::capacity_scope::all_ranks;
 
-template <class Executor>
-Executor executor_of_rank(int threads = 1)
-{
-    if constexpr (std::is_same_v<Executor, fm::host_executor>) return fm::host_executor({.threads = threads});
-    else return Executor();
-}
-
 /// Where each rank's tokens begin; some ranks have none.
 std::vector<int64_t> cuts(support::random& rng, int ranks, int64_t tokens)
 {
@@ -88,7 +81,7 @@ TEST_CASE_TEMPLATE("1 to 4 ranks drop what one rank drops of the joined batch, i
                 std::vector<support::choices<Real>> after(ranks);
                 for (int r = 0; r < ranks; ++r) after[r] = part_of(before, from[r], from[r + 1]);
                 fm::run_ranks(ranks, [&](const fm::threads& c) {
-                    auto ex = executor_of_rank<executor>(1 + c.rank() % 2);
+                    auto ex = support::executor_of_thread<executor>(1 + c.rank() % 2);
                     apply(ex, bound, after[c.rank()], c);
                 });
                 std::size_t at = 0, wrong = 0;

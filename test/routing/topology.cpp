@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <memory>
 #include <set>
 #include <string>
 
@@ -111,10 +110,7 @@ TEST_CASE_TEMPLATE("of the choices that leave a node the most probable stay with
                 const double ratio = rng.one_of(0.0, 0.05, 0.3, 1.12, 10.0);
                 const auto seed = rng.bits();
                 fm::run_ranks(ranks, [&](const fm::threads& c) {
-                    const auto ex = [] {
-                        if constexpr (support::takes_turns<executor>) return std::make_unique<executor>();
-                        else return std::make_unique<executor>(fm::host_options{.threads = 1});
-                    }();
+                    auto ex = support::executor_of_thread<executor>();
                     support::random own(seed + static_cast<std::uint64_t>(c.rank()));
                     setup s{ranks * each, k, own.integer(0, small ? 8 : 60), 0, 0, 0, {}, {}};
                     const int64_t node = c.rank() / per_node;
@@ -127,7 +123,7 @@ TEST_CASE_TEMPLATE("of the choices that leave a node the most probable stay with
                     fm::topology_gate gate{.experts = s.experts, .k = k};
                     gate.assignment = {.workers_per_node = per_node, .network_over_local = ratio, .counts = counts};
                     for (auto mode : {fm::gate_mode::training, fm::gate_mode::inference}) {
-                        const support::gate_run got(*ex, gate, s.tokens, support::narrowed<Real>(s.logits),
+                        const support::gate_run got(ex, gate, s.tokens, support::narrowed<Real>(s.logits),
                                                     std::vector<Real>(s.tokens * k, Real(1)), mode, s.mask, 1.0,
                                                     support::gate_extras{}, c);
                         REQUIRE_EQ(got.experts, expected(s, counts));

@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include <fastmoe/core/dtype.hpp>
@@ -60,6 +61,15 @@ struct cell : column<Executor> {
     using executor = Executor;
     using type = T;
 };
+
+/// The executor of a rank that is a thread.
+template <class Executor>
+Executor executor_of_thread(int threads = 1)
+{
+    if constexpr (std::is_same_v<Executor, fastmoe::host_executor>) return fastmoe::host_executor({.threads = threads});
+    else if constexpr (requires { column<Executor>::make_for_rank(); }) return column<Executor>::make_for_rank();
+    else return column<Executor>::make();
+}
 
 /// f() may touch the executor's memory, which only its own loops may touch otherwise.
 template <class Executor, class F>

@@ -110,7 +110,7 @@ struct joined {
     {
         std::vector<part<T>> parts(static_cast<std::size_t>(d.ranks()));
         run_ranks(d.ranks(), [&](const threads& c) {
-            Executor ex = make_executor();
+            Executor ex = support::executor_of_thread<Executor>();
             const auto parallel = make(c);
             const int64_t first = d.cuts[c.rank()], own = d.cuts[c.rank() + 1] - first;
             parts[c.rank()] = run_rank(ex, parallel, d, first, own);
@@ -260,12 +260,6 @@ struct joined {
     }
 
 private:
-    static Executor make_executor()
-    {
-        if constexpr (std::is_same_v<Executor, host_executor>) return host_executor({.threads = 1});
-        else if constexpr (requires { Cell::make_for_rank(); }) return Cell::make_for_rank();
-        else return Cell::make();
-    }
     static int64_t largest(const division& d)
     {
         int64_t most = 0;

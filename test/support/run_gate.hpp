@@ -14,10 +14,16 @@
 #include "poison.hpp"
 #include "warps.hpp"
 
-/// The executors with the two types that logits come in; teams of a GPU's shape in float.
+/// The executors with the two types that logits come in; teams of a GPU's shape in float, and where there is a GPU its own.
+#if defined(FASTMOE_TEST_CUDA)
+#define FASTMOE_LOGIT_CELLS                                                                                           \
+    ::support::cell<::fastmoe::host_executor, double>, ::support::cell<::fastmoe::cuda_executor, double>,             \
+        ::support::cell<::fastmoe::cuda_executor, float>
+#else
 #define FASTMOE_LOGIT_CELLS                                                                                           \
     ::support::cell<::fastmoe::host_executor, double>, ::support::cell<::fastmoe::host_executor, float>,              \
         ::support::cell<::support::lanes, double>, ::support::cell<::support::warps_or_lanes, float>
+#endif
 
 namespace support {
 

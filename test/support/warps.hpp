@@ -5,6 +5,10 @@
 /// that do not meet, scratch beyond the hint, and, since another lane begins each time, many a missing sync().
 #pragma once
 
+#include "executors.hpp"
+
+#if !defined(FASTMOE_TEST_CUDA) // nvcc takes no fibers
+
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -12,7 +16,6 @@
 #include <fastmoe/exec/host_faults.hpp>
 #include <fastmoe/exec/wide_team.hpp>
 
-#include "executors.hpp"
 #include "fibers.hpp"
 
 namespace support {
@@ -147,11 +150,14 @@ struct column<warps> {
 };
 
 } // namespace support
+#endif
 
-#if defined(FASTMOE_UNDER_TSAN) // which does not know of fibers
+#if defined(FASTMOE_UNDER_TSAN) || defined(FASTMOE_TEST_CUDA) // ThreadSanitizer does not know of fibers
+#define FASTMOE_RUNS_WARPS 0
 #define FASTMOE_CELLS_AND_WARPS FASTMOE_CELLS
 #define FASTMOE_EXECUTORS_AND_WARPS FASTMOE_EXECUTORS
 #else
+#define FASTMOE_RUNS_WARPS 1
 /// FASTMOE_CELLS, and this executor with each dtype.
 #define FASTMOE_CELLS_AND_WARPS FASTMOE_CELLS, FASTMOE_COLUMN(::support::warps)
 /// FASTMOE_EXECUTORS, and this one.
@@ -159,9 +165,9 @@ struct column<warps> {
 #endif
 
 namespace support {
-#if defined(FASTMOE_UNDER_TSAN)
-using warps_or_lanes = lanes;
-#else
+#if FASTMOE_RUNS_WARPS
 using warps_or_lanes = warps;
+#else
+using warps_or_lanes = lanes;
 #endif
 } // namespace support

@@ -66,8 +66,12 @@ struct device_cluster {
     FASTMOE_HOST_DEVICE void sync_cluster() const noexcept
     {
 #if FASTMOE_HAS_CLUSTERS
-        __syncwarp();
-        asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+        if constexpr (size == 1) {
+            __syncthreads();
+        } else {
+            __syncwarp();
+            asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+        }
 #endif
     }
     /// Of the block's scope alone: what it tells others is that products are done with their operands, which wait_products()
@@ -75,10 +79,13 @@ struct device_cluster {
     FASTMOE_HOST_DEVICE void arrive([[maybe_unused]] barrier_word* w, [[maybe_unused]] int rank) const noexcept
     {
 #if FASTMOE_HAS_CLUSTERS
-        asm volatile("{\n\t.reg .b32 there;\n\tmapa.shared::cluster.u32 there, %0, %1;\n\t"
-                     "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t}" ::"r"(address(w)),
-                     "r"(rank)
-                     : "memory");
+        if constexpr (size == 1)
+            asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(w)) : "memory");
+        else
+            asm volatile("{\n\t.reg .b32 there;\n\tmapa.shared::cluster.u32 there, %0, %1;\n\t"
+                         "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t}" ::"r"(address(w)),
+                         "r"(rank)
+                         : "memory");
 #endif
     }
     FASTMOE_HOST_DEVICE void expect([[maybe_unused]] barrier_word* w, [[maybe_unused]] int bytes) const noexcept
