@@ -10,6 +10,7 @@ using namespace fastmoe;
 TEST_CASE_TEMPLATE("weights and gradients in any layout give the oracle's values and gradients, in workspaces that fit to the byte", Cell,
                    FASTMOE_CELLS)
 {
+    FASTMOE_NEEDS(Cell);
     FASTMOE_SEEDED(r, 45);
     for (const auto order : {gated_layout::concatenated, gated_layout::interleaved})
         compare_layer::layouts<Cell>(r, top_k_gate<>{.experts = 4, .k = 2}, [&](int64_t width, int64_t hidden) {

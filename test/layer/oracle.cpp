@@ -44,6 +44,7 @@ fastmoe::capacity random_capacity(support::random& r)
 
 TEST_CASE_TEMPLATE("a layer with softmax over the chosen gives the oracle's values and gradients", Cell, FASTMOE_CELLS)
 {
+    FASTMOE_NEEDS(Cell);
     FASTMOE_SEEDED(r, 41);
     for (int round = 0; round < 16; ++round) {
         CAPTURE(round);
@@ -57,6 +58,7 @@ TEST_CASE_TEMPLATE("a layer with softmax over the chosen gives the oracle's valu
 
 TEST_CASE_TEMPLATE("a layer with softmax before the choice gives the oracle's values and gradients", Cell, FASTMOE_CELLS)
 {
+    FASTMOE_NEEDS(Cell);
     FASTMOE_SEEDED(r, 42);
     for (int round = 0; round < 16; ++round) {
         CAPTURE(round);
@@ -70,6 +72,7 @@ TEST_CASE_TEMPLATE("a layer with softmax before the choice gives the oracle's va
 
 TEST_CASE_TEMPLATE("the corners of the shape give the oracle's values and gradients", Cell, FASTMOE_CELLS)
 {
+    FASTMOE_NEEDS(Cell);
     FASTMOE_SEEDED(r, 44);
     compare_layer::corners<Cell>(r, [](int64_t width, int64_t hidden) {
         return mlp<gelu>{.width = width, .hidden = hidden, .biases = true};

@@ -82,6 +82,7 @@ constexpr double infinite = std::numeric_limits<double>::infinity(), no_number =
 
 TEST_CASE_TEMPLATE("a padding token may hold NaN and infinities: all else is that of the batch without it", Cell, FASTMOE_CELLS)
 {
+    FASTMOE_NEEDS(Cell);
     FASTMOE_SEEDED(r, 81);
     for (const double value : {no_number, infinite, -infinite})
         for (const bool all_columns : {false, true}) {
@@ -93,6 +94,7 @@ TEST_CASE_TEMPLATE("a padding token may hold NaN and infinities: all else is tha
 
 TEST_CASE_TEMPLATE("a token without a finite or +Inf logit is left out of everything, without a mask too", Cell, FASTMOE_CELLS)
 {
+    FASTMOE_NEEDS(Cell);
     FASTMOE_SEEDED(r, 82);
     for (const double value : {no_number, infinite, -infinite}) {
         CAPTURE(value);
@@ -103,6 +105,7 @@ TEST_CASE_TEMPLATE("a token without a finite or +Inf logit is left out of everyt
 
 TEST_CASE_TEMPLATE("a token that is routed by a logit of +Inf spoils its own experts' gradients and no other token's values", Cell, FASTMOE_CELLS)
 {
+    FASTMOE_NEEDS(Cell);
     using T = typename Cell::type;
     FASTMOE_SEEDED(r, 83);
     batch<Cell> b(r, {.experts = experts, .k = 2});

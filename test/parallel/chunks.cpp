@@ -45,7 +45,7 @@ TEST_CASE_TEMPLATE("chunks give the joined batch's outputs and gradients, more o
 
 TEST_CASE_TEMPLATE("with the caller's workspaces, and without an executor beside", Cell, FASTMOE_EXECUTORS)
 {
-    if (!Cell::available()) FASTMOE_SKIP("no device for ", Cell::name);
+    FASTMOE_NEEDS(Cell);
     FASTMOE_SEEDED(rng, 542);
     const auto batch = ranked::join<Cell>(rng, small_gate, small_expert, 14);
     const bool host = std::is_same_v<typename Cell::executor, host_executor>;

@@ -71,7 +71,7 @@ TEST_CASE_TEMPLATE("no token at all, one token, and all tokens on one expert", C
 
 TEST_CASE_TEMPLATE("teams of many lanes, whose memory the host does not read, give the same", Cell, FASTMOE_EXECUTORS)
 {
-    if (!Cell::available()) FASTMOE_SKIP("no device for ", Cell::name);
+    FASTMOE_NEEDS(Cell);
     FASTMOE_SEEDED(rng, 505);
     const auto batch = ranked::join<Cell>(rng, small_gate, small_expert, 12);
     batch.check({.cuts = {0, 7, 12}}, plain);

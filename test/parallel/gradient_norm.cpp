@@ -38,7 +38,7 @@ constexpr double not_a_number = std::numeric_limits<double>::quiet_NaN();
 TEST_CASE_TEMPLATE("the norm counts every parameter of the model once, on every grid, and is the same on all ranks to the bit",
                    Cell, FASTMOE_EXECUTORS)
 {
-    if (!Cell::available()) FASTMOE_SKIP("no device for ", Cell::name);
+    FASTMOE_NEEDS(Cell);
     FASTMOE_SEEDED(rng, 511);
     for (int ranks : {1, 2, 3, 4, 8})
         for (const scene::grid g : scene::grids(ranks)) {
@@ -178,7 +178,7 @@ TEST_CASE("ranks that clip differently, or by different lists, are an error on a
 
 TEST_CASE_TEMPLATE("one number that is not finite, anywhere, is what all ranks hear of", Cell, FASTMOE_CELLS)
 {
-    if (!Cell::available()) FASTMOE_SKIP("no device for ", Cell::name);
+    FASTMOE_NEEDS(Cell);
     using G = typename Cell::type;
     FASTMOE_SEEDED(rng, 514);
     const double largest = std::is_same_v<G, fm::half> ? 65504 : 3e38;

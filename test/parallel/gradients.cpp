@@ -78,7 +78,7 @@ std::vector<std::string> all_say(int ranks, const Body& body)
 TEST_CASE_TEMPLATE("gradients of R ranks with unequal tokens become those of the joined batch, for every grid and type",
                    Cell, FASTMOE_EXECUTORS)
 {
-    if (!Cell::available()) FASTMOE_SKIP("no device for ", Cell::name);
+    FASTMOE_NEEDS(Cell);
     FASTMOE_SEEDED(rng, 501);
     for (int ranks : {1, 2, 3, 4, 8})
         for (const scene::grid g : scene::grids(ranks)) {

@@ -63,7 +63,7 @@ TEST_CASE_TEMPLATE("so do workspaces, rows that are fetched again, capacities an
 
 TEST_CASE_TEMPLATE("on teams of many lanes too", Cell, FASTMOE_EXECUTORS)
 {
-    if (!Cell::available()) FASTMOE_SKIP("no device for ", Cell::name);
+    FASTMOE_NEEDS(Cell);
     FASTMOE_SEEDED(rng, 513);
     const auto batch = ranked::join<Cell>(rng, small_gate, small_expert, 10);
     const ranked::division d{.cuts = {0, 6, 10}};

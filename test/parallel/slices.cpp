@@ -40,7 +40,7 @@ TEST_CASE_TEMPLATE("slices of a hidden width add up to the expert, for every exc
 
 TEST_CASE_TEMPLATE("slices do so on teams of many lanes", Cell, FASTMOE_EXECUTORS)
 {
-    if (!Cell::available()) FASTMOE_SKIP("no device for ", Cell::name);
+    FASTMOE_NEEDS(Cell);
     FASTMOE_SEEDED(rng, 522);
     const auto batch = ranked::join<Cell>(rng, small_gate, small_expert, 11);
     const ranked::division d{.cuts = {0, 4, 4, 9, 11}, .slices = 2};

@@ -57,6 +57,7 @@ void apply(Executor& ex, const fm::capacity& bound, support::choices<Real>& c, c
 
 TEST_CASE_TEMPLATE("1 to 4 ranks drop what one rank drops of the joined batch, in every order", Cell, FASTMOE_LOGIT_CELLS)
 {
+    FASTMOE_NEEDS(Cell);
     using Real = typename Cell::type;
     using executor = typename Cell::executor;
     FASTMOE_SEEDED(rng, 71);

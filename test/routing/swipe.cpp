@@ -117,14 +117,10 @@ std::vector<std::vector<int32_t>> run(const setup& s, fm::gate_mode mode = fm::g
 {
     std::vector<std::vector<int32_t>> out(s.ranks);
     fm::run_ranks(s.ranks, [&](const fm::threads& c) {
-        const auto ex = [] {
-            if constexpr (std::is_same_v<Executor, fm::host_executor>)
-                return std::make_unique<fm::host_executor>(fm::host_options{.threads = 1});
-            else return std::make_unique<Executor>();
-        }();
+        auto ex = support::executor_of_thread<Executor>();
         const int r = c.rank();
         const fm::swipe_gate gate{.experts = s.experts, .k = s.k};
-        const support::gate_run got(*ex, gate, s.tokens[r], support::narrowed<Real>(s.logits[r]),
+        const support::gate_run got(ex, gate, s.tokens[r], support::narrowed<Real>(s.logits[r]),
                                     std::vector<Real>(s.tokens[r] * s.k, Real(1)), mode, s.masks[r], 1.0,
                                     support::gate_extras{}, c);
         out[r] = got.experts;
@@ -157,6 +153,7 @@ void no_expert_twice(const setup& s, const std::vector<std::vector<int32_t>>& id
 TEST_CASE_TEMPLATE("choices stay and move as one count after the other says, for 1 to 4 ranks, equal or not", Cell,
                    FASTMOE_LOGIT_CELLS)
 {
+    FASTMOE_NEEDS(Cell);
     using Real = typename Cell::type;
     FASTMOE_SEEDED(rng, 101);
     const bool small = support::takes_turns<typename Cell::executor>;

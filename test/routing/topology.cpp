@@ -99,6 +99,7 @@ std::vector<int32_t> expected(const setup& s, fm::off_node_choices counts)
 TEST_CASE_TEMPLATE("of the choices that leave a node the most probable stay within the budget, for 1, 2 and 4 ranks", Cell,
                    FASTMOE_LOGIT_CELLS)
 {
+    FASTMOE_NEEDS(Cell);
     using Real = typename Cell::type;
     using executor = typename Cell::executor;
     FASTMOE_SEEDED(rng, 111);

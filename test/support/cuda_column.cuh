@@ -43,12 +43,14 @@ struct cuda_column {
     }
     static fastmoe::cuda_executor make()
     {
+        (void)available(); // the heap has been started
         static managed_memory memory;
         return fastmoe::cuda_executor(nullptr, &memory);
     }
     /// For a rank that is a thread: on the thread's own stream, beside those of the others.
     static fastmoe::cuda_executor make_for_rank()
     {
+        (void)available();
         static managed_memory memory;
         return fastmoe::cuda_executor(cudaStreamPerThread, &memory);
     }

@@ -126,7 +126,11 @@ std::vector<std::remove_const_t<T>> download(Executor& ex, ::cuda::std::mdspan<T
 /// The dtypes alone.
 #define FASTMOE_DTYPES double, float, ::fastmoe::bfloat16, ::fastmoe::half
 
-/// Declares the cell's executor. Without its device the test case ends here and counts as skipped.
+/// Without the cell's device the test case ends here and counts as skipped.
+#define FASTMOE_NEEDS(...)                                                                                            \
+    if (!__VA_ARGS__::available()) FASTMOE_SKIP("no device for ", __VA_ARGS__::name)
+
+/// The same, and declares the cell's executor.
 #define FASTMOE_EXECUTOR(ex, ...)                                                                                     \
-    if (!__VA_ARGS__::available()) FASTMOE_SKIP("no device for ", __VA_ARGS__::name);                                 \
+    FASTMOE_NEEDS(__VA_ARGS__);                                                                                       \
     auto ex = __VA_ARGS__::make()
