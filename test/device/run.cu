@@ -17,7 +17,7 @@ using fm::int64_t;
 
 namespace {
 
-constexpr int64_t tokens = 256, width = 64;
+constexpr int64_t width = 64;
 int wrong = 0;
 
 void check(bool holds, const char* what, double found = 0)
@@ -59,13 +59,14 @@ template <class T, class Executor, class Gemm>
 struct step {
     using layer_type = layer_of<Gemm>;
     Executor& ex;
+    int64_t tokens;
     layer_type layer = make_layer<Gemm>();
     fm::owned_weights_t<T, layer_type, Executor> weights, gradients;
     fm::buffer<T, Executor> x, y, dy, dx, inferred;
     fm::buffer<std::byte, Executor> memory, scratch;
 
-    explicit step(Executor& e)
-        : ex(e), weights(fm::random_weights<T>(e, layer, 1)), gradients(fm::zero_weights<T>(e, layer)), x(e, tokens * width),
+    step(Executor& e, int64_t n)
+        : ex(e), tokens(n), weights(fm::random_weights<T>(e, layer, 1)), gradients(fm::zero_weights<T>(e, layer)), x(e, tokens * width),
           y(e, tokens * width), dy(e, tokens * width), dx(e, tokens * width), inferred(e, tokens * width),
           memory(e, layer.template forward_bytes<T>(e, tokens, width)),
           scratch(e, layer.template backward_bytes<T>(e, tokens, width) + layer.template infer_bytes<T>(e, tokens, width))
@@ -83,7 +84,7 @@ struct step {
     void run()
     {
         fm::arena a(memory.view()), b(scratch.view());
-        const auto matrix = [](auto& m) { return m.matrix(tokens, width); }; // (T,D)
+        const auto matrix = [this](auto& m) { return m.matrix(tokens, width); }; // (T,D)
         const auto saved = layer.forward(ex, matrix(x), weights.view(), matrix(y), a);
         layer.backward(ex, saved, matrix(dy), weights.view(), matrix(dx), gradients.view(), b);
         layer.infer(ex, matrix(x), weights.view(), matrix(inferred), b);
@@ -100,13 +101,19 @@ struct step {
     }
 };
 
+struct how_to_compare {
+    int replays = 2;
+    int64_t tokens = 256;
+    fm::cuda_options options{};
+};
+
 template <class T, class Gemm = fm::gemm::portable>
-void compare(cudaStream_t stream, const char* dtype, double bound, int replays = 2)
+void compare(cudaStream_t stream, const char* dtype, double bound, const how_to_compare& how = {})
 {
-    fm::cuda_executor gpu{stream};
+    fm::cuda_executor gpu{stream, nullptr, how.options};
     fm::host_executor cpu;
-    step<T, fm::cuda_executor, Gemm> a(gpu);
-    step<T, fm::host_executor, Gemm> b(cpu);
+    step<T, fm::cuda_executor, Gemm> a(gpu, how.tokens);
+    step<T, fm::host_executor, Gemm> b(cpu, how.tokens);
     a.fill(0);
     b.fill(0);
     a.run();
@@ -128,7 +135,7 @@ void compare(cudaStream_t stream, const char* dtype, double bound, int replays =
     a.run();
     fm::detail::cuda_check(cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture");
     fm::detail::cuda_check(cudaGraphInstantiate(&program, graph, 0), "cudaGraphInstantiate");
-    for (int seed = 1; seed <= replays; ++seed) {
+    for (int seed = 1; seed <= how.replays; ++seed) {
         a.fill(seed);
         fm::detail::cuda_check(cudaGraphLaunch(program, stream), "cudaGraphLaunch");
         const auto replayed = a.results();
@@ -180,8 +187,14 @@ int main()
     compare<fm::bfloat16>(stream, "bfloat16", 4e-2);
     compare<fm::half>(stream, "float16", 5e-3);
 #if defined(FASTMOE_TEST_CUDA) // minutes of compiling, for who can run it
-    compare<fm::bfloat16, fm::gemm::hopper>(stream, "bfloat16, hopper", 4e-2, 1000);
-    compare<fm::half, fm::gemm::hopper>(stream, "float16, hopper", 5e-3, 1000);
+    compare<fm::bfloat16, fm::gemm::hopper>(stream, "bfloat16, hopper", 4e-2, {.replays = 1000});
+    compare<fm::half, fm::gemm::hopper>(stream, "float16, hopper", 5e-3, {.replays = 1000});
+    // As in decoding: features down, logits and plan of few tokens, kernels that begin early.
+    compare<fm::bfloat16, fm::gemm::hopper>(stream, "bfloat16, hopper, few tokens", 4e-2, {.replays = 100, .tokens = 24});
+    compare<fm::bfloat16, fm::gemm::hopper>(stream, "bfloat16, hopper, few tokens, early kernels", 4e-2,
+                                            {.replays = 100, .tokens = 24, .options = {.programmatic_launch = true}});
+    compare<fm::half, fm::gemm::hopper>(stream, "float16, hopper, early kernels", 5e-3, {.replays = 100, .options = {.programmatic_launch = true}});
+    compare<fm::bfloat16>(stream, "bfloat16, few tokens, early kernels", 4e-2, {.replays = 100, .tokens = 7, .options = {.programmatic_launch = true}});
 #endif
     faults(stream);
     check(staged_ranks::count_wrong_elements(int64_t{1} << 20) == 0, "staged ranks, in whole");
