@@ -6,13 +6,12 @@
 
 #include "support/compare_layer.hpp"
 #include "support/fiber_clusters.hpp"
-#include "support/warps.hpp"
 
 using namespace fastmoe;
 
 namespace {
 
-using clusters = support::fiber_clusters<support::warps>;
+using clusters = support::fiber_clusters<support::lanes>;
 using gate_type = top_k_gate<softmax_score>;
 
 /// The root of the mean square of the difference, in those of the expected numbers.
