@@ -45,8 +45,10 @@ std::vector<double> times_of(fm::cuda_executor& ex, const Gemm& gemm, int64_t ro
     const fm::plain_rows<bfloat16> xs{fm::matrix_view<const bfloat16>(x.data(), rows, in)}, dys{fm::matrix_view<const bfloat16>(dy.data(), rows, out)};
     const auto weights = fm::stacked(fm::tensor_view<const bfloat16, 3>(w.data(), experts, out, in));
     const auto gradients = fm::stacked(fm::tensor_view<bfloat16, 3>(dw.data(), experts, out, in));
-    fm::buffer<std::byte, fm::cuda_executor> memory(ex, int64_t{256} << 20);
     const auto time = [&](const auto& body) {
+        fm::arena query;
+        body(query);
+        fm::buffer<std::byte, fm::cuda_executor> memory(ex, query.bytes());
         return milliseconds_of(ex, 10, [&] {
             fm::arena a(memory.view());
             body(a);

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <string>
 
 namespace timing {
@@ -60,8 +61,12 @@ private:
         std::fflush(stdout);
         json_ += json_.empty() ? "\n  " : ",\n  ";
         json_ += line;
-        std::FILE* file = path_ ? std::fopen(path_, "w") : nullptr;
-        if (!file) return;
+        if (!path_) return;
+        std::FILE* file = std::fopen(path_, "w");
+        if (!file) {
+            std::fprintf(stderr, "cannot write '%s'\n", path_);
+            std::exit(1);
+        }
         std::fprintf(file, "[%s\n]\n", json_.c_str());
         std::fclose(file);
     }

@@ -66,12 +66,9 @@ struct device_cluster {
     FASTMOE_HOST_DEVICE void sync_cluster() const noexcept
     {
 #if FASTMOE_HAS_CLUSTERS
-        if constexpr (size == 1) {
-            __syncthreads();
-        } else {
-            __syncwarp();
-            asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-        }
+        __syncwarp();
+        if constexpr (size == 1) __syncthreads();
+        else asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
     }
     /// Of the block's scope alone: what it tells others is that products are done with their operands, which wait_products()
