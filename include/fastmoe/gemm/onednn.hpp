@@ -4,6 +4,8 @@
 /// Needs libdnnl with its OpenMP or its sequential runtime; link it, and the OpenMP runtime that it uses (libgomp).
 #pragma once
 
+#include <signal.h>
+
 #include <oneapi/dnnl/dnnl.h>
 
 #include <fastmoe/gemm/portable.hpp>
@@ -49,9 +51,32 @@ private:
     [[maybe_unused]] int before_ = 1;
 };
 
+/// While it lives, signals wait that come from outside of the thread. oneDNN's float kernels of AVX2 and AVX-512 keep the
+/// stack pointer in a block of the heap while they run, and the kernel would put a handler's frame over what lies before
+/// that block. Faults of the thread itself are delivered as ever.
+class signals_wait {
+public:
+    signals_wait() noexcept
+    {
+        sigset_t most;
+        ::sigfillset(&most);
+        for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGSYS, SIGABRT}) ::sigdelset(&most, fault);
+        ::pthread_sigmask(SIG_BLOCK, &most, &before_);
+    }
+    ~signals_wait() { ::pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+    signals_wait(const signals_wait&) = delete;
+    signals_wait& operator=(const signals_wait&) = delete;
+
+private:
+    sigset_t before_;
+};
+
 /// oneDNN's gemm as the call of a tile.
 struct call {
-    using guard = one_thread;
+    struct guard {
+        one_thread alone;
+        signals_wait undisturbed;
+    };
 
     template <class T>
     static void multiply(int64_t m, int64_t n, int64_t k, const tiled::factor<T>& a, const tiled::factor<T>& b,
@@ -96,7 +121,8 @@ struct onednn_limits {
 ///
 /// oneDNN computes float, and bfloat16 into bfloat16 or float: sums in float, rounded once, subnormal bfloat16 taken as
 /// zero. Other types, other executors, empty matrices and processors without AVX-512 bfloat16 go to portable. Nothing
-/// here allocates; oneDNN packs into a block of bounded size that it takes from malloc and frees in each call.
+/// here allocates; oneDNN packs into a block of bounded size that it takes from malloc and frees in each call. A signal
+/// that comes to a thread while it works on a tile waits until the tile is done.
 struct onednn {
     static constexpr bool gathers_rows = true;
     static constexpr bool fuses_epilogue = true;
