@@ -50,7 +50,7 @@ void bench_verbs(fm::cuda_executor& ex, figures& out)
     };
     const double of_hidden = 2.0 * static_cast<double>(choices) * static_cast<double>(s.hidden);
     moves("activation", 3 * of_hidden, [&] {
-        each_row(fm::detail::activate<fm::swiglu, bfloat16>{pre, a, columns, parts.expert_view(), true, {}});
+        each_row(fm::detail::activate<fm::swiglu, bfloat16>{pre, a, columns, parts.expert_view(), true, true, {}});
     });
     moves("activation, backward", 6 * of_hidden, [&] {
         each_row(fm::detail::activate_backward<fm::swiglu, bfloat16>{pre, a, dpre.matrix(slots, 2 * s.hidden), {gradients, plan.token_of}, {}, dweights.view(),

@@ -84,7 +84,7 @@ void both_products(session& to, layer& l, const char* slot, Candidates all, bool
         const coded_weights up(ex, layer::stack(l.up, s.experts, wide, s.width));
         const fm::block_scaled_rows<fm::indexed_rows<float8_e4m3>> rows{{x.codes.matrix(x.rows, x.width), in.x.index}, x.scales.matrix(x.rows, fm::scale_blocks(x.width))};
         compare_codes(to, all, what("x up, activated", s.width, wide), in.groups, rows, fm::indexed_rows<float>{x.floats.matrix(x.rows, x.width), in.x.index}, up,
-                      pre, fm::detail::activate<fm::swiglu, bfloat16>{pre, a, columns, in, false, {}}, l.a.view());
+                      pre, fm::detail::activate<fm::swiglu, bfloat16>{pre, a, columns, in, false, true, {}}, l.a.view());
     }
     coded rows(ex, a);
     const coded_weights down(ex, layer::stack(l.down, s.experts, s.width, s.hidden));

@@ -41,7 +41,7 @@ void tune_rows(session& to, layer& l)
     };
     compare(to, rows_candidates{}, what("x up, activated", s.width, wide), l.a.view(), [&](const auto& gemm, fm::arena& memory) {
         gemm.forward(ex, in.groups, in.x, up, no_bias, pre,
-                     fm::detail::activate<fm::swiglu, bfloat16>{pre, a, columns, in, false, {}}, memory);
+                     fm::detail::activate<fm::swiglu, bfloat16>{pre, a, columns, in, false, true, {}}, memory);
     });
     compare(to, rows_candidates{}, what("a down", s.hidden, s.width), l.y.view(), [&](const auto& gemm, fm::arena& memory) {
         gemm.forward(ex, in.groups, fm::plain_rows<bfloat16>{a}, down, no_bias, y, fm::no_epilogue{}, memory);

@@ -61,3 +61,47 @@ TEST_CASE_TEMPLATE("a layer of warpgroups' products is what the oracle says", T,
     matches_oracle<swiglu, T>(71);
     matches_oracle<gelu, T>(72);
 }
+
+TEST_CASE_TEMPLATE("an expert that keeps nothing does not write its pre-activation", T, bfloat16, fastmoe::half)
+{
+    FASTMOE_SEEDED(r, 73);
+    for (const int64_t slots : {int64_t{20}, int64_t{90}}) { // few rows, which are taken with the features down, and many
+        CAPTURE(slots);
+        constexpr int64_t width = 24, hidden = 32, up = 2 * hidden;
+        const mlp<swiglu, gemm::hopper> expert{.width = width, .hidden = hidden, .layout = gated_layout::interleaved};
+        const auto x = support::normal_vector<T>(r, slots * width), w1 = support::normal_vector<T>(r, 2 * up * width),
+                   w2 = support::normal_vector<T>(r, 2 * width * hidden);
+        const std::vector<float> weights(static_cast<std::size_t>(slots), 1.0f);
+        std::vector<int32_t> index(static_cast<std::size_t>(slots));
+        for (int64_t s = 0; s < slots; ++s) index[static_cast<std::size_t>(s)] = static_cast<int32_t>(s);
+        const std::vector<int32_t> counts{static_cast<int32_t>(slots / 3), static_cast<int32_t>(slots - slots / 3)};
+        const std::vector<int64_t> offsets{0, slots / 3, slots};
+        const expert_input<T> input{{as_matrix(x, slots, width), as_vector(index)},
+                                    {as_vector(counts), as_vector(offsets), slots}, as_vector(weights), as_vector(index)};
+        const mlp_weights<const T> w{stacked(tensor_view<const T, 3>(w1.data(), 2, up, width)),
+                                     stacked(tensor_view<const T, 3>(w2.data(), 2, width, hidden)), {}, {}};
+        clusters ex(2, 7);
+        std::vector<T> kept(static_cast<std::size_t>(slots * width)), inferred = kept;
+        const auto written = [&](auto run) { // of the pre-activation, the first thing in the workspace
+            arena needed;
+            run(needed);
+            support::workspace memory(ex, needed.bytes());
+            const auto first = [&] {
+                const arena::scope lent(memory.arena());
+                return memory.arena().template vector<std::byte>(1).data_handle();
+            }();
+            run(memory.arena());
+            ex.synchronize();
+            int64_t n = 0;
+            for (int64_t i = 0; i < slots * up * static_cast<int64_t>(sizeof(T)); ++i) n += first[i] != std::byte{0xff};
+            return n;
+        };
+        CHECK(written([&](arena& a) {
+                  const arena::scope lent(a);
+                  const auto saved = expert.template reserve_saved<T>(a, slots);
+                  expert.forward(ex, input, w, saved, matrix_view<T>(kept.data(), slots, width), a);
+              }) > slots * up);
+        CHECK(written([&](arena& a) { expert.infer(ex, input, w, matrix_view<T>(inferred.data(), slots, width), a); }) == 0);
+        CHECK(support::same_bits(kept, inferred));
+    }
+}

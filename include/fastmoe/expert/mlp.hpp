@@ -135,30 +135,16 @@ struct mlp {
     void forward(Executor& ex, const expert_input<T>& in, const weights<const T>& w, const mlp_saved<T>& saved,
                  matrix_view<T> y, arena& scratch) const
     {
-        static_assert(multiplies_rows<Gemm, Executor, T>, "the GEMM lacks what an expert asks; see grouped_gemm.hpp");
-        if (!scratch.measuring()) {
-            expects_rows(in, saved);
-            check_weights(w, in.groups.experts(), in.x.extent(1), weight_role::weights);
-            expects_shape(y, "y (S,D)", in.groups.slots, width);
-        }
-        detail::with_scratch(scratch, [&](arena& memory) {
-            const auto a = memory.matrix<T>(in.groups.slots, hidden);
-            with_input(ex, in, memory, [&](const indexed_rows<T>& x) {
-                gemm.forward(ex, in.groups, x, w.up, w.up_bias, saved.pre,
-                             detail::activate<Activation, T>{saved.pre, a, columns(), in, weigh == weigh_at::activation,
-                                                              activation},
-                             memory);
-            });
-            gemm.forward(ex, in.groups, plain_rows<T>{a}, w.down, w.down_bias, y, no_epilogue{}, memory);
-        });
+        run_forward(ex, in, w, saved, true, y, scratch);
     }
 
+    /// The same, and nothing kept: a policy that activates in registers does not even write the pre-activation.
     template <class Executor, class T>
     void infer(Executor& ex, const expert_input<T>& in, const weights<const T>& w, matrix_view<T> y,
                arena& scratch) const
     {
         const arena::scope lent(scratch);
-        forward(ex, in, w, reserve_saved<T>(scratch, in.groups.slots), y, scratch);
+        run_forward(ex, in, w, reserve_saved<T>(scratch, in.groups.slots), false, y, scratch);
     }
 
     /// @param dy        gradient of the combined output, by token; not weighted      // (S,D)
@@ -225,6 +211,27 @@ struct mlp {
     }
 
 private:
+    template <class Executor, class T>
+    void run_forward(Executor& ex, const expert_input<T>& in, const weights<const T>& w, const mlp_saved<T>& saved, bool keeps_pre,
+                     matrix_view<T> y, arena& scratch) const
+    {
+        static_assert(multiplies_rows<Gemm, Executor, T>, "the GEMM lacks what an expert asks; see grouped_gemm.hpp");
+        if (!scratch.measuring()) {
+            expects_rows(in, saved);
+            check_weights(w, in.groups.experts(), in.x.extent(1), weight_role::weights);
+            expects_shape(y, "y (S,D)", in.groups.slots, width);
+        }
+        detail::with_scratch(scratch, [&](arena& memory) {
+            const auto a = memory.matrix<T>(in.groups.slots, hidden);
+            with_input(ex, in, memory, [&](const indexed_rows<T>& x) {
+                gemm.forward(ex, in.groups, x, w.up, w.up_bias, saved.pre,
+                             detail::activate<Activation, T>{saved.pre, a, columns(), in, weigh == weigh_at::activation,
+                                                              keeps_pre, activation},
+                             memory);
+            });
+            gemm.forward(ex, in.groups, plain_rows<T>{a}, w.down, w.down_bias, y, no_epilogue{}, memory);
+        });
+    }
     template <class T>
     static weights_of_gemm<Gemm, T> reserve_matrices(arena& memory, int64_t experts, int64_t out, int64_t in)
     {

@@ -31,9 +31,11 @@ struct activate_pairs {
     matrix_view<T> a; // (S,H)
     expert_input<T> in;
     bool weighted;
+    bool keeps_pre; ///< for a backward pass
     Activation activation;
 
     FASTMOE_HOST_DEVICE const matrix_view<T>& result() const noexcept { return a; }
+    FASTMOE_HOST_DEVICE bool writes_y() const noexcept { return keeps_pre; }
     FASTMOE_HOST_DEVICE float begin(int64_t s) const { return weighted ? in.weight(s) : 1.0f; }
     FASTMOE_HOST_DEVICE float pair(float w, int64_t, int64_t, const float (&sums)[2], T (&y)[2], T (&out)[2]) const
     {
@@ -59,6 +61,7 @@ struct activate_backward_pairs {
     bool weighted;
     Activation activation;
 
+    FASTMOE_HOST_DEVICE static constexpr bool writes_y() noexcept { return true; }
     FASTMOE_HOST_DEVICE float begin(int64_t s) const { return weighted ? in.weight(s) : 1.0f; }
     FASTMOE_HOST_DEVICE float pair(float w, int64_t s, int64_t n, const float (&sums)[2], T (&y)[2], T (&)[2]) const
     {
@@ -100,6 +103,7 @@ struct activate {
     gated_columns columns;
     expert_input<T> in;
     bool weighted;
+    bool keeps_pre; ///< where a policy can do without: pairs
     Activation activation;
 
     template <class Team>
@@ -110,7 +114,7 @@ struct activate {
                                        a.data_handle() + s * a.extent(1), a.extent(1), columns, w);
     }
     bool takes_pairs() const noexcept { return detail::takes_pairs<Activation>(columns, a); }
-    activate_pairs<Activation, T> in_pairs() const noexcept { return {a, in, weighted, activation}; }
+    activate_pairs<Activation, T> in_pairs() const noexcept { return {a, in, weighted, keeps_pre, activation}; }
 };
 
 /// After the second GEMM's dgrad: from d = dy W2 in `a`, the gradient of the pre-activation, the weighted activation

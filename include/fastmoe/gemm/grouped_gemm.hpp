@@ -130,6 +130,8 @@ struct no_epilogue {
 ///                                             whole lines of 16 bytes
 ///     P::more                                 results beside y, in columns n / 2 (1), or n and n + 1 (2) of result(); or 0
 ///     P::has_sums                             whether e.finish(team, expert, s, sum of all that pair() returned for row s) follows
+///     p.writes_y()                            whether y is to be written: the same for all of it. A policy that calls the row
+///                                             form writes it in any case, so it has to have memory
 ///     p.begin(s)                              what is the same for all of a row
 ///     p.pair(row, s, n, sums, y, more)        rounds or replaces y[2], sets more[2], returns what is to be summed
 ///
@@ -139,6 +141,7 @@ concept pairs_epilogue = requires(const Epilogue& e) {
     { e.takes_pairs() } -> std::same_as<bool>;
     { decltype(e.in_pairs())::more } -> std::convertible_to<int>;
     { decltype(e.in_pairs())::has_sums } -> std::convertible_to<bool>;
+    { e.in_pairs().writes_y() } -> std::same_as<bool>;
 };
 
 /// Pairs that are rounded and nothing else.
@@ -147,6 +150,7 @@ struct rounded_pairs {
     static constexpr bool has_sums = false;
     struct nothing {};
 
+    FASTMOE_HOST_DEVICE static constexpr bool writes_y() noexcept { return true; }
     FASTMOE_HOST_DEVICE nothing begin(int64_t) const noexcept { return {}; }
     template <class Y>
     FASTMOE_HOST_DEVICE float pair(nothing, int64_t, int64_t, const float (&sums)[2], Y (&y)[2], Y (&)[2]) const

@@ -88,6 +88,7 @@ FASTMOE_HOST_DEVICE void store_rows(Block& block, const to_rows<B, Y, End>& to, 
     static_assert(End::more != 1 || groups % 8 == 0, "an end with one result a pair: a hopper_tuning with columns of whole 64");
     const int thread = block.thread() % warpgroup_threads, t = thread % 4;
     const int across = static_cast<int>(out - p.feature < how.columns ? out - p.feature : how.columns);
+    const bool writes = to.end.writes_y();
     FASTMOE_UNROLL
     for (int b = 0; b < how.blocks(); ++b)
         FASTMOE_UNROLL
@@ -115,11 +116,12 @@ FASTMOE_HOST_DEVICE void store_rows(Block& block, const to_rows<B, Y, End>& to, 
                     sum += to.end.pair(of_row, s, p.feature + n, value, two[g / 4][g % 4].values, others);
                     if constexpr (End::more == 2) second[g] = {{others[0], others[1]}};
                     else more[g] = others[0];
-                    if constexpr (sizeof(Y) == 4) *reinterpret_cast<pair<Y>*>(row + n) = two[g / 4][g % 4];
+                    if constexpr (sizeof(Y) == 4)
+                        if (writes) *reinterpret_cast<pair<Y>*>(row + n) = two[g / 4][g % 4];
                 }
                 if constexpr (sizeof(Y) == 2) {
                     FASTMOE_UNROLL
-                    for (int q = 0; q < at_once / 4; ++q) {
+                    for (int q = 0; q < at_once / 4 && writes; ++q) {
                         const line whole = turn_quad(block, two[q]);
                         const int n = 8 * (i + 4 * q + t);
                         if (inside && n < across) *reinterpret_cast<line*>(row + n) = whole;
@@ -176,7 +178,7 @@ FASTMOE_HOST_DEVICE void store_turned_pairs(Block& block, const to_rows<B, Y, En
 {
     static_assert(!End::has_sums, "a row's pairs lie in many warps here");
     const int thread = block.thread() % warpgroup_threads, down = thread / warp_threads * 16 + thread % warp_threads / 4;
-    const bool odd = down % 2 != 0;
+    const bool odd = down % 2 != 0, writes = to.end.writes_y();
     FASTMOE_UNROLL
     for (int i = 0; i < how.columns / 8; ++i) {
         const int r = 8 * i + 2 * (thread % 4), mine = odd ? r + 1 : r; // tokens: of the first sum, and of this lane's pair
@@ -199,7 +201,7 @@ FASTMOE_HOST_DEVICE void store_turned_pairs(Block& block, const to_rows<B, Y, En
                 pair<Y> y{};
                 Y more[2] = {};
                 to.end.pair(of_row, s, first, two, y.values, more);
-                *reinterpret_cast<pair<Y>*>(to.y.data_handle() + s * out + first) = y;
+                if (writes) *reinterpret_cast<pair<Y>*>(to.y.data_handle() + s * out + first) = y;
                 if constexpr (End::more == 2) *reinterpret_cast<pair<Y>*>(to.end.result().data_handle() + s * out + first) = {{more[0], more[1]}};
                 else if constexpr (End::more == 1) to.end.result().data_handle()[(s * out + first) / 2] = more[0];
             }
