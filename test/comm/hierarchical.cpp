@@ -158,7 +158,7 @@ std::vector<std::string> texts(grid g, const Body& body, milliseconds deadline =
 
 fm::host_executor one_thread() { return fm::host_executor({.threads = 1}); }
 
-#define ELEMENTS double, float, fm::bfloat16, fm::half, std::int32_t, std::int64_t, std::byte
+#define ELEMENTS FASTMOE_DTYPES, std::int32_t, std::int64_t, std::byte
 
 } // namespace
 

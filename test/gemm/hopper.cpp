@@ -187,7 +187,7 @@ void check_pairs(support::random& r, const std::vector<int32_t>& counts, bool wr
 
 } // namespace
 
-TEST_CASE_TEMPLATE("forward, dgrad and wgrad are their sums, whatever lies how", T, bfloat16, fm::half)
+TEST_CASE_TEMPLATE("forward, dgrad and wgrad are their sums, whatever lies how", T, FASTMOE_DTYPES_OF_16_BITS)
 {
     FASTMOE_SEEDED(r, 51);
 #if defined(FASTMOE_TEST_CUDA)
@@ -369,7 +369,7 @@ static_assert(!hopper_tuning{.columns = 32, .stages = 2}.fits() && !hopper_tunin
 static_assert(!hopper_tuning{.columns = 64, .stages = 2, .cluster = 2}.fits() && !hopper_tuning{.columns = 192, .stages = 2, .cluster = 2}.fits());
 static_assert(!hopper_tuning{.rows = 64, .columns = 128, .stages = 2}.fits() && !hopper_tuning{.columns = 256, .stages = 5}.fits());
 
-TEST_CASE_TEMPLATE("an epilogue by pairs is called once for each pair, and begun for rows alone", T, bfloat16, fm::half)
+TEST_CASE_TEMPLATE("an epilogue by pairs is called once for each pair, and begun for rows alone", T, FASTMOE_DTYPES_OF_16_BITS)
 {
     FASTMOE_SEEDED(r, 65);
     const std::vector<int32_t> many{100, 0, 140, 30, 1}, few{9, 0, 1, 17, 16, 2};

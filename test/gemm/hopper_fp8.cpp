@@ -183,7 +183,7 @@ void check_whole(unsigned seed, const Gemm& gemm, std::size_t each)
 
 } // namespace
 
-TEST_CASE_TEMPLATE("forward and dgrad are the sums of what codes stand for, wgrad of the numbers", T, bfloat16, fm::half)
+TEST_CASE_TEMPLATE("forward and dgrad are the sums of what codes stand for, wgrad of the numbers", T, FASTMOE_DTYPES_OF_16_BITS)
 {
 #if defined(FASTMOE_TEST_CUDA)
     if (!support::cell<fm::cuda_executor, T>::available()) FASTMOE_SKIP("no device");

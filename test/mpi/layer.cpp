@@ -42,7 +42,7 @@ void same_as_threads(const Batch& batch, const ranked::division& d, const Make& 
 } // namespace
 
 TEST_CASE_TEMPLATE("processes compute what threads compute, bit for bit: exchanges, placements, slices, chunks, capacities", Cell,
-                   support::cell<host_executor, double>, support::cell<host_executor, bfloat16>)
+                   FASTMOE_WIDEST_AND_NARROW(host_executor))
 {
     FASTMOE_SEEDED(rng, 551); // the same batch in every process
     const int ranks = support::mpi_world().size(), slices = ranks > 1 ? 2 : 1;

@@ -26,7 +26,7 @@ auto in_chunks(int chunks, const Exchange& exchange, int slices = 1, received_ro
 } // namespace
 
 TEST_CASE_TEMPLATE("chunks give the joined batch's outputs and gradients, more of them than tokens too", Cell,
-                   support::cell<host_executor, double>, support::cell<host_executor, bfloat16>)
+                   FASTMOE_WIDEST_AND_NARROW(host_executor))
 {
     FASTMOE_SEEDED(rng, 541);
     const auto batch = ranked::join<Cell>(rng, small_gate, small_expert, 40);

@@ -17,8 +17,7 @@ const auto plain = [](const threads& c) { return c; };
 } // namespace
 
 TEST_CASE_TEMPLATE("the exact exchange gives the joined batch's outputs and gradients for 1 to 8 ranks", Cell,
-                   support::cell<host_executor, double>, support::cell<host_executor, float>,
-                   support::cell<host_executor, bfloat16>, support::cell<host_executor, fastmoe::half>)
+                   FASTMOE_COLUMN(host_executor))
 {
     FASTMOE_SEEDED(rng, 501);
     const auto batch = ranked::join<Cell>(rng, small_gate, small_expert, 40);
@@ -30,7 +29,7 @@ TEST_CASE_TEMPLATE("the exact exchange gives the joined batch's outputs and grad
 }
 
 TEST_CASE_TEMPLATE("so it does for capacities of a rank and of all, masks, and weights on the input or the activation", Cell,
-                   support::cell<host_executor, double>, support::cell<host_executor, bfloat16>)
+                   FASTMOE_WIDEST_AND_NARROW(host_executor))
 {
     FASTMOE_SEEDED(rng, 502);
     for (const auto over : {capacity_scope::one_rank, capacity_scope::all_ranks})

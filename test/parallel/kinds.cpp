@@ -28,7 +28,7 @@ void every_placement(const Batch& batch, const ranked::division& d, const Exchan
 } // namespace
 
 TEST_CASE_TEMPLATE("every exchange with every placement gives the joined batch's outputs and gradients", Cell,
-                   support::cell<host_executor, double>, support::cell<host_executor, bfloat16>)
+                   FASTMOE_WIDEST_AND_NARROW(host_executor))
 {
     FASTMOE_SEEDED(rng, 511);
     const auto batch = ranked::join<Cell>(rng, small_gate, small_expert, 40);

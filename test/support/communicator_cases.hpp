@@ -180,5 +180,4 @@ void disagreements(const Says& says)
 
 } // namespace support
 
-#define FASTMOE_ELEMENTS                                                                                              \
-    double, float, ::fastmoe::bfloat16, ::fastmoe::half, std::int32_t, std::int64_t, std::byte
+#define FASTMOE_ELEMENTS FASTMOE_DTYPES, std::int32_t, std::int64_t, std::byte

@@ -110,9 +110,20 @@ std::vector<std::remove_const_t<T>> download(Executor& ex, ::cuda::std::mdspan<T
 #define FASTMOE_CUDA_EXECUTOR
 #endif
 
+/// Sanitizers look at accesses, which are those of the other dtypes, too; they would take longest to compile all.
+#if defined(FASTMOE_TEST_FEW_DTYPES)
+#define FASTMOE_DTYPES float, ::fastmoe::bfloat16
+#define FASTMOE_DTYPES_OF_16_BITS ::fastmoe::bfloat16
+#define FASTMOE_COLUMN(...) ::support::cell<__VA_ARGS__, float>, ::support::cell<__VA_ARGS__, ::fastmoe::bfloat16>
+#define FASTMOE_WIDEST_AND_NARROW(...) ::support::cell<__VA_ARGS__, ::fastmoe::bfloat16>
+#else
+#define FASTMOE_DTYPES double, float, ::fastmoe::bfloat16, ::fastmoe::half
+#define FASTMOE_DTYPES_OF_16_BITS ::fastmoe::bfloat16, ::fastmoe::half
 #define FASTMOE_COLUMN(...)                                                                                           \
     ::support::cell<__VA_ARGS__, double>, ::support::cell<__VA_ARGS__, float>,                                        \
         ::support::cell<__VA_ARGS__, ::fastmoe::bfloat16>, ::support::cell<__VA_ARGS__, ::fastmoe::half>
+#define FASTMOE_WIDEST_AND_NARROW(...) ::support::cell<__VA_ARGS__, double>, ::support::cell<__VA_ARGS__, ::fastmoe::bfloat16>
+#endif
 
 #define FASTMOE_CELLS                                                                                                 \
     FASTMOE_COLUMN(::fastmoe::host_executor),                                                                         \
@@ -122,9 +133,6 @@ std::vector<std::remove_const_t<T>> download(Executor& ex, ::cuda::std::mdspan<T
 #define FASTMOE_EXECUTORS                                                                                             \
     ::support::cell<::fastmoe::host_executor, float>,                                                                 \
     ::support::cell<::support::lanes, float> FASTMOE_CUDA_EXECUTOR
-
-/// The dtypes alone.
-#define FASTMOE_DTYPES double, float, ::fastmoe::bfloat16, ::fastmoe::half
 
 /// Without the cell's device the test case ends here and counts as skipped.
 #define FASTMOE_NEEDS(...)                                                                                            \
