@@ -122,7 +122,7 @@ struct onednn_limits {
 /// oneDNN computes float, and bfloat16 into bfloat16 or float: sums in float, rounded once, subnormal bfloat16 taken as
 /// zero. Other types, other executors, empty matrices and processors without AVX-512 bfloat16 go to portable. Nothing
 /// here allocates; oneDNN packs into a block of bounded size that it takes from malloc and frees in each call. A signal
-/// that comes to a thread while it works on a tile waits until the tile is done.
+/// that comes to a thread in a product waits until its part of that is done.
 struct onednn {
     static constexpr bool gathers_rows = true;
     static constexpr bool fuses_epilogue = true;

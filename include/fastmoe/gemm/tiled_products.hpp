@@ -3,7 +3,7 @@
 /// The three grouped products on the host, cut into tiles that are one call each of a library's gemm on one thread. All
 /// cuts follow from the shape and the row counts alone, so no bit depends on the threads. The call is a parameter:
 ///
-///     Call::guard                                           lives while a task calls the library
+///     Call::guard                                           lives while a thread takes tasks that call the library
 ///     Call::multiply(m, n, k, a, b, mode, c, stride)        c (m,n) = or += a (m,k) b (k,n); c is float
 #pragma once
 
@@ -25,6 +25,22 @@ struct factor {
     int64_t stride;
     bool transposed;
 };
+
+/// f(worker, task) for task in [0, n): a guard costs more than a small task, so each thread has one for all that it takes.
+template <class Call, class F>
+void for_each_call(host_executor& ex, int64_t n, const F& f)
+{
+    std::atomic<int64_t> next{0};
+    ex.for_each_task(least(n, ex.threads()), [&](int worker, int64_t) {
+        struct at_end { // of all tasks, or when one has thrown
+            std::atomic<int64_t>& next;
+            int64_t n;
+            ~at_end() { next.store(n, std::memory_order_relaxed); }
+        } const nothing_left{next, n};
+        [[maybe_unused]] const typename Call::guard guard;
+        for (int64_t t; (t = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(worker, t);
+    });
+}
 
 /// Tile sizes; a library's gemm packs both factors in each call, so that a tile must be wide to pay for it.
 struct tile_sizes {
@@ -136,7 +152,7 @@ public:
         sums_ = memory.matrix<float>(direct ? 0 : ex_.threads(), rows * least(columns_, widest + sizes.unit));
         if (memory.measuring()) return;
         const int64_t tasks = plan(blocks.data_handle());
-        ex_.for_each_task(tasks, [this](int worker, int64_t task) { compute(worker, task); });
+        for_each_call<Call>(ex_, tasks, [this](int worker, int64_t task) { compute(worker, task); });
     }
 
 private:
@@ -192,7 +208,6 @@ private:
 
     void compute(int worker, int64_t task) const
     {
-        [[maybe_unused]] const typename Call::guard guard;
         row_block& b = block_of(task);
         const cut all = panels(b), split = shares(b);
         const int64_t share = task - b.first_task, first = split.begin(share), mine = split.size(share);
@@ -275,7 +290,7 @@ public:
         while (h > sizes.least_side && busy * tiles() < sizes.row_tasks * 2 / 3) h /= 2;
         while (w > sizes.least_side && busy * tiles() < sizes.row_tasks * 2 / 3) w /= 2;
         const cut down(rows, h, 8), across(columns, w, sizes.unit);
-        ex_.for_each_task(groups_.experts() * tiles(), [&, this, each = tiles()](int worker, int64_t task) {
+        for_each_call<Call>(ex_, groups_.experts() * tiles(), [&, this, each = tiles()](int worker, int64_t task) {
             const int64_t m = task % each / across.parts, n = task % each % across.parts;
             compute(worker, task / each, down.begin(m), down.size(m), across.begin(n), across.size(n));
         });
@@ -292,7 +307,6 @@ private:
 
     void compute(int worker, int64_t e, int64_t m0, int64_t m, int64_t n0, int64_t n) const
     {
-        [[maybe_unused]] const typename Call::guard guard;
         const int64_t begin = groups_.offsets(e), count = groups_.counts(e);
         G* c = dw_.base(e) + m0 * stride_ + n0;
         if (count == 0) {
