@@ -6,6 +6,9 @@
 #include <cstdlib>
 #include <vector>
 
+#include <signal.h>
+#include <sys/resource.h>
+
 #include <doctest/doctest.h>
 
 #include <fastmoe/comm/file_rendezvous.hpp>
@@ -105,6 +108,56 @@ TEST_CASE("whoever waits in vain says for whom, within the deadline")
     CHECK_THROWS_WITH_AS(share_by_file(2, 3, path, v, soon), doctest::Contains("rank 0 to write"), comm_error);
     CHECK_THROWS_AS(share_by_file(0, 2, folder / "none/id", v, soon), comm_error);
     CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(4));
+}
+
+TEST_CASE("signals that the program handles end no wait, and a process without descriptors waits no longer than its deadline")
+{
+    struct sigaction action{}, before{};
+    action.sa_handler = [](int) {};
+    REQUIRE(::sigaction(SIGURG, &action, &before) == 0); // without SA_RESTART
+    int port = free_port();
+    std::string failure;
+    const auto wait_as_zero = [&](milliseconds deadline) {
+        return std::thread([&, deadline] {
+            try {
+                value v = numbered(3);
+                share_by_tcp({0, 2, "localhost", port}, v, deadline);
+            } catch (const comm_error& e) {
+                failure = e.what();
+            }
+        });
+    };
+    std::thread zero = wait_as_zero(milliseconds(20000));
+    for (int i = 0; i < 50; ++i) {
+        ::pthread_kill(zero.native_handle(), SIGURG);
+        std::this_thread::sleep_for(milliseconds(2));
+    }
+    value v{};
+    share_by_tcp({1, 2, "localhost", port}, v, milliseconds(20000));
+    zero.join();
+    CHECK(failure == "");
+    CHECK(v == numbered(3));
+    ::sigaction(SIGURG, &before, nullptr);
+
+    port = free_port();
+    const detail::descriptor guest(::socket(AF_INET, SOCK_STREAM, 0));
+    sockaddr_in where{};
+    where.sin_family = AF_INET;
+    where.sin_port = htons(static_cast<std::uint16_t>(port));
+    where.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    const auto start = std::chrono::steady_clock::now();
+    zero = wait_as_zero(milliseconds(1000));
+    std::this_thread::sleep_for(milliseconds(200)); // it listens
+    rlimit limit{};
+    REQUIRE(::getrlimit(RLIMIT_NOFILE, &limit) == 0);
+    const rlimit none{0, limit.rlim_max};
+    REQUIRE(::setrlimit(RLIMIT_NOFILE, &none) == 0);
+    const int connected = ::connect(guest.get(), reinterpret_cast<sockaddr*>(&where), sizeof where);
+    zero.join();
+    REQUIRE(::setrlimit(RLIMIT_NOFILE, &limit) == 0);
+    CHECK(connected == 0);
+    CHECK(failure.find("rank 1") != std::string::npos);
+    CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(10));
 }
 
 TEST_CASE("strangers at the port, silent, talking or gone, are passed over")

@@ -98,3 +98,55 @@ TEST_CASE("The new file has the permissions of the old one from its first byte o
     CHECK(mode_of(folder / "fresh") == 0644);
     ::umask(mask);
 }
+
+TEST_CASE("What is left under the partial file's name is no way to another file, and no obstacle")
+{
+    temporary_folder folder;
+    write_file(folder / "live", "one");
+    REQUIRE(::link((folder / "live").c_str(), (folder / "new.partial").c_str()) == 0); // as a killed process may have left it
+    replace(folder / "new", "seven");
+    CHECK(read_file(folder / "live") == "one");
+    CHECK(read_file(folder / "new") == "seven");
+
+    // A previous content that cannot be kept: its second name goes, too.
+    REQUIRE(::mkdir((folder / "taken").c_str(), 0700) == 0);
+    CHECK_THROWS_WITH_AS(replace(folder / "live", "two", folder / "taken"), doctest::Contains("what stood there is unchanged"), fm::error);
+    REQUIRE(::rmdir((folder / "taken").c_str()) == 0);
+    replace(folder / "taken", "three");
+    CHECK(read_file(folder / "live") == "one");
+
+    // Read-only, as a process leaves it that is killed when all is written. Who may do anything does not notice.
+    write_file(folder / "private.partial", "half");
+    const bool root = ::geteuid() == 0;
+    if (root) REQUIRE((::chmod((folder / "").c_str(), 0777) == 0 && ::chown((folder / "private.partial").c_str(), 65534, 65534) == 0));
+    if (root) REQUIRE(::seteuid(65534) == 0);
+    CHECK(::chmod((folder / "private.partial").c_str(), 0444) == 0);
+    std::string said;
+    try {
+        replace(folder / "private", "whole");
+    } catch (const fm::error& e) {
+        said = e.what();
+    }
+    if (root) REQUIRE(::seteuid(0) == 0);
+    CHECK(said == "");
+    CHECK(read_file(folder / "private") == "whole");
+
+    REQUIRE(::mkfifo((folder / "pipe.partial").c_str(), 0600) == 0); // nobody reads it
+    CHECK_THROWS_AS(replace(folder / "pipe", "text"), fm::error);
+}
+
+TEST_CASE("The previous content cannot be kept under the names that the new one has, and a name has no zero byte")
+{
+    temporary_folder folder;
+    write_file(folder / "file", "old");
+    link_to("file", folder / "link");
+    for (const char* name : {"file", "file.partial", "./file"})
+        CHECK_THROWS_WITH_AS(replace(folder / "file", "new", folder / name), doctest::Contains("keep_previous_as"), fm::invalid_argument);
+    CHECK_THROWS_WITH_AS(replace(folder / "link", "new", folder / "file"), doctest::Contains("keep_previous_as"), fm::invalid_argument);
+    CHECK(read_file(folder / "file") == "old");
+    CHECK(folder.entries() == 2);
+    replace(folder / "file", "new", folder / "before");
+    CHECK(read_file(folder / "before") == "old");
+    CHECK(read_file(folder / "file") == "new");
+    CHECK_THROWS_WITH_AS(fm::io::replace_file(std::string("a\0b", 3)), doctest::Contains("zero byte"), fm::invalid_argument);
+}

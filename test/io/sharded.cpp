@@ -107,6 +107,31 @@ TEST_CASE("the next save replaces the parts of the one before, and removes what 
     }
 }
 
+TEST_CASE("a link to a manifest is as good as its name, for a save and for a load, and parts lie beside the manifest")
+{
+    FASTMOE_SEEDED(rng, 533);
+    const support::temporary_folder folder;
+    std::filesystem::create_directory(folder / "run5");
+    const std::string path = folder / "run5/model", link = folder / "latest";
+    scene::save(path, scene::placement(rng, 3, 1), 1);
+    std::filesystem::create_symlink("run5/model", link);
+    const auto generation_at = [&](const std::string& name) {
+        int64_t generation = 0;
+        CHECK_EQ(scene::load(name, scene::placement(rng, 2, 1), generation), 0);
+        return generation;
+    };
+    CHECK_EQ(generation_at(link), 1);
+    scene::save(link, scene::placement(rng, 2, 1), 2);
+    CHECK(std::filesystem::is_symlink(link));
+    CHECK_EQ(generation_at(path), 2);
+    CHECK_EQ(generation_at(link), 2);
+    for (const std::string& file : files_in(folder)) CHECK(file.find(".part") == std::string::npos);
+
+    support::write_file(folder / "run5/model.9223372036854775807.0.part", "no number follows this one");
+    scene::save(path, scene::placement(rng, 1, 1), 3);
+    CHECK_EQ(generation_at(link), 3);
+}
+
 TEST_CASE("replicas write nothing, two writers of one expert are an error on all, and so are slices with a hole")
 {
     const support::temporary_folder folder;

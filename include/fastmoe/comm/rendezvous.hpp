@@ -68,8 +68,13 @@ private:
 
 inline bool is_ready(int fd, short events, milliseconds wait)
 {
-    pollfd what{fd, events, 0};
-    return ::poll(&what, 1, static_cast<int>(wait.count() < 1000000 ? wait.count() : 1000000)) > 0;
+    const patience until(wait);
+    for (;;) { // a signal that the program handles ends no wait
+        pollfd what{fd, events, 0};
+        const milliseconds left = until.left();
+        const int ready = ::poll(&what, 1, static_cast<int>(left.count() < 1000000 ? left.count() : 1000000));
+        if (ready >= 0 || errno != EINTR) return ready > 0;
+    }
 }
 
 /// Moves all bytes, or says that it could not before the time is over.
@@ -161,9 +166,10 @@ inline void serve_bytes(int ranks, int port, const void* bytes, std::size_t coun
     for (int missing = ranks - 1; missing > 0;) {
         int absent = 1;
         while (absent < ranks && came[static_cast<std::size_t>(absent)]) ++absent;
-        expects<comm_error>(is_ready(door.get(), POLLIN, until.left()), "the rendezvous", "over its deadline", "rank ", absent,
+        expects<comm_error>(!until.over() && is_ready(door.get(), POLLIN, until.left()), "the rendezvous", "over its deadline", "rank ", absent,
                             " and ", missing - 1, " others to come to port ", port);
         const descriptor guest(::accept4(door.get(), nullptr, nullptr, SOCK_CLOEXEC));
+        if (!guest) nap(); // it may be that this process has no descriptor left for now
         const patience manners(until.left() < milliseconds(2000) ? until.left() : milliseconds(2000));
         greeting hello{};
         // Whoever says something else, or nothing, is none of ours.

@@ -21,6 +21,31 @@
 namespace fastmoe::inline FASTMOE_ABI {
 namespace io {
 
+namespace detail {
+
+/// The folder of a path, with its slash.
+inline std::string folder_of(const std::string& path)
+{
+    const std::size_t slash = path.rfind('/');
+    return slash == std::string::npos ? "./" : path.substr(0, slash + 1);
+}
+
+/// Where the symbolic links end that begin at a path; there need not be a file.
+inline std::string end_of_links(std::string path)
+{
+    const std::string begin = path;
+    for (int links = 0;; ++links) {
+        char to[4096];
+        const ssize_t n = ::readlink(path.c_str(), to, sizeof to);
+        if (n < 0) return path; // no link
+        const bool short_enough = links < 40 && n < static_cast<ssize_t>(sizeof to);
+        expects(short_enough, "path", "'" + begin + "', links without an end", "links that lead to a file");
+        path = (to[0] == '/' ? "" : folder_of(path)) + std::string(to, static_cast<std::size_t>(n));
+    }
+}
+
+} // namespace detail
+
 /// The new content of a path: written beside it as `path + ".partial"`, synced, and renamed over it by commit().
 /// Without commit() the destructor removes the partial file, and the path is as it was. A process that is killed
 /// leaves at most the partial file, which the next writer of the same path overwrites.
@@ -30,21 +55,13 @@ class replace_file {
 public:
     /// @throws invalid_argument if path is a folder, a device or anything else that is no regular file, or links in a circle
     /// @throws error if the partial file cannot be made, or another process is writing the same path
-    explicit replace_file(std::string path) : path_(end_of_links(std::move(path))), partial_(path_ + ".partial")
+    explicit replace_file(std::string path) : path_(detail::end_of_links(std::move(path))), partial_(path_ + ".partial")
     {
+        expects(path_.find('\0') == std::string::npos, "path", "a name with a zero byte", "a name of a file");
         struct stat there;
         const bool exists = ::stat(path_.c_str(), &there) == 0, regular = !exists || S_ISREG(there.st_mode);
         expects(regular, "path", "'" + path_ + "', a folder or a device", "a regular file or a new name");
-        file_ = ::open(partial_.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0666);
-        if (file_ < 0) fail("cannot create");
-        // The lock keeps a second writer out; the same inode says that nobody renamed the file before we had it.
-        struct stat mine;
-        struct stat named;
-        if (::flock(file_, LOCK_EX | LOCK_NB) != 0 || ::fstat(file_, &mine) != 0 ||
-            ::stat(partial_.c_str(), &named) != 0 || mine.st_ino != named.st_ino) {
-            ::close(file_);
-            raise<error>("cannot write '" + path_ + "': another process is writing it now");
-        }
+        open_partial();
         if (::ftruncate(file_, 0) != 0) fail("cannot empty");
         // Before any content: what was private must not be public for a moment. Its next writer must be able to open it.
         if (exists) mode_ = static_cast<int>(there.st_mode & 0777);
@@ -82,8 +99,11 @@ public:
     /// Puts the new content in place and returns once the disk has it.
     /// @param keep_previous_as  where the old content stays readable, if any; empty = it is let go
     /// @throws error if the disk refuses; the path then shows the old content, whole
+    /// @throws invalid_argument if keep_previous_as is the path itself, or the partial file
     void commit(const std::string& keep_previous_as = {})
     {
+        const bool other = keep_previous_as.empty() || (!is_partial(keep_previous_as) && !is_partial(keep_previous_as + ".partial"));
+        expects(other, "keep_previous_as", "'" + keep_previous_as + "'", "another name than '" + path_ + "' and its partial file's");
         if (mode_ >= 0 && ::fchmod(file_, static_cast<mode_t>(mode_)) != 0) fail("cannot keep the permissions of");
         // The content must be on the disk before the name points to it, or a power cut could leave a short file.
         if (::fsync(file_) != 0) fail("cannot sync");
@@ -95,25 +115,52 @@ public:
     }
 
 private:
-    /// The folder of a path, with its slash.
-    static std::string folder_of(const std::string& path)
+    /// The partial file, locked. What a killed process has left under its name may be read-only, or a second name of a file that
+    /// is in use: then it is left to itself, and another one made.
+    void open_partial()
     {
-        const std::size_t slash = path.rfind('/');
-        return slash == std::string::npos ? "./" : path.substr(0, slash + 1);
-    }
-
-    /// Where the symbolic links end that begin at a path; there need not be a file.
-    static std::string end_of_links(std::string path)
-    {
-        const std::string begin = path;
-        for (int links = 0;; ++links) {
-            char to[4096];
-            const ssize_t n = ::readlink(path.c_str(), to, sizeof to);
-            if (n < 0) return path; // no link
-            const bool short_enough = links < 40 && n < static_cast<ssize_t>(sizeof to);
-            expects(short_enough, "path", "'" + begin + "', links without an end", "links that lead to a file");
-            path = (to[0] == '/' ? "" : folder_of(path)) + std::string(to, static_cast<std::size_t>(n));
+        constexpr int how = O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK; // the last, lest a pipe of that name makes us wait
+        file_ = ::open(partial_.c_str(), how | O_WRONLY | O_CREAT, 0666);
+        bool usable = file_ >= 0;
+        if (!usable && errno == EACCES) {
+            file_ = ::open(partial_.c_str(), how | O_RDONLY);
+            if (file_ < 0) errno = EACCES;
         }
+        if (file_ < 0) fail("cannot create");
+        usable = lock() == 1 && usable;
+        if (usable) return;
+        const int old = file_;
+        ::unlink(partial_.c_str()); // under its lock
+        file_ = ::open(partial_.c_str(), how | O_WRONLY | O_CREAT | O_EXCL, 0666);
+        const int why = errno;
+        if (file_ >= 0) lock();
+        ::close(old);
+        errno = why;
+        if (file_ < 0) fail("cannot create");
+    }
+    /// Keeps a second writer out; the same inode says that nobody renamed the file before we had it.
+    /// @return  how many names it has
+    nlink_t lock()
+    {
+        struct stat mine;
+        struct stat named;
+        std::string problem;
+        if (::flock(file_, LOCK_EX | LOCK_NB) != 0)
+            problem = errno == EWOULDBLOCK ? "another process is writing it now" : std::string("it cannot be locked: ") + std::strerror(errno);
+        else if (::fstat(file_, &mine) != 0 || ::stat(partial_.c_str(), &named) != 0 || mine.st_ino != named.st_ino)
+            problem = "another process is writing it now";
+        else if (!S_ISREG(mine.st_mode)) problem = "'" + partial_ + "' is no regular file";
+        if (problem.empty()) return mine.st_nlink;
+        ::close(file_);
+        file_ = -1;
+        raise<error>("cannot write '" + path_ + "': " + problem);
+    }
+    /// Whether a name is one of the file that is being written.
+    bool is_partial(const std::string& name) const
+    {
+        struct stat mine;
+        struct stat named;
+        return ::fstat(file_, &mine) == 0 && ::stat(name.c_str(), &named) == 0 && mine.st_ino == named.st_ino && mine.st_dev == named.st_dev;
     }
 
     /// A second link to the old content, so that the path itself is never without a file.
@@ -125,14 +172,17 @@ private:
             if (errno == ENOENT) return;
             fail("cannot keep the previous content of");
         }
-        if (::rename(link.c_str(), name.c_str()) != 0) fail("cannot keep the previous content of");
+        const bool named = ::rename(link.c_str(), name.c_str()) == 0;
+        const int why = errno;
         ::unlink(link.c_str()); // still there if both names were one file already: rename then does nothing
+        errno = why;
+        if (!named) fail("cannot keep the previous content of");
     }
 
     /// Makes the new name last through a power cut.
     void sync_folder() const
     {
-        const int f = ::open(folder_of(path_).c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+        const int f = ::open(detail::folder_of(path_).c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
         const bool synced =
             f >= 0 && (::fsync(f) == 0 || errno == EINVAL); // EINVAL: this file system has no such thing
         const int why = errno;

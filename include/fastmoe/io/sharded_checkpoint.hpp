@@ -80,12 +80,12 @@ private:
 } // namespace detail
 
 /// A checkpoint on disk, whose manifest is read and verified when it is opened; parts are opened when something in them is
-/// asked for. Every rank opens it by itself: no communicator is needed, but all should have opened it before the next save
-/// begins. Used by one thread at a time.
+/// asked for. Every rank opens it by itself: no communicator is needed, but all should have loaded what they want before the next
+/// save to that path, which removes the parts. Used by one thread at a time.
 class sharded_checkpoint {
 public:
     /// @throws invalid_argument if there is no such file, format_error if it is no intact manifest
-    explicit sharded_checkpoint(std::string path) : path_(std::move(path)), manifest_(detail::read_manifest(path_)) {}
+    explicit sharded_checkpoint(std::string path) : path_(detail::end_of_links(std::move(path))), manifest_(detail::read_manifest(path_)) {}
 
     int64_t step() const { return manifest_.step; }
     /// How many ranks have saved it.

@@ -4,7 +4,9 @@
 /// Part of sharded_checkpoint.hpp.
 #pragma once
 
+#include <cerrno>
 #include <chrono>
+#include <cstdint>
 #include <exception>
 #include <filesystem>
 #include <string>
@@ -13,6 +15,7 @@
 
 #include <fastmoe/io/checkpoint_entry.hpp>
 #include <fastmoe/io/checkpoint_manifest.hpp>
+#include <fastmoe/io/replace_file.hpp>
 #include <fastmoe/parallel/agreement.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI {
@@ -50,7 +53,8 @@ struct part_files {
             const std::size_t dot = rest.find('.');
             if (dot == std::string_view::npos || !rest.ends_with(".part") || rest.size() < dot + 6) continue;
             int64_t save = 0, rank = 0;
-            if (read_number(rest.substr(0, dot), save) && read_number(rest.substr(dot + 1, rest.size() - dot - 6), rank))
+            if (read_number(rest.substr(0, dot), save) && save < INT64_MAX && // of which there is no next one
+                read_number(rest.substr(dot + 1, rest.size() - dot - 6), rank))
                 found.emplace_back(at->path().string(), save);
         }
     }
@@ -72,7 +76,7 @@ struct part_files {
 template <class Executor, class Communicator>
 class joint_save {
 public:
-    joint_save(Executor& ex, const std::string& path, const Communicator& c) : ex_(ex), path_(path), c_(c) {}
+    joint_save(Executor& ex, const std::string& path, const Communicator& c) : ex_(ex), path_(end_of_links(path)), c_(c) {}
 
     void run(const std::vector<checkpoint_entry>& entries, const sharded_save_options& options)
     {
@@ -174,8 +178,8 @@ private:
         const part_files there(path_);
         int64_t present = 0;
         struct stat any;
-        if (::stat(path_.c_str(), &any) != 0) there.remove_but(-1);
-        else {
+        if (::lstat(path_.c_str(), &any) != 0 && errno == ENOENT) there.remove_but(-1);
+        else { // what cannot be read is not known to be of no use
             try {
                 present = read_manifest(path_).save;
                 there.remove_but(present);
@@ -221,7 +225,7 @@ private:
     }
 
     Executor& ex_;
-    const std::string& path_;
+    std::string path_; ///< where the links end that the caller's may begin: parts lie beside the manifest itself
     const Communicator& c_;
     bool refused_ = false; ///< all ranks know that one has failed
 };

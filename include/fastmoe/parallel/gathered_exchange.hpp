@@ -65,7 +65,7 @@ struct pack_own_first {
 
     FASTMOE_HOST_DEVICE void operator()(int64_t t) const
     {
-        to[t] = static_cast<int32_t>(t < safe.tokens ? safe.begin(t) : safe.choices());
+        to[t] = static_cast<int32_t>(t == 0 ? 0 : t < safe.tokens ? safe.begin(t) : safe.choices());
     }
 };
 
@@ -145,10 +145,15 @@ struct gathered_exchange {
     }
     exchange_sizes sizes(const detail::gathered_state& s) const noexcept { return s.sizes; }
 
+    /// @throws invalid_argument for a fault of the gate, comm_error; both before anything of the caller's is written
     template <class Executor, class C, class Real, class Rule>
     void announce(Executor& ex, const C& c, const routing<Real>& route, const placed_experts<Rule>& place,
                   detail::gathered_state& s, arena& scratch) const
     {
+        const arena::scope lent(scratch);
+        // Here, where the caller's thread is, and before anything is sent: chunks may travel on another's.
+        detail::with_checked_choices(ex, route, scratch, [](const routing<Real>&, vector_view<int32_t>) {});
+        if (!scratch.measuring()) ex.deliver_faults();
         if (most_tokens > 0 || scratch.measuring()) return;
         const int64_t ranks = place.ranks();
         const vector_view<int64_t> own(s.counts.data_handle(), 2), all(s.counts.data_handle() + 2, 2 * ranks);
@@ -174,7 +179,6 @@ struct gathered_exchange {
         return r;
     }
 
-    /// @throws invalid_argument for a fault of the gate
     template <class Executor, class C, class Real, class Rule>
     void send_choices(Executor& ex, const C& c, const routing<Real>& route, const placed_experts<Rule>& place,
                       const detail::gathered_state& s, const routing<Real>& received, arena& scratch) const
@@ -189,7 +193,6 @@ struct gathered_exchange {
             if (s.k == 0) for_each(ex, s.tokens + 1, detail::pack_own_first<Real>{safe, out.data_handle() + skip});
         });
         if (scratch.measuring()) return;
-        ex.deliver_faults();
         c.all_gather(ex, vector_view<const int32_t>(out), in);
         for_each(ex, s.sizes.choices,
                  detail::unpack_gathered_choices<Real, Rule>{place, in, s.choices, block, received});
