@@ -12,6 +12,53 @@ namespace {
 constexpr top_k_gate<> small_gate{.experts = 4, .k = 2};
 constexpr mlp<swiglu> small_expert{.width = 16, .hidden = 8};
 
+/// An assignment that gives one choice to an expert of its own making.
+struct one_choice_to {
+    static constexpr bool reads_logits = false, ragged = false;
+    int32_t expert = 0;
+    int64_t at = 0;
+
+    struct put {
+        int32_t* to;
+        int32_t expert;
+        int64_t at;
+        FASTMOE_HOST_DEVICE void operator()(int64_t c) const { to[c] = c == at ? expert : static_cast<int32_t>(c % 2); }
+    };
+    template <class Executor, class T, class C, class Real>
+    void assign(Executor& ex, const gate_input<T>&, const C&, const assignment<Real>& to, arena& memory) const
+    {
+        if (!memory.measuring()) for_each(ex, to.experts.extent(0), put{to.experts.data_handle(), expert, at});
+    }
+};
+
+/// A gate of ragged choices, some of which are no token's: those behind the last.
+struct ragged_choices {
+    int64_t experts = 2, k = 2, choices = 0;
+    const int32_t* first = nullptr; // (T+1)
+    static constexpr bool reads_logits = false;
+
+    struct put {
+        int32_t* ids;
+        float* weights;
+        FASTMOE_HOST_DEVICE void operator()(int64_t c) const { ids[c] = static_cast<int32_t>(c % 2), weights[c] = 1.0f + static_cast<float>(c); }
+    };
+    template <class Real>
+    gate_state<Real> reserve(arena& memory, int64_t tokens) const
+    {
+        return {{tokens, experts, 0, memory.vector<int32_t>(choices), memory.vector<Real>(choices), vector_view<const int32_t>(first, tokens + 1)}};
+    }
+    template <class Executor, class T, class C, class State>
+    void route(Executor& ex, const gate_input<T>&, const C&, const State& s, arena& memory) const
+    {
+        if (!memory.measuring())
+            for_each(ex, choices, put{const_cast<int32_t*>(s.routing.experts.data_handle()), const_cast<float*>(s.routing.weights.data_handle())});
+    }
+    template <class Executor, class T, class C, class State, class Real>
+    void backward(Executor&, const gate_input<T>&, const C&, const State&, vector_view<const Real>, Real, matrix_view<Real>, arena&) const
+    {
+    }
+};
+
 } // namespace
 
 TEST_CASE("a map that was made for other experts or other groups is refused before it is read")
@@ -139,4 +186,62 @@ TEST_CASE_TEMPLATE("every exchange of the library is one, as the concepts say", 
     CHECK((reserves_exchange<X, float>));
     CHECK((announces<X, host_executor, self, float>));
     CHECK((exchange_policy<X, host_executor, threads, bfloat16, mapped_placement>));
+}
+
+TEST_CASE_TEMPLATE("a fault of the gate is thrown where the layer was called, before anything is written, by any exchange and in chunks", X,
+                   exact_exchange<>, padded_exchange<>, gathered_exchange<>)
+{
+    const auto verify = [](const X& exchange, int chunks, int64_t at) {
+        CAPTURE(chunks);
+        CAPTURE(at);
+        std::string said, later;
+        int written = 0;
+        run_ranks(1, [&](const threads& c) {
+            host_executor ex({.threads = 1});
+            const auto layer_with = [&](int32_t expert) {
+                return moe_layer{assigned_gate<one_choice_to, constant_score, raw_scores>{.experts = 2, .k = 1, .assignment = {expert, at}}, small_expert,
+                                 expert_parallel{c, c, block_placement{}, exchange, 1, received_rows::keep, chunks}};
+            };
+            const auto bad = layer_with(99), good = layer_with(1);
+            const auto w = random_weights<float>(ex, good, 1);
+            std::vector<float> x(9 * 16, 1.f), y(9 * 16, -7.f);
+            said = support::message_of<invalid_argument>([&] { bad.infer(ex, as_matrix(x, 9, 16), w.view(), as_matrix(y, 9, 16)); });
+            for (const float v : y) written += v != -7.f;
+            later = support::message_of<error>([&] {
+                good.infer(ex, as_matrix(x, 9, 16), w.view(), as_matrix(y, 9, 16));
+                std::vector<float> sum(4);
+                c.all_reduce(ex, vector_view<float>(sum.data(), 4));
+            });
+        });
+        CHECK(support::has(said, "is 99"));
+        CHECK_EQ(written, 0);
+        CHECK_EQ(later, "nothing was thrown");
+    };
+    for (const int chunks : {1, 3})
+        for (const int64_t at : {3, 8}) {
+            if constexpr (std::is_same_v<X, padded_exchange<>>) verify({.rows_per_rank = 9}, chunks, at);
+            else verify(X{}, chunks, at);
+            if constexpr (std::is_same_v<X, gathered_exchange<>>) verify({.most_tokens = 9}, chunks, at);
+        }
+}
+
+TEST_CASE("a rank without tokens may have choices that are nobody's, by either exchange of ragged choices")
+{
+    const auto outputs = [](const auto& exchange) {
+        std::vector<float> y(3 * 16, -7.f);
+        run_ranks(2, [&](const threads& c) {
+            host_executor ex({.threads = 1});
+            const std::vector<int32_t> first = c.rank() == 0 ? std::vector<int32_t>{0} : std::vector<int32_t>{0, 1, 2, 3};
+            const int64_t tokens = c.rank() == 0 ? 0 : 3;
+            const moe_layer layer{ragged_choices{.choices = c.rank() == 0 ? 2 : 3, .first = first.data()}, small_expert,
+                                  expert_parallel{c, c, block_placement{}, exchange}};
+            const auto w = random_weights<float>(ex, layer, 1);
+            const std::vector<float> x(static_cast<std::size_t>(tokens * 16), 1.f);
+            layer.infer(ex, as_matrix(x, tokens, 16), w.view(), matrix_view<float>(y.data(), tokens, 16));
+        });
+        return y;
+    };
+    const std::vector<float> y = outputs(exact_exchange<>{});
+    CHECK(support::same_bits(y, outputs(gathered_exchange<>{})));
+    for (const float v : y) CHECK(v != -7.f);
 }
