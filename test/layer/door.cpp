@@ -304,3 +304,34 @@ TEST_CASE("a gate that reads no logits leaves the router's gradients alone, what
     CHECK_EQ(support::poisoned(bias.vector()), experts - 1);
     CHECK_EQ(support::poisoned(dx.view()), 0);
 }
+
+TEST_CASE("gradients that overlap are refused before any output is touched")
+{
+    step s;
+    const auto whole = s.g;
+    for (auto* matrices : {&s.g.expert.up, &s.g.expert.down}) {
+        matrices->expert_stride = 0;
+        s.refuses(step::backward | step::backward_weights, "is 0; expected strides of matrices that do not overlap");
+        s.g = whole;
+    }
+}
+
+TEST_CASE("a gate's own parameters and their gradients are refused before any output is touched")
+{
+    host_executor ex({.threads = 1});
+    const moe_layer layer{cosine_gate<>{.experts = 4, .k = 2, .projection_width = 4}, mlp<swiglu>{.width = 8, .hidden = 4}};
+    const auto weights = random_weights<float>(ex, layer, 1), gradients = zero_weights<float>(ex, layer);
+    std::vector<float> x(6 * 8, 1.f), dy(6 * 8, 1.f), y(6 * 8, -7.f), dx(6 * 8, -7.f);
+    const auto saved = layer.forward(ex, as_matrix(x, 6, 8), weights.view(), as_matrix(y, 6, 8));
+    const auto said = [&](auto w, auto g) {
+        return support::message_of<invalid_argument>([&] { layer.backward(ex, saved, as_matrix(dy, 6, 8), w, as_matrix(dx, 6, 8), g); });
+    };
+    auto w = weights.view(), g = gradients.view();
+    const matrix_view<float> short_of_one(g.own.embeddings.data_handle(), 3, 4);
+    g.own.embeddings = short_of_one;
+    CHECK(support::has(said(weights.view(), g), "embeddings (E,N) is of shape (3,4); expected (4,4)"));
+    w.own.embeddings = short_of_one;
+    CHECK(support::has(said(w, gradients.view()), "embeddings (E,N) is of shape (3,4); expected (4,4)"));
+    for (const float v : dx) CHECK(v == -7.f);
+    for (int64_t i = 0; i < 4 * 8 * 4; ++i) CHECK(gradients.view().expert.down.data[i] == 0.f);
+}

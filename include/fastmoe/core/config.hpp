@@ -30,8 +30,13 @@
 #endif
 
 #if !defined(FASTMOE_ABI)
-/// The versioned inline namespace, so that two versions of the library can live in one program.
+/// The versioned inline namespace, so that two versions of the library can live in one program; as can files that are compiled
+/// without exceptions beside those with them, whose errors are another thing.
+#if defined(__cpp_exceptions)
 #define FASTMOE_ABI v0_1
+#else
+#define FASTMOE_ABI v0_1_without_exceptions
+#endif
 #endif
 
 #if !defined(FASTMOE_X86_DISPATCH)

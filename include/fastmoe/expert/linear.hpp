@@ -72,6 +72,7 @@ struct linear {
         expects(columns == width, "x (T,D)", columns, "linear.width = ", width, " columns");
         detail::expects_weights(w.weight, given ? "weights.weight (E,D,D)" : "gradients.weight (E,D,D)", experts, width,
                                 width);
+        if (!given) detail::expects_apart(w.weight, "gradients.weight (E,D,D)");
         if (w.bias.data_handle())
             expects_shape(w.bias, given ? "weights.bias (E,D)" : "gradients.bias (E,D)", experts, width);
     }

@@ -122,6 +122,8 @@ struct mlp {
         expects(columns == width, "x (T,D)", columns, "mlp.width = ", width, " columns");
         detail::expects_views(w.up, given ? "weights.up (E,H',D)" : "gradients.up (E,H',D)", experts, up_width(), width);
         detail::expects_views(w.down, given ? "weights.down (E,D,H)" : "gradients.down (E,D,H)", experts, width, hidden);
+        if (!given) detail::expects_apart(detail::matrices_of(w.up), "gradients.up (E,H',D)");
+        if (!given) detail::expects_apart(detail::matrices_of(w.down), "gradients.down (E,D,H)");
         if (w.up_bias.data_handle())
             expects_shape(w.up_bias, given ? "weights.up_bias (E,H')" : "gradients.up_bias (E,H')", experts, up_width());
         if (w.down_bias.data_handle())

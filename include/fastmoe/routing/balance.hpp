@@ -183,9 +183,8 @@ void router_losses_forward(Executor& ex, const Score& score, const gate_logits<R
         expects_shape(out.losses, "losses (2)", 2);
         expects_shape(out.slopes, "slopes (Q*E+1)", sequences * experts + 1);
     }
-    const int64_t mark = scratch.used();
+    const arena::scope lent(scratch);
     implementation<verbs::router_losses, Executor>::run(ex, score, in, chosen, k, balance, z, c, out, scratch);
-    scratch.rewind(mark);
     if (!scratch.measuring()) ex.deliver_faults();
 }
 

@@ -226,7 +226,7 @@ struct balanced_assignment {
         if (scratch.measuring()) return;
         int32_t* ids = chosen.data_handle();
         for_each_row(ex, tokens,
-                     detail::measure_row<Real>{in.logits, in.mask.data_handle(), ids, peaks.data_handle(),
+                     detail::measure_row<Real>{in.logits, pointer_or_null(in.mask), ids, peaks.data_handle(),
                                                reaches.data_handle()},
                      {.width = 2 * experts});
         for_each_row(ex, 1,

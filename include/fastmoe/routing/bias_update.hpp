@@ -165,9 +165,8 @@ void balance_by_quantile(Executor& ex, const Score& score, const gate_logits<Rea
                          vector_view<float> bias, arena& scratch)
 {
     detail::expects_quantile<Real>(in, k, bias, scratch.measuring());
-    const int64_t mark = scratch.used();
+    const arena::scope lent(scratch);
     implementation<verbs::balance_quantiles, Executor>::exact(ex, score, in, k, c, bias, scratch);
-    scratch.rewind(mark);
 }
 
 /// The histogram form, step one, for every microbatch: counts alpha_t - s_te in equal bins over [min b - 1, max b + 1],
@@ -181,9 +180,8 @@ void count_quantiles(Executor& ex, const Score& score, const gate_logits<Real>& 
 {
     detail::expects_quantile<Real>(in, k, bias, scratch.measuring());
     detail::expects_bins(histogram, bias.extent(0), scratch.measuring());
-    const int64_t mark = scratch.used();
+    const arena::scope lent(scratch);
     implementation<verbs::balance_quantiles, Executor>::count(ex, score, in, k, bias, histogram, scratch);
-    scratch.rewind(mark);
 }
 
 /// Step two, once a global batch: b_e becomes the middle of the bin in which the K/E quantile lies, minus the mean over
@@ -199,9 +197,8 @@ void balance_by_histogram(Executor& ex, int64_t k, const Communicator& c, matrix
     expects(k >= 1 && k < experts, "k", k, "1 to E - 1 = ", experts - 1);
     if (!scratch.measuring()) expects_shape(bias, "bias (E)", experts);
     detail::expects_bins(histogram, experts, scratch.measuring());
-    const int64_t mark = scratch.used();
+    const arena::scope lent(scratch);
     implementation<verbs::balance_quantiles, Executor>::from_histogram(ex, k, c, histogram, bias, scratch);
-    scratch.rewind(mark);
 }
 
 } // namespace fastmoe::inline FASTMOE_ABI

@@ -108,7 +108,7 @@ void apply_capacity(Executor& ex, const capacity& bound, const routing<Real>& ro
     const bool alone = bound.over == capacity_scope::one_rank || c.size() == 1;
     if (!bound.limited() || route.total_experts <= 0 || (alone && limit >= route.choices())) return;
     using verb = implementation<verbs::apply_capacity, Executor>;
-    const int64_t mark = scratch.used();
+    const arena::scope lent(scratch);
     if (!scratch.measuring()) {
         detail::expects_routing(route);
         arena measure;
@@ -116,7 +116,6 @@ void apply_capacity(Executor& ex, const capacity& bound, const routing<Real>& ro
         scratch.require(measure.bytes());
     }
     verb::run(ex, bound, route, c, scratch);
-    scratch.rewind(mark);
     if (!scratch.measuring()) ex.deliver_faults();
 }
 

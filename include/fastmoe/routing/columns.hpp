@@ -236,7 +236,7 @@ matrix_view<order_key<Real>> probability_columns(Executor& ex, matrix_view<const
     const auto peaks = scratch.vector<Real>(tokens);
     const auto log_sums = scratch.vector<double>(tokens);
     if (scratch.measuring()) return columns;
-    for_each_row(ex, tokens, sum_powers<Real>{logits, mask.data_handle(), peaks.data_handle(), log_sums.data_handle()},
+    for_each_row(ex, tokens, sum_powers<Real>{logits, pointer_or_null(mask), peaks.data_handle(), log_sums.data_handle()},
                  {.width = 8 * experts});
     fill_columns(ex, columns, log_probability<Real>{logits, peaks.data_handle(), log_sums.data_handle()});
     return columns;

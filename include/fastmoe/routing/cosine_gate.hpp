@@ -209,6 +209,12 @@ struct cosine_gate {
         });
     }
 
+    template <class T, class Role>
+    void check_parameters(const parameters<T>& own, int64_t width, Role) const
+    {
+        expects_parameters(own, width);
+    }
+
     /// @throws invalid_argument that names the member
     void expects_sane() const
     {

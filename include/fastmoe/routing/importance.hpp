@@ -159,7 +159,7 @@ void importance_loss_forward(Executor& ex, const routing<Real>& route, importanc
 {
     detail::expects_coefficient(loss.coefficient, "importance.coefficient");
     expects(route.total_experts > 0, "routing.total_experts", route.total_experts, "1 or more");
-    const int64_t mark = scratch.used();
+    const arena::scope lent(scratch);
     if (!scratch.measuring()) {
         detail::expects_routing(route);
         expects_shape(out.loss, "loss (1)", 1);
@@ -169,7 +169,6 @@ void importance_loss_forward(Executor& ex, const routing<Real>& route, importanc
         scratch.require(needed.bytes());
     }
     implementation<verbs::importance_loss, Executor>::run(ex, route, loss, c, out, scratch);
-    scratch.rewind(mark);
 }
 
 /// dweights += loss_scale * the loss's gradient.

@@ -122,9 +122,10 @@ struct implementation<verbs::measure_load, Executor> {
     {
         using counter = implementation<verbs::count_choices, Executor>;
         const auto counts = scratch.vector<int64_t>(2 * experts);
-        const int64_t mark = scratch.used();
-        counter::run(ex, chosen, experts, counts.data_handle(), write_mode::overwrite, scratch);
-        scratch.rewind(mark);
+        {
+            const arena::scope lent(scratch);
+            counter::run(ex, chosen, experts, counts.data_handle(), write_mode::overwrite, scratch);
+        }
         int64_t* left = counts.data_handle() ? counts.data_handle() + experts : nullptr;
         counter::run(ex, kept, experts, left, write_mode::overwrite, scratch);
         if (scratch.measuring()) return;
@@ -143,14 +144,13 @@ template <executor Executor>
 void count_choices(Executor& ex, vector_view<const int32_t> chosen, vector_view<int64_t> counts, write_mode mode,
                    arena& scratch)
 {
-    const int64_t mark = scratch.used();
+    const arena::scope lent(scratch);
     using verb = implementation<verbs::count_choices, Executor>;
     if (!scratch.measuring()) {
         expects_shape(chosen, "chosen (C)", chosen.extent(0));
         expects_shape(counts, "counts (E)", counts.extent(0));
     }
     verb::run(ex, chosen, counts.extent(0), counts.data_handle(), mode, scratch);
-    scratch.rewind(mark);
     if (!scratch.measuring()) ex.deliver_faults();
 }
 
@@ -170,9 +170,8 @@ void measure_load(Executor& ex, vector_view<const int32_t> chosen, type_identity
         expects_shape(kept, "kept (C)", chosen.extent(0));
         expects_shape(report, "report (1)", 1);
     }
-    const int64_t mark = scratch.used();
+    const arena::scope lent(scratch);
     implementation<verbs::measure_load, Executor>::run(ex, chosen, kept, experts, c, report, scratch);
-    scratch.rewind(mark);
     if (!scratch.measuring()) ex.deliver_faults();
 }
 

@@ -183,6 +183,15 @@ struct noisy_gate {
         project_weights_backward(ex, state.dnoise, in.x, gradients.noise, {}, mode, scratch);
     }
 
+    /// Inference does without the noise matrix: there it may be empty.
+    template <class T, class Role>
+    void check_parameters(const parameters<T>& own, int64_t width, Role role) const
+    {
+        const bool given = role == Role::weights;
+        if (!given || own.noise.extent(0) > 0)
+            expects_shape(own.noise, given ? "noise matrix (E,D)" : "gradient of the noise matrix (E,D)", experts, width);
+    }
+
     /// @throws invalid_argument that names the member
     void expects_sane() const
     {
@@ -223,7 +232,7 @@ private:
     void take_load(Executor& ex, const gate_input<T>& in, const Communicator& c, const noisy_state<Real>& state,
                    arena& memory) const
     {
-        const int64_t mark = memory.used();
+        const arena::scope lent(memory);
         const auto blocks = detail::token_blocks::of(state.routing.tokens);
         const auto partial = memory.matrix<Real>(blocks.count, experts);
         const auto totals = memory.vector<double>(experts);
@@ -235,7 +244,6 @@ private:
             detail::sum_blocks(ex, partial, totals);
             detail::finish_cv_squared(ex, totals, load.coefficient, load.variance, c, state.load);
         }
-        memory.rewind(mark);
     }
 };
 

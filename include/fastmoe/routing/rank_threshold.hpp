@@ -82,7 +82,7 @@ void kth_over_ranks(Executor& ex, const grouped_keys<Key>& from, const int64_t* 
                     vector_view<Key> least, int64_t mean, arena& scratch)
 {
     using counter = count_digits<Key>;
-    const int64_t mark = scratch.used();
+    const arena::scope lent(scratch);
     const auto known = scratch.vector<typename counter::bits>(from.groups);
     const auto at_least = scratch.vector<int64_t>(from.groups * counter::bounds);
     if (!scratch.measuring()) {
@@ -95,7 +95,6 @@ void kth_over_ranks(Executor& ex, const grouped_keys<Key>& from, const int64_t* 
         }
         for_each(ex, from.groups, keys_of_bits<Key>{known.data_handle(), least.data_handle()});
     }
-    scratch.rewind(mark);
 }
 
 } // namespace fastmoe::inline FASTMOE_ABI::detail

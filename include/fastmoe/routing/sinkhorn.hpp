@@ -243,7 +243,7 @@ struct sinkhorn {
                                       blocks.size,
                                       blocks.count};
         if (scratch.measuring()) return;
-        for_each_row(ex, tokens, detail::start_scaling<Real>{s, in.mask.data_handle(), peaks.data_handle()},
+        for_each_row(ex, tokens, detail::start_scaling<Real>{s, pointer_or_null(in.mask), peaks.data_handle()},
                      {.width = experts});
         for_each_row(ex, 1, detail::count_scaled<Real>{s}, {.width = tokens});
         const row_hint hint{.width = blocks.size * experts, .scratch_bytes = experts * int64_t{sizeof(double)} + 64};

@@ -172,7 +172,8 @@ struct swipe {
         int64_t* rest = others.data_handle();
         const detail::worker_room room{budget.data_handle(), rest, live ? rest + ranks : nullptr,
                                        live ? rest + 2 * ranks : nullptr};
-        const int64_t each = experts / ranks, mark = scratch.used();
+        const int64_t each = experts / ranks;
+        const arena::scope lent(scratch);
         if (live) {
             for_each(ex, ranks, detail::own_budget{budget.data_handle(), rank, tokens * k});
             c.all_reduce(ex, budget);
@@ -196,7 +197,6 @@ struct swipe {
                      detail::place_choice<Real>{in.logits, workers.data_handle(), number.data_handle(),
                                                 to.experts.data_handle(), room, k, place, each, ranks});
         }
-        scratch.rewind(mark);
     }
 };
 
