@@ -103,3 +103,28 @@ TEST_CASE_TEMPLATE("counts are those of a loop, overwritten or added to, and ids
     CHECK(support::has(support::message_of<fm::invalid_argument>([&] { report_of(ex, {0}, {0, 1}, 3); }),
                        "kept (C) is of shape (2); expected (1)"));
 }
+
+using namespace fastmoe;
+
+TEST_CASE("scratch comes back when a verb throws, by its workspace or by its communicator")
+{
+    host_executor ex({.threads = 1});
+    const std::vector<int32_t> chosen{0, 1, 1, 2};
+    std::vector<load_report> report(1);
+    arena measure;
+    measure_load(ex, as_vector(chosen), as_vector(chosen), 3, self{}, vector_view<load_report>(report.data(), 1), measure);
+    support::workspace small(ex, measure.bytes() - 1);
+    CHECK_THROWS_AS(measure_load(ex, as_vector(chosen), as_vector(chosen), 3, self{}, vector_view<load_report>(report.data(), 1), small.arena()),
+                    out_of_memory);
+    CHECK_EQ(small.arena().used(), 0);
+
+    support::workspace enough(ex, measure.bytes());
+    CHECK_THROWS_AS(run_ranks(2,
+                              [&](const threads& c) {
+                                  if (c.rank() == 1) return; // gone
+                                  measure_load(ex, as_vector(chosen), as_vector(chosen), 3, c, vector_view<load_report>(report.data(), 1),
+                                               enough.arena());
+                              }),
+                    comm_error);
+    CHECK_EQ(enough.arena().used(), 0);
+}

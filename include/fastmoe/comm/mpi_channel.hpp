@@ -292,6 +292,7 @@ private:
             MPI_Testall(static_cast<int>(notes_.size()), notes_.data(), &sent, MPI_STATUSES_IGNORE);
             MPI_Testall(static_cast<int>(bulk_.size()), bulk_.data(), &done, MPI_STATUSES_IGNORE);
         }
+        if (!done) link_.abandon_staging();
     }
 
     int64_t free_number_ = 0;

@@ -200,6 +200,12 @@ public:
         }
         return staging_.get();
     }
+    /// MPI may still write there, when a rank that was thought lost goes on: nobody else ever gets that memory.
+    void abandon_staging() noexcept
+    {
+        (void)staging_.release();
+        staging_bytes_ = 0;
+    }
 
 private:
     static bool is_finalized() noexcept

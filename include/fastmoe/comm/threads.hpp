@@ -253,7 +253,7 @@ void run_ranks(int ranks, const Body& body, threads_options options)
     expects(ranks >= 1 && ranks <= detail::most_ranks, "ranks", ranks, "1 to ", detail::most_ranks);
     expects(wait >= 1 && wait <= 950400000, "options.deadline", wait, "1 to 950400000 ms");
     const auto group = std::make_shared<detail::meeting>(ranks, options.deadline);
-    std::mutex mutex;
+    [[maybe_unused]] std::mutex mutex;
     std::exception_ptr failure, echo; // guarded by mutex
     const auto run = [&](int rank) {
         // The rank leaves when its body ends, however it does.

@@ -232,10 +232,10 @@ struct moe_layer {
                                    const moe_weights<G, Expert, Own>& gradients) const
     {
         arena kept;
-        const auto parts = measured_parts<T>(tokens, width);
-        auto pending = detail::reserve_pending<T>(*this, kept, parts);
-        if constexpr (!detail::exchanging<moe_layer>) pending.dy = {shaped<const T>(tokens, width), parts.slots.token_of};
-        return detail::backward_weights_size<T>(*this, ex, parts, pending, gradients, {});
+        const auto parts_of_shape = measured_parts<T>(tokens, width);
+        auto pending = detail::reserve_pending<T>(*this, kept, parts_of_shape);
+        if constexpr (!detail::exchanging<moe_layer>) pending.dy = {shaped<const T>(tokens, width), parts_of_shape.slots.token_of};
+        return detail::backward_weights_size<T>(*this, ex, parts_of_shape, pending, gradients, {});
     }
 
 private:
