@@ -316,22 +316,41 @@ TEST_CASE("gradients that overlap are refused before any output is touched")
     }
 }
 
-TEST_CASE("a gate's own parameters and their gradients are refused before any output is touched")
+namespace {
+
+/// @param spoil  gives a view of the gate's own a shape that it should not have
+template <class Gate, class Spoil>
+void refuses_own(const Gate& gate, const Spoil& spoil, const char* of_weights, const char* of_gradients)
 {
     host_executor ex({.threads = 1});
-    const moe_layer layer{cosine_gate<>{.experts = 4, .k = 2, .projection_width = 4}, mlp<swiglu>{.width = 8, .hidden = 4}};
+    const moe_layer layer{gate, mlp<swiglu>{.width = 8, .hidden = 4}};
     const auto weights = random_weights<float>(ex, layer, 1), gradients = zero_weights<float>(ex, layer);
     std::vector<float> x(6 * 8, 1.f), dy(6 * 8, 1.f), y(6 * 8, -7.f), dx(6 * 8, -7.f);
-    const auto saved = layer.forward(ex, as_matrix(x, 6, 8), weights.view(), as_matrix(y, 6, 8));
+    std::vector<std::uint64_t> random{1, 2}; // seed and step
+    const gate_options options{.random = random.data()};
+    const auto saved = layer.forward(ex, as_matrix(x, 6, 8), weights.view(), as_matrix(y, 6, 8), options);
     const auto said = [&](auto w, auto g) {
-        return support::message_of<invalid_argument>([&] { layer.backward(ex, saved, as_matrix(dy, 6, 8), w, as_matrix(dx, 6, 8), g); });
+        return support::message_of<invalid_argument>(
+            [&] { layer.backward(ex, saved, as_matrix(dy, 6, 8), w, as_matrix(dx, 6, 8), g); });
     };
     auto w = weights.view(), g = gradients.view();
-    const matrix_view<float> short_of_one(g.own.embeddings.data_handle(), 3, 4);
-    g.own.embeddings = short_of_one;
-    CHECK(support::has(said(weights.view(), g), "embeddings (E,N) is of shape (3,4); expected (4,4)"));
-    w.own.embeddings = short_of_one;
-    CHECK(support::has(said(w, gradients.view()), "embeddings (E,N) is of shape (3,4); expected (4,4)"));
+    spoil(g.own);
+    CHECK(support::has(said(weights.view(), g), of_gradients));
+    spoil(w.own);
+    CHECK(support::has(said(w, gradients.view()), of_weights));
     for (const float v : dx) CHECK(v == -7.f);
     for (int64_t i = 0; i < 4 * 8 * 4; ++i) CHECK(gradients.view().expert.down.data[i] == 0.f);
+}
+
+} // namespace
+
+TEST_CASE("a gate's own parameters and their gradients are refused before any output is touched")
+{
+    refuses_own(
+        cosine_gate<>{.experts = 4, .k = 2, .projection_width = 4},
+        [](auto& own) { own.embeddings = matrix_view<float>(own.embeddings.data_handle(), 3, 4); },
+        "embeddings (E,N) is of shape (3,4); expected (4,4)", "embeddings (E,N) is of shape (3,4); expected (4,4)");
+    refuses_own(
+        noisy_gate{.experts = 4, .k = 2}, [](auto& own) { own.noise = matrix_view<float>(own.noise.data_handle(), 3, 8); },
+        "noise matrix (E,D) is of shape (3,8); expected (4,8)", "gradient of the noise matrix (E,D) is of shape (3,8); expected (4,8)");
 }

@@ -14,6 +14,8 @@
 
 namespace fm = fastmoe;
 
+bool throws_and_catches(); // beside.cpp
+
 int main(int argc, char** argv)
 {
     const char* mistake = argc > 1 ? argv[1] : "none";
@@ -29,6 +31,7 @@ int main(int argc, char** argv)
     layer.infer(ex, rows(x), weights.view(), rows(y));
     for (std::size_t i = 0; i < y.size(); ++i)
         if (y[i] != y[i % 16] || y[i] == -1.0f) return 2;
+    if (!throws_and_catches()) return 3; // or it has called this file's functions, and the program has ended
     std::puts("computed");
     std::fflush(stdout);
 

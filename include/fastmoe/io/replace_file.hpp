@@ -133,10 +133,10 @@ private:
         ::unlink(partial_.c_str()); // under its lock
         file_ = ::open(partial_.c_str(), how | O_WRONLY | O_CREAT | O_EXCL, 0666);
         const int why = errno;
-        if (file_ >= 0) lock();
         ::close(old);
         errno = why;
         if (file_ < 0) fail("cannot create");
+        lock();
     }
     /// Keeps a second writer out; the same inode says that nobody renamed the file before we had it.
     /// @return  how many names it has
