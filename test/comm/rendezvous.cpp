@@ -215,15 +215,46 @@ TEST_CASE("what a dead job left in the files misleads nobody")
     const support::temporary_folder folder;
     const std::string path = folder / "id";
     // Rank 0 of the dead job wrote its bytes, and its rank 1 an answer.
-    const detail::file_mark old{detail::greeting::sign, 12345, 3, sizeof(value)};
+    for (const bool complete : {false, true}) {
+        CAPTURE(complete);
+        const detail::file_mark old{detail::greeting::sign, 12345, 3, sizeof(value), complete};
+        const value stale = numbered(100);
+        detail::write_whole(path, &old, sizeof old, &stale, sizeof stale);
+        detail::write_whole(path + ".1", &old, sizeof old, nullptr, 0);
+        std::vector<value> got;
+        const auto failures = meet(
+            3, [&](int r, value& v) { share_by_file(r, 3, path, v, milliseconds(20000)); },
+            [](int r) { return r == 0 ? 100 : 0; }, got); // the others read what is old first
+        for (int r = 0; r < 3; ++r) {
+            CHECK(failures[r] == "");
+            CHECK(got[r] == numbered(3));
+        }
+        CHECK(folder.entries() == 0);
+    }
+}
+
+TEST_CASE("what a dead job left misleads nobody either if its files are removed between two looks at them")
+{
+    const support::temporary_folder folder;
+    const std::string path = folder / "id";
+    const detail::file_mark old{detail::greeting::sign, 12345, 2, sizeof(value), false};
     const value stale = numbered(100);
     detail::write_whole(path, &old, sizeof old, &stale, sizeof stale);
-    detail::write_whole(path + ".1", &old, sizeof old, nullptr, 0);
     std::vector<value> got;
     const auto failures = meet(
-        3, [&](int r, value& v) { share_by_file(r, 3, path, v, milliseconds(20000)); },
-        [](int r) { return r == 0 ? 100 : 0; }, got); // the others read what is old first
-    for (int r = 0; r < 3; ++r) {
+        2,
+        [&](int r, value& v) {
+            if (r == 0) { // its launcher tidies up once rank 1 has answered to what is old
+                while (::access((path + ".1").c_str(), F_OK) != 0) std::this_thread::sleep_for(milliseconds(1));
+                std::remove((path + ".1").c_str());
+                std::remove(path.c_str());
+                std::remove((path + ".1").c_str());
+                std::this_thread::sleep_for(milliseconds(100));
+            }
+            share_by_file(r, 2, path, v, milliseconds(20000));
+        },
+        at_once, got);
+    for (int r = 0; r < 2; ++r) {
         CHECK(failures[r] == "");
         CHECK(got[r] == numbered(3));
     }

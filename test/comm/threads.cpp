@@ -15,6 +15,7 @@
 #include "support/communicator_cases.hpp"
 #include "support/compare.hpp"
 #include "support/executors.hpp"
+#include "support/few_threads.hpp"
 #include "support/poison.hpp"
 #include "support/scratch.hpp"
 
@@ -330,6 +331,24 @@ TEST_CASE("long random sequences of collectives stay in step")
             }
         }
     });
+}
+
+TEST_CASE("ranks whose threads the system does not start are an error of the library's, and have left for the others")
+{
+    std::string text, told;
+    {
+        const support::few_threads narrow;
+        text = support::message_of<fm::error>([&] {
+            fm::run_ranks(9, [&](const fm::threads& c) {
+                fm::host_executor ex({.threads = 1});
+                const std::string mine = support::message_of<fm::comm_error>([&] { c.barrier(ex); });
+                if (c.rank() == 0) told = mine;
+            });
+        });
+    }
+    CHECK(support::has(text, "the thread of a rank could not be started: "));
+    CHECK(support::has(told, "barrier: rank "));
+    CHECK(support::has(told, " of 9 has left"));
 }
 
 TEST_CASE("ranks and deadlines that make no sense are refused by name")

@@ -5,7 +5,6 @@
 #include <chrono>
 #include <cmath>
 #include <cstdint>
-#include <fstream>
 #include <mutex>
 #include <set>
 #include <stdexcept>
@@ -13,15 +12,12 @@
 #include <thread>
 #include <vector>
 
-#include <pthread.h>
-#include <sys/resource.h>
-#include <unistd.h>
-
 #include <doctest/doctest.h>
 
 #include <fastmoe/exec/host_executor.hpp>
 
 #include "support/compare.hpp"
+#include "support/few_threads.hpp"
 #include "support/random.hpp"
 
 namespace fm = fastmoe;
@@ -324,28 +320,15 @@ TEST_CASE("run_rows gives a host algorithm's worker its own team")
 
 TEST_CASE("an executor whose threads cannot all be started throws how many it got, and leaves nothing behind")
 {
-    // Each thread asks for a stack of 1 GiB, and the process may grow by two and a half of them.
-    pthread_attr_t before, large;
-    REQUIRE(pthread_getattr_default_np(&before) == 0);
-    REQUIRE(pthread_getattr_default_np(&large) == 0);
-    REQUIRE(pthread_attr_setstacksize(&large, std::size_t{1} << 30) == 0);
-    long pages = 0;
-    std::ifstream("/proc/self/statm") >> pages;
-    rlimit limit{};
-    REQUIRE(getrlimit(RLIMIT_AS, &limit) == 0);
-    const rlimit narrow{static_cast<rlim_t>(pages) * static_cast<rlim_t>(sysconf(_SC_PAGESIZE)) + (rlim_t{5} << 29), limit.rlim_max};
     std::string text;
     for (int round = 0; round < 3; ++round) {
-        pthread_setattr_default_np(&large);
-        setrlimit(RLIMIT_AS, &narrow);
         try {
+            const support::few_threads narrow;
             fm::host_executor ex({.threads = 9});
             text = "nothing was thrown";
         } catch (const fm::error& e) {
             text = e.what();
         }
-        setrlimit(RLIMIT_AS, &limit);
-        pthread_setattr_default_np(&before);
         INFO(text);
         CHECK(text.find("threads is 9; expected no more than can be started: 3 (") != std::string::npos);
     }

@@ -1,6 +1,8 @@
 // SPDX-FileCopyrightText: The FastMoE authors
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// Checkpoints of R ranks, loaded by R' of them; what is damaged is refused, whatever byte it is.
+#include <sys/stat.h>
+
 #include <algorithm>
 #include <filesystem>
 #include <string>
@@ -135,7 +137,7 @@ TEST_CASE("a link to a manifest is as good as its name, for a save and for a loa
 TEST_CASE("replicas write nothing, two writers of one expert are an error on all, and so are slices with a hole")
 {
     const support::temporary_folder folder;
-    const std::string path = folder / "c";
+    std::string path = folder / "c";
     const auto save = [&](auto entries_of, auto role_of) {
         std::vector<std::string> said(4);
         fm::run_ranks(4, [&](const fm::threads& c) {
@@ -165,6 +167,20 @@ TEST_CASE("replicas write nothing, two writers of one expert are an error on all
     for (const std::string& text : save(plain, [](int) { return io::checkpoint_role::writer; }))
         CHECK_MESSAGE(has(text, "tensor 'w.0' is of ranks 0 and 2; expected one writer"), text);
 
+    // Expert 1 of "w" has no writer: ranks 1 and 3 both leave it to each other.
+    const auto second_of = [](int rank) { return rank == 0 ? io::checkpoint_role::writer : io::checkpoint_role::replica; };
+    for (const std::string& text : save(plain, second_of))
+        CHECK_MESSAGE(has(text, "entry is 'w.1', a replica; expected a rank that writes it"), text);
+    const auto slices_of_others = [](int rank, std::vector<float>& v, std::vector<int32_t>& ids) {
+        ids = {0, 10}; // whose names are alike
+        return std::vector{io::expert_entry("w", fm::tensor_view<float, 3>(v.data(), 2, 2, 3), fm::as_vector(ids),
+                                            {.axis = 0, .begin = rank % 2 * 2, .total = 4})};
+    };
+    path = folder / "sliced";
+    for (const std::string& text : save(slices_of_others, second_is_replica)) CHECK_EQ(text, "none");
+    CHECK_EQ(io::sharded_checkpoint(path).names().size(), 4); // two slices of each
+    path = folder / "c";
+
     const auto holes = [](int rank, std::vector<float>& v, std::vector<int32_t>& ids) {
         ids = {0, 1};
         return std::vector{io::expert_entry("w", fm::tensor_view<float, 3>(v.data(), 2, 2, 3), fm::as_vector(ids),
@@ -193,6 +209,24 @@ TEST_CASE("replicas write nothing, two writers of one expert are an error on all
     from.load({io::expert_entry("w", fm::tensor_view<float, 3>(three.data(), 1, 2, 3), fm::vector_view<const int32_t>(id, 1))});
     CHECK(three == numbers(6, 106.f));
     for (const std::string& file : before) CHECK(std::filesystem::exists(file));
+}
+
+TEST_CASE("parts are no more public than the manifest beside which they are written")
+{
+    const support::temporary_folder folder;
+    const std::string path = folder / "c";
+    FASTMOE_SEEDED(rng, 91);
+    scene::save(path, scene::placement(rng, 3, 2), 1);
+    for (const int mode : {0600, 0640}) {
+        REQUIRE(::chmod(path.c_str(), static_cast<mode_t>(mode)) == 0);
+        scene::save(path, scene::placement(rng, 3, 2), 2);
+        CHECK(files_in(folder).size() > 2);
+        for (const std::string& file : files_in(folder)) {
+            struct stat there{};
+            REQUIRE(::stat(file.c_str(), &there) == 0);
+            CHECK_MESSAGE((there.st_mode & 0777) == static_cast<mode_t>(mode), file);
+        }
+    }
 }
 
 TEST_CASE("an entry that makes no sense is refused on its rank, told to the others, and nothing is written")

@@ -75,6 +75,8 @@ void leave_part(const fm::mpi& world, fm::host_executor& ex)
     say(me, "the whole adds up to " + std::to_string(ones.back()));
 }
 
+int stop_after = 0; ///< large messages; 0: never
+
 clock_type::time_point last_call; ///< of a collective, if do_it says when
 
 /// What a rank is told in do_it(c, ex), when, and by the next call. Its exit status.
@@ -87,6 +89,7 @@ int listen(int me, const C& c, Executor& ex, const F& do_it)
     } catch (const fm::comm_error& e) {
         const auto took = std::chrono::duration_cast<std::chrono::milliseconds>(clock_type::now() - last_call).count();
         say(me, std::string("comm_error: ") + e.what());
+        say(me, e.messages_pending ? "messages are pending" : "no message is pending");
         say(me, "took " + std::to_string(took) + " ms");
         const auto start = clock_type::now();
         try {
@@ -105,6 +108,22 @@ int listen(int me, const C& c, Executor& ex, const F& do_it)
 }
 
 } // namespace
+
+/// Rank `lost` may be stopped once it has said that it will send, and goes on when the others have given it up.
+extern "C" int MPI_Isend(const void* data, int count, MPI_Datatype type, int to, int tag, MPI_Comm comm, MPI_Request* request)
+{
+    const int code = PMPI_Isend(data, count, type, to, tag, comm, request);
+    if (count > (1 << 16) && stop_after > 0 && --stop_after == 0) {
+        const pid_t me = ::getpid();
+        if (::fork() == 0) {
+            ::usleep(3'500'000);
+            ::kill(me, SIGCONT);
+            ::_exit(0);
+        }
+        ::raise(SIGSTOP);
+    }
+    return code;
+}
 
 /// doomed how milliseconds
 int main(int argc, char** argv)
@@ -127,7 +146,8 @@ int main(int argc, char** argv)
     const std::string what = split ? how.substr(6) : how;
     const bool in_exchange = what.find("exchange_") != std::string::npos;
     std::thread killer;
-    if (in_exchange && me == lost)
+    if (what == "exchange_stopped") stop_after = me == lost ? 3 : 0;
+    else if (in_exchange && me == lost)
         killer = std::thread([&] {
             std::this_thread::sleep_for(std::chrono::milliseconds(100));
             ::kill(::getpid(), SIGKILL);

@@ -150,6 +150,16 @@ TEST_CASE("a rank that is killed in the middle of an exchange is named when the 
             {"--mca", "btl_vader_single_copy_mechanism", "none"});
 }
 
+TEST_CASE("who waited for a rank that stopped in the middle of a message is told that it may still come, and it ends in good order")
+{
+    const std::vector<std::string> in_pieces{"--mca", "btl_vader_single_copy_mechanism", "none"};
+    const auto run = [](int ranks, const std::vector<std::string>& options) {
+        is_told("exchange_stopped", ranks, named("all_to_all_v", 1, ranks, too_late), 1.9, late, options, "messages are pending");
+    };
+    together({[&] { run(2, {}); }, [&] { run(2, in_pieces); }, [&] { run(3, in_pieces); }});
+    is_told("throws", 2, named("barrier", 1, 2, "has left"), 0, at_once, {}, "no message is pending");
+}
+
 TEST_CASE("a rank that is killed in the middle of an exchange whose rows are staged in parts is named when the deadline has passed")
 {
     const auto run = [](int ranks) { // in whichever of its steps the rank was lost

@@ -219,21 +219,35 @@ inline void expects_counts_of_rows(vector_view<const int64_t> rows, const char* 
     }
 }
 
+/// Memory that a caller lent to one communicator and to all that are split from it.
+struct lent_memory {
+    vector_view<std::byte> bytes; // (bytes)
+    bool is_lost = false;         ///< a message of one of them may still be on its way there
+};
+
 /// Memory for staging: from the caller's workspace, or, if that has no bytes, from the executor's resource.
 template <class Executor>
 class staging {
 public:
-    staging(Executor& ex, vector_view<std::byte> workspace) : ex_(ex), workspace_(workspace) {}
+    /// @param pending  true once messages of this communicator may be on their way for ever; outlives this
+    staging(Executor& ex, const lent_memory& workspace, const bool& pending) : ex_(ex), workspace_(workspace), pending_(pending) {}
+    staging(const staging&) = delete;
+    staging& operator=(const staging&) = delete;
+    ~staging()
+    {
+        if (pending_) owned_.abandon();
+    }
 
     /// Two vectors.                                                                    // (first), (second)
-    /// @throws out_of_memory
+    /// @throws out_of_memory; comm_error if the workspace is lost
     template <class T>
     std::pair<vector_view<T>, vector_view<T>> take(int64_t first, int64_t second)
     {
         const int64_t needed = bytes<T>(first, second);
-        const bool lent = workspace_.extent(0) > 0;
+        const bool lent = workspace_.bytes.extent(0) > 0;
+        if (lent && workspace_.is_lost) raise<comm_error>("the workspace may still be written to, by a rank that another communicator has lost");
         if (!lent) owned_ = buffer<std::byte, Executor>(ex_, needed);
-        arena memory(lent ? workspace_ : owned_.view());
+        arena memory(lent ? workspace_.bytes : owned_.view());
         memory.require(needed);
         const auto a = memory.vector<T>(first);
         return {a, memory.vector<T>(second)};
@@ -249,7 +263,8 @@ public:
 
 private:
     Executor& ex_;
-    vector_view<std::byte> workspace_;
+    const lent_memory& workspace_;
+    const bool& pending_;
     buffer<std::byte, Executor> owned_;
 };
 

@@ -74,7 +74,7 @@ void queue_copy(Executor& ex, const T* from, int64_t count, T* to)
 {
     if (count <= 0 || from == to) return;
     if constexpr (queues_copies<Executor>) ex.copy(to, from, count * static_cast<int64_t>(sizeof(T)));
-    else for_each(ex, count, copy_elements<T>{from, to});
+    else fastmoe::for_each(ex, count, copy_elements<T>{from, to});
 }
 
 /// Copies that are queued as one where they continue each other on both sides.

@@ -16,6 +16,7 @@ struct file_mark {
     std::uint64_t magic;
     std::uint64_t meeting; ///< never the same twice
     int64_t ranks, count;
+    int64_t is_complete; ///< rank 0 has an answer from every rank
 
     static std::uint64_t fresh_meeting()
     {
@@ -50,7 +51,8 @@ inline bool read_whole(const std::string& path, void* head, std::size_t head_siz
 } // namespace detail
 
 /// Every rank gets rank 0's value through files `path` and `path.RANK`, which are gone when all ranks return. What a job
-/// that died has left there misleads nobody: rank 0 replaces it, and ranks wait for the answer to what they have read.
+/// that died has left there misleads nobody, nor does it if somebody removes it meanwhile: a rank answers to what it reads,
+/// and believes it once rank 0 says that it has all answers to just that.
 /// @param value  read on rank 0, overwritten elsewhere
 /// @throws comm_error if a rank does not come within the deadline, or the file cannot be written
 template <class T>
@@ -63,35 +65,45 @@ void share_by_file(int rank, int ranks, const std::string& path, T& value, milli
     const auto answer_of = [&path](int r) { return path + "." + std::to_string(r); };
     if (rank == 0) {
         if (ranks == 1) return;
-        const file_mark mark{detail::greeting::sign, file_mark::fresh_meeting(), ranks, sizeof(T)};
-        detail::write_whole(path, &mark, sizeof mark, &value, sizeof(T));
-        for (int r = 1; r < ranks; ++r) {
+        file_mark mark{detail::greeting::sign, file_mark::fresh_meeting(), ranks, sizeof(T), false};
+        const auto write = [&] { detail::write_whole(path, &mark, sizeof mark, &value, sizeof(T)); };
+        const auto has_answer = [&](int r) {
             file_mark seen{};
-            while (!detail::read_whole(answer_of(r), &seen, sizeof seen, nullptr, 0) || seen.meeting != mark.meeting) {
-                if (until.over()) std::remove(path.c_str());
-                expects<comm_error>(!until.over(), "the rendezvous", "over its deadline", "rank ", r, " to answer in ", answer_of(r));
-                detail::nap();
-            }
-            std::remove(answer_of(r).c_str());
-        }
+            return detail::read_whole(answer_of(r), &seen, sizeof seen, nullptr, 0) && seen.meeting == mark.meeting;
+        };
+        const auto until_all = [&](bool answered, const char* what) {
+            for (int r = 1; r < ranks; ++r)
+                for (; has_answer(r) != answered; detail::nap()) {
+                    if (until.over()) std::remove(path.c_str());
+                    expects<comm_error>(!until.over(), "the rendezvous", "over its deadline", "rank ", r, what, answer_of(r));
+                }
+        };
+        write();
+        until_all(true, " to answer in ");
+        mark.is_complete = true;
+        write();
+        until_all(false, " to remove ");
         std::remove(path.c_str());
         return;
     }
-    // Answer to the file as it is, until rank 0 takes the answer away.
     std::uint64_t answered = 0;
     for (;; detail::nap()) {
-        expects<comm_error>(!until.over(), "the rendezvous", "over its deadline", "rank 0 to ", answered ? "take the answer to " : "write ",
-                            path);
+        expects<comm_error>(!until.over(), "the rendezvous", "over its deadline", "rank 0 to ",
+                            answered ? "take the answer to " : "write ", path);
         file_mark seen{};
         T read;
-        const bool there = detail::read_whole(path, &seen, sizeof seen, &read, sizeof(T)) && seen.magic == detail::greeting::sign;
-        if (there && seen.meeting != answered && seen.ranks == ranks && seen.count == static_cast<int64_t>(sizeof(T))) {
-            value = read;
-            answered = seen.meeting;
-            detail::write_whole(answer_of(rank), &seen, sizeof seen, nullptr, 0);
-        } else if (answered && ::access(answer_of(rank).c_str(), F_OK) != 0) {
+        const bool there = detail::read_whole(path, &seen, sizeof seen, &read, sizeof(T)) && seen.magic == detail::greeting::sign &&
+                           seen.ranks == ranks && seen.count == static_cast<int64_t>(sizeof(T));
+        if (!there) continue;
+        if (seen.is_complete) {
+            if (seen.meeting != answered) continue; // it was others' meeting
+            std::remove(answer_of(rank).c_str());
             return;
         }
+        if (seen.meeting == answered && ::access(answer_of(rank).c_str(), F_OK) == 0) continue;
+        value = read;
+        answered = seen.meeting;
+        detail::write_whole(answer_of(rank), &seen, sizeof seen, nullptr, 0);
     }
 }
 

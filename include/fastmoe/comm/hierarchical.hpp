@@ -22,8 +22,8 @@ namespace fastmoe::inline FASTMOE_ABI {
 /// Sums: first those of a node, in the order and with the roundings of `inner`, then those of the nodes, as `outer` adds
 /// them. So all ranks get the same bits on every run; a half type is rounded twice.
 ///
-/// Staging comes from the executor's resource, or from the workspace that the object was built with; the *_bytes() say how
-/// much. broadcast, barrier and split take none.
+/// Staging comes from the executor's resource, or from the workspace that the object was built with and shares with what is
+/// split from it; the *_bytes() say how much. broadcast, barrier and split take none.
 ///
 /// Metadata travel in host memory, through a host_executor of this object, which both levels must serve beside the
 /// executor of the data. Before a collective each rank announces what it is about to do: 64 bytes to each other rank of its
@@ -34,16 +34,18 @@ namespace fastmoe::inline FASTMOE_ABI {
 ///         root or counts, or if one refuses its own arguments or has no memory (nothing is written then, and the
 ///         communicator can go on); or if a rank has failed, left or is late, as the levels find out. The object then drops
 ///         both levels, so that ranks which wait for this one learn at once if nobody else holds copies of them, and every
-///         later call throws as well. invalid_argument or out_of_memory on the rank that refuses
+///         later call throws as well. If messages of a level are still on their way then, memory that they may be written to
+///         is not used again: what was taken is never given back, a workspace is refused. invalid_argument or out_of_memory
+///         on the rank that refuses
 template <counts_ranks Inner, counts_ranks Outer>
 class hierarchical {
 public:
     /// @param inner  the ranks of this node; as many on every node
     /// @param outer  the ranks with this place on their nodes, one a node, nodes in the same order for every place
-    hierarchical(Inner inner, Outer outer) : hierarchical(std::move(inner), std::move(outer), {}) {}
+    hierarchical(Inner inner, Outer outer) : hierarchical(std::move(inner), std::move(outer), vector_view<std::byte>{}) {}
     /// @param workspace  memory of the executor for staging, lent for as long as there are copies            // (bytes)
     hierarchical(Inner inner, Outer outer, vector_view<std::byte> workspace)
-        : own_(std::make_shared<detail::two_levels<Inner, Outer>>(std::move(inner), std::move(outer))), workspace_(workspace)
+        : hierarchical(std::move(inner), std::move(outer), std::make_shared<detail::lent_memory>(workspace))
     {
     }
 
@@ -57,7 +59,7 @@ public:
     void all_reduce(Executor& ex, vector_view<T> values) const // (N)
     {
         const int64_t n = values.extent(0), share = share_of(n);
-        detail::staging<Executor> memory(ex, workspace_);
+        detail::staging<Executor> memory(ex, *own_->workspace, own_->messages_pending);
         vector_view<T> part;
         agree<T>(ex, verb::all_reduce, n, 0, [&] {
             expects_shape(values, "values (N)", n);
@@ -80,7 +82,7 @@ public:
     void reduce_scatter(Executor& ex, type_identity_t<vector_view<const T>> sent, vector_view<T> received) const
     {
         const int64_t n = received.extent(0);
-        detail::staging<Executor> memory(ex, workspace_);
+        detail::staging<Executor> memory(ex, *own_->workspace, own_->messages_pending);
         vector_view<T> packed, sums; // (R*N), (nodes*N)
         agree<T>(ex, verb::reduce_scatter, n, 0, [&] {
             expects_shape(received, "received (N)", n);
@@ -97,7 +99,7 @@ public:
     void all_gather(Executor& ex, type_identity_t<vector_view<const T>> sent, vector_view<T> received) const
     {
         const int64_t n = sent.extent(0);
-        detail::staging<Executor> memory(ex, workspace_);
+        detail::staging<Executor> memory(ex, *own_->workspace, own_->messages_pending);
         vector_view<T> gathered, crossed; // (R*N), (nodes*N)
         agree<T>(ex, verb::all_gather, n, 0, [&] {
             expects_shape(sent, "sent (N)", n);
@@ -114,7 +116,7 @@ public:
     void all_to_all(Executor& ex, type_identity_t<vector_view<const T>> sent, vector_view<T> received) const
     {
         const int64_t n = sent.extent(0) / size();
-        detail::staging<Executor> memory(ex, workspace_);
+        detail::staging<Executor> memory(ex, *own_->workspace, own_->messages_pending);
         vector_view<T> packed, passing; // (R*N), (R*N)
         agree<T>(ex, verb::all_to_all, n, 0, [&] {
             expects_shape(sent, "sent (R*N)", size() * n);
@@ -145,7 +147,7 @@ public:
             },
             sent_rows);
         own_->table.compare(received_rows);
-        detail::staging<Executor> memory(ex, workspace_);
+        detail::staging<Executor> memory(ex, *own_->workspace, own_->messages_pending);
         matrix_view<T> packed, passing; // (rows that leave or pass, D), (rows that pass, D)
         own_->confirm([&] {
             const auto [a, b] = memory.template take<T>(table.packed_rows() * width, table.passing_rows() * width);
@@ -193,7 +195,7 @@ public:
         std::optional<Outer> across;
         inner([&](const Inner& c) { node.emplace(c.split(color, at.place)); });
         outer([&](const Outer& c) { across.emplace(c.split(color, at.node)); });
-        return hierarchical(std::move(*node), std::move(*across), workspace_);
+        return hierarchical(std::move(*node), std::move(*across), own_->workspace);
     }
 
     // -- staging, in bytes of the workspace --------------------------------------------------------------------------------
@@ -229,6 +231,11 @@ public:
 private:
     using verb = detail::collective;
 
+    hierarchical(Inner inner, Outer outer, std::shared_ptr<detail::lent_memory> workspace)
+        : own_(std::make_shared<detail::two_levels<Inner, Outer>>(std::move(inner), std::move(outer), std::move(workspace)))
+    {
+    }
+
     template <class F>
     void inner(const F& f) const
     {
@@ -262,7 +269,6 @@ private:
     }
 
     std::shared_ptr<detail::two_levels<Inner, Outer>> own_;
-    vector_view<std::byte> workspace_; // (bytes)  none: the executor's resource
 };
 
 /// Nodes of `node_size` consecutive ranks of a communicator that splits. Called by all its ranks.

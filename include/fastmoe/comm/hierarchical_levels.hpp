@@ -21,7 +21,7 @@ void turn_blocks(Executor& ex, const T* from, int rows, int cols, int64_t n, T* 
 {
     for (int c = 0; c < cols; ++c)
         for (int r = 0; r < rows && n > 0; ++r, to += n)
-            for_each(ex, n, copy_elements<T>{from + (static_cast<int64_t>(r) * cols + c) * n, to});
+            fastmoe::for_each(ex, n, copy_elements<T>{from + (static_cast<int64_t>(r) * cols + c) * n, to});
 }
 
 /// The same with blocks of counts(r,c) rows.
@@ -34,7 +34,7 @@ void turn_rows(Executor& ex, const T* from, int rows, int cols, const int64_t* c
             const int64_t n = counts[i] * width;
             if (n == 0) continue;
             if (i % cols == c) {
-                for_each(ex, n, copy_elements<T>{at, to});
+                fastmoe::for_each(ex, n, copy_elements<T>{at, to});
                 to += n;
             }
             at += n;
@@ -49,19 +49,21 @@ struct passed_notice {
     int64_t rows = 0;
 };
 
-/// What the copies of a hierarchical communicator share.
+/// What the copies of a hierarchical communicator share. It never ends if messages may still be on their way to it.
 template <class Inner, class Outer>
-struct two_levels {
+struct two_levels : std::enable_shared_from_this<two_levels<Inner, Outer>> {
     using pair = std::pair<Inner, Outer>;
     std::optional<pair> whole; ///< nothing after a failure
     std::string broken;        ///< why
+    bool messages_pending = false;
+    std::shared_ptr<lent_memory> workspace; ///< without bytes: the executor's resource
     rank_table table;
     host_executor ex{{.threads = 1}}; ///< of the metadata
     std::unique_ptr<int64_t[]> to_places, of_places;      // (places,announced+nodes)  an announcement, and rows for each node
     std::unique_ptr<passed_notice[]> to_nodes, of_nodes;  // (nodes,places)
 
-    two_levels(Inner i, Outer o)
-        : whole(std::in_place, std::move(i), std::move(o)),
+    two_levels(Inner i, Outer o, std::shared_ptr<lent_memory> lent)
+        : whole(std::in_place, std::move(i), std::move(o)), workspace(std::move(lent)),
           table(whole->second.rank() * whole->first.size() + whole->first.rank(), whole->second.size(), whole->first.size()),
           to_places(new int64_t[at(table.places * (announced + table.nodes))]()),
           of_places(new int64_t[at(table.places * (announced + table.nodes))]()), to_nodes(new passed_notice[at(table.ranks())]),
@@ -111,7 +113,8 @@ private:
             where += ", ranks " + std::to_string(first) + " to " + std::to_string(last);
             if (step > 1) where += " in steps of " + std::to_string(step);
             leave(bare_text(e.what()) + where + ")");
-            raise<comm_error>(broken);
+            if (e.messages_pending) lose_memory();
+            raise<comm_error>(broken, location::current(), messages_pending);
         } catch (const std::exception& e) {
             leave(bare_text(e.what()));
             throw;
@@ -129,10 +132,16 @@ private:
         broken = std::move(why);
         whole.reset();
     }
+    void lose_memory()
+    {
+        messages_pending = workspace->is_lost = true;
+        itself_ = this->shared_from_this();
+    }
 
     template <class Check, class Tell>
     void agree(const Check& verify, const Tell& tell_all)
     {
+        if (!whole) raise<comm_error>(broken);
 #if defined(__cpp_exceptions)
         try {
             verify();
@@ -196,6 +205,8 @@ private:
     }
 
     static constexpr std::size_t at(int64_t n) noexcept { return static_cast<std::size_t>(n); }
+
+    std::shared_ptr<two_levels> itself_;
 };
 
 } // namespace fastmoe::inline FASTMOE_ABI::detail

@@ -47,8 +47,9 @@ struct mpi_options {
 ///         root or counts (nothing is written then, and the communicator can go on), if a rank has failed or left, or did
 ///         not come before the deadline (then every later call throws the same at once); invalid_argument on a rank whose
 ///         arguments break the contract by themselves. A rank that comes when the others have given it up may still complete
-///         that collective, with what they had sent, and is told by its next call. If a rank was lost while data was on its way, the memory that is
-///         sent and received must stay allocated: a rank that was only stopped may still send when it goes on
+///         that collective, with what they had sent, and is told by its next call. If a rank was lost while data was on its
+///         way, the error says messages_pending: memory that was sent and received must stay allocated, since a rank that
+///         was only stopped may still send when it goes on. The library does so with memory of its own
 class mpi {
     using steps = detail::mpi_steps;
 

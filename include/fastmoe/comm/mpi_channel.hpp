@@ -82,7 +82,7 @@ public:
     }
 
     /// Does the moves of more than `room` bytes, and calls meanwhile() while they are under way.
-    /// @throws comm_error  then MPI may still read what is sent and write what is received, if a peer comes to life again
+    /// @throws comm_error  with messages_pending if MPI may still read what is sent and write what is received
     template <class Meanwhile>
     void exchange(const char* verb, int64_t room, const Meanwhile& meanwhile)
     {
@@ -274,7 +274,7 @@ private:
     [[noreturn]] void give_up(const std::string& text)
     {
         break_up(text);
-        raise<comm_error>(broken_);
+        raise<comm_error>(broken_, location::current(), moves_pending_);
     }
 
     void break_up(const std::string& text) noexcept
@@ -292,6 +292,7 @@ private:
             MPI_Testall(static_cast<int>(notes_.size()), notes_.data(), &sent, MPI_STATUSES_IGNORE);
             MPI_Testall(static_cast<int>(bulk_.size()), bulk_.data(), &done, MPI_STATUSES_IGNORE);
         }
+        moves_pending_ = !done;
         if (!done) link_.abandon_staging();
     }
 
@@ -303,6 +304,7 @@ private:
     std::vector<int> bulk_peers_, finished_; // (pieces)
     int64_t progress_ = 0;                   ///< pieces that have moved
     std::size_t receives_ = 0;
+    bool moves_pending_ = false; ///< when it broke
     std::unique_ptr<std::byte[]> out_; // (R,capacity)
 };
 

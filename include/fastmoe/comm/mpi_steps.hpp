@@ -154,7 +154,7 @@ public:
         else if (count * element<T> <= large_bytes)
             std::memcpy(to, from, static_cast<std::size_t>(count * element<T>));
         else
-            for_each(ex, count, copy_elements<T>{from, to});
+            fastmoe::for_each(ex, count, copy_elements<T>{from, to});
     }
 
     /// Staging memory for so many elements of every rank.                                       // (R,n)
@@ -171,8 +171,8 @@ public:
         static_assert(!std::is_same_v<T, std::byte>, "bytes have no sum");
         static_assert(!is_unstaged<Executor>, "mpi adds in host memory only: see comm/staged.hpp");
         const sum_stacked_blocks<T> f{staging, own, to, rank(), size(), stride, count};
-        for_each_row(ex, (count + f.size - 1) / f.size, f,
-                     {.width = f.size * size(), .scratch_bytes = f.scratch_bytes});
+        fastmoe::for_each_row(ex, (count + f.size - 1) / f.size, f,
+                              {.width = f.size * size(), .scratch_bytes = f.scratch_bytes});
     }
 
     /// Share r of `from` goes to rank r, which adds what it gets; as much at a time as the staging memory holds.

@@ -103,8 +103,9 @@ public:
                 const int64_t count = least(most, n - at);
                 exchange<T>(ex, "reduce_scatter", until, [&](int r) { return block<const T>{from + r * n + at, count}; },
                             [&](int r) { return block<T>{blocks.data() + r * count, count}; });
-                for_each(ex, count, detail::sum_received_blocks<T>{blocks.data(), from + rank() * n + at, received.data_handle() + at,
-                                                                   rank(), size(), count});
+                fastmoe::for_each(ex, count,
+                                  detail::sum_received_blocks<T>{blocks.data(), from + rank() * n + at,
+                                                                 received.data_handle() + at, rank(), size(), count});
             }
         }
         finish(ex, "reduce_scatter", until);
@@ -173,7 +174,7 @@ public:
     {
         const detail::patience until(own_->options.deadline);
         buffer<int32_t, Executor> word(ex, 1);
-        for_each(ex, 1, detail::fill_word{word.data()});
+        fastmoe::for_each(ex, 1, detail::fill_word{word.data()});
         group("barrier", until, [&] { return Api::all_reduce(word.data(), 1, own_->handle, ex); });
         own_->wait_for(ex, "barrier", until);
     }
@@ -323,7 +324,8 @@ private:
         const block<T> mine = of(rank());
         exchange<T>(ex, "all_reduce", until, [&](int r) { return block<const T>{of(r).data, of(r).count}; },
                     [&](int r) { return block<T>{blocks + r * share, mine.count}; });
-        for_each(ex, mine.count, detail::sum_received_blocks<T>{blocks, mine.data, mine.data, rank(), size(), share});
+        fastmoe::for_each(ex, mine.count,
+                          detail::sum_received_blocks<T>{blocks, mine.data, mine.data, rank(), size(), share});
         if (share * size() == n)
             group("all_reduce", until, [&] { return Api::all_gather(mine.data, values, bytes<T>(share), own_->handle, ex); });
         else

@@ -270,7 +270,7 @@ void share_over(Executor& ex, const Communicator& ranks, T& value)
     static_assert(has_readable_memory<Executor>, "the bytes are read and written on the host");
     buffer<std::byte, Executor> bytes(ex, sizeof(T));
     std::memcpy(bytes.data(), &value, sizeof(T));
-    ranks.broadcast(ex, bytes.view(), 0);
+    call_on([&] { ranks.broadcast(ex, bytes.view(), 0); }, bytes);
     ex.synchronize();
     std::memcpy(static_cast<void*>(&value), bytes.data(), sizeof(T));
 }

@@ -67,7 +67,7 @@ struct self {
         expects(rows <= received.extent(0), "received (M,D)", received.extent(0), rows, " rows or more");
         expects_shape(received, "received (M,D)", received.extent(0), width);
         expects_shape(sent, "sent (N,D)", sent.extent(0), width);
-        for_each(ex, rows * width, detail::copy_elements<T>{sent.data_handle(), received.data_handle()});
+        fastmoe::for_each(ex, rows * width, detail::copy_elements<T>{sent.data_handle(), received.data_handle()});
     }
 
     template <executor Executor, class T>
@@ -96,7 +96,7 @@ private:
     {
         expects_shape(received, "received (N)", sent.extent(0));
         expects_shape(sent, "sent (N)", sent.extent(0));
-        for_each(ex, sent.extent(0), detail::copy_elements<T>{sent.data_handle(), received.data_handle()});
+        fastmoe::for_each(ex, sent.extent(0), detail::copy_elements<T>{sent.data_handle(), received.data_handle()});
     }
 };
 

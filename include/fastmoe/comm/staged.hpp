@@ -48,7 +48,8 @@ struct staged_options {
 template <counts_ranks Inner>
 class staged {
 public:
-    /// Staging memory is lent, for as long as there are copies or splits.
+    /// Staging memory is lent, for as long as there are copies or splits. Once messages of one of them may be on their way to it
+    /// for ever, all that share it throw comm_error.
     /// @param staging  that the executor's copies and the host both reach, aligned to memory_alignment; at least
     ///                 least_bytes() of the ranks. The ranks' sizes may differ: the least one cuts the parts    // (bytes)
     /// @throws invalid_argument if it is too small or misaligned, or if rows are to go directly and Inner knows no such thing
@@ -57,7 +58,7 @@ public:
     {
     }
     /// Staging memory is taken from a resource here, and given back with the last copy and split; but after a failure while
-    /// data moved, when late messages may still write to it, it is not given back.
+    /// data moved, when late messages may still write to it, it is not given back, and who shares it takes as much anew.
     /// @param memory  outlives all copies and splits
     staged(Inner inner, int64_t bytes, memory_resource& memory, staged_options options = {})
         : staged(std::move(inner), options,

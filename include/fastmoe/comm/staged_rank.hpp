@@ -1,10 +1,9 @@
 // SPDX-FileCopyrightText: The FastMoE authors
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-/// What the copies of a `staged` communicator share: the staging memory, what ranks tell each other before they move
-/// anything, and what happens if a rank fails in between. Part of staged.hpp.
+/// What the copies of a `staged` communicator share: what ranks tell each other before they move anything, and what happens if
+/// a rank fails in between. Part of staged.hpp.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 #include <exception>
 #include <memory>
@@ -13,77 +12,10 @@
 #include <fastmoe/comm/announcement.hpp>
 #include <fastmoe/comm/communicator.hpp>
 #include <fastmoe/comm/device_memory.hpp>
+#include <fastmoe/comm/staging_memory.hpp>
 #include <fastmoe/exec/host_executor.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI::detail {
-
-/// Host memory that data pass through, lent by the caller or taken from a resource; and who is using it.
-class staging_memory {
-public:
-    staging_memory(vector_view<std::byte> lent, int ranks) : data_(lent.data_handle()), bytes_(lent.extent(0)) { verify(ranks); }
-    staging_memory(int64_t bytes, memory_resource& from, int ranks) : bytes_(bytes)
-    {
-        verify_size(ranks);
-        data_ = static_cast<std::byte*>(from.allocate(bytes));
-        from_ = &from;
-    }
-    staging_memory(const staging_memory&) = delete;
-    staging_memory& operator=(const staging_memory&) = delete;
-    ~staging_memory()
-    {
-        if (from_ && !lost_) from_->deallocate(data_, bytes_);
-    }
-
-    /// A block of one element for each rank and one more, of the widest type; or one to send and one to get from each.
-    static constexpr int64_t least_bytes(int ranks) noexcept { return 16 * static_cast<int64_t>(ranks); }
-
-    int64_t bytes() const noexcept { return bytes_; }
-    template <class T>
-    T* at(int64_t element) const noexcept
-    {
-        return reinterpret_cast<T*>(data_) + element;
-    }
-
-    /// A message may still be on its way: nobody else may get this memory.
-    void lose() noexcept { lost_ = true; }
-
-    /// The memory is a verb's while this lives.
-    class [[nodiscard]] use {
-    public:
-        /// @throws comm_error if another call uses it
-        use(staging_memory& memory, const char* verb) : memory_(memory)
-        {
-            const char* other = nullptr;
-            if (!memory.verb_.compare_exchange_strong(other, verb))
-                raise<comm_error>(std::string(verb) + ": the staging memory is in use by " + other +
-                                  "; expected one call at a time");
-        }
-        use(const use&) = delete;
-        use& operator=(const use&) = delete;
-        ~use() { memory_.verb_ = nullptr; }
-
-    private:
-        staging_memory& memory_;
-    };
-
-private:
-    void verify_size(int ranks) const
-    {
-        expects(bytes_ >= least_bytes(ranks), "staging", bytes_, least_bytes(ranks), " bytes or more for ", ranks, " ranks");
-    }
-    void verify(int ranks) const
-    {
-        verify_size(ranks);
-        expects(reinterpret_cast<std::uintptr_t>(data_) % memory_alignment == 0, "staging", static_cast<const void*>(data_),
-                "a pointer aligned to ", memory_alignment, " bytes");
-    }
-
-    std::byte* data_ = nullptr;
-    int64_t bytes_;
-    memory_resource* from_ = nullptr;
-    bool lost_ = false;
-    std::atomic<const char*> verb_ = nullptr;
-};
 
 /// The largest number of elements a pair, so that what goes out and what comes in fits into `half` each.
 /// @param out, in  elements to and from each other rank: out(r), in(r)
@@ -153,6 +85,7 @@ struct staged_rank {
         table.own = mine;
 #if defined(__cpp_exceptions)
         try {
+            memory->renew();
             prepare();
         } catch (...) {
             table.own.refused = 1;
@@ -163,6 +96,7 @@ struct staged_rank {
             throw;
         }
 #else
+        memory->renew();
         prepare();
 #endif
         tell(sent_rows);
@@ -191,7 +125,7 @@ struct staged_rank {
     template <class F>
     void move(const F& f)
     {
-        run([&] { f(*whole); }, [this] { memory->lose(); });
+        run([&] { f(*whole); }, [this](bool pending) { memory->lose(pending); });
     }
 
     /// part(first, count, stage) for n elements, as many at a time as fit into the staging memory `blocks` times.
@@ -280,16 +214,17 @@ private:
     void run(const F& f, const Failed& failed)
     {
 #if defined(__cpp_exceptions)
-        const auto leave = [&](const std::string& why) {
+        const auto leave = [&](const std::string& why, bool pending = false) {
             broken = std::string(collective_names[table.own.verb]) + ", staged: " + why;
-            failed();
+            failed(pending);
+            if (pending) static_cast<void>(sent.release()), static_cast<void>(received.release()); // nobody else gets them
             whole.reset();
         };
         try {
             f();
         } catch (const comm_error& e) {
-            leave(bare_text(e.what()));
-            raise<comm_error>(broken);
+            leave(bare_text(e.what()), e.messages_pending);
+            raise<comm_error>(broken, location::current(), e.messages_pending);
         } catch (const std::exception& e) {
             leave(bare_text(e.what()));
             throw;
@@ -305,7 +240,7 @@ private:
     template <class F>
     void hop(const F& f)
     {
-        run([&] { f(*whole); }, [] {});
+        run([&] { f(*whole); }, [](bool) {});
     }
 
     void tell(vector_view<const int64_t> sent_rows)

@@ -18,6 +18,7 @@
 #include <fastmoe/comm/rank_sums.hpp>
 #include <fastmoe/comm/self.hpp>
 #include <fastmoe/core/dtype.hpp>
+#include <fastmoe/exec/start_thread.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI {
 
@@ -211,7 +212,7 @@ private:
     void copy(Executor& ex, const void* from, int64_t first, int64_t count, T* to) const
     {
         const T* source = static_cast<const T*>(from) + (count > 0 ? first : 0);
-        if (source != to) for_each(ex, count, detail::copy_elements<T>{source, to});
+        if (source != to) fastmoe::for_each(ex, count, detail::copy_elements<T>{source, to});
     }
 
     /// Elements [begin, begin + count) of what the ranks sent, added, to `copies` places.
@@ -226,7 +227,8 @@ private:
         f.count = count;
         for (int r = 0; r < size(); ++r) f.from[r] = static_cast<const T*>(at(r).sent) + begin;
         for (int r = 0; r < copies; ++r) f.to[r] = place(r);
-        for_each_row(ex, (count + f.size - 1) / f.size, f, {.width = f.size * size(), .scratch_bytes = f.scratch_bytes});
+        fastmoe::for_each_row(ex, (count + f.size - 1) / f.size, f,
+                              {.width = f.size * size(), .scratch_bytes = f.scratch_bytes});
     }
 
     void expects_counts(vector_view<const int64_t> rows, const char* name, int64_t available, const char* matrix) const
@@ -245,7 +247,8 @@ private:
 
 /// Runs body(communicator) on R threads, one a rank, and returns when all have ended. If any throws, the first exception
 /// is rethrown then; a comm_error only if there is no other, since most are the echo of another's failure.
-/// @throws invalid_argument if ranks is not 1 to 64 or the deadline makes no sense
+/// @throws invalid_argument if ranks is not 1 to 64 or the deadline makes no sense; error if the system does not start as
+///         many threads, once those that it has started have ended: for them the others have left
 template <class Body>
 void run_ranks(int ranks, const Body& body, threads_options options)
 {
@@ -283,7 +286,10 @@ void run_ranks(int ranks, const Body& body, threads_options options)
                 for (int r = 0; r < count; ++r) all[r].join();
             }
         } started{*group, std::make_unique<std::thread[]>(static_cast<std::size_t>(ranks)), 0};
-        for (; started.count < ranks; ++started.count) started.all[started.count] = std::thread(run, started.count);
+        for (; started.count < ranks; ++started.count) {
+            const int rank = started.count;
+            started.all[rank] = detail::start_thread("the thread of a rank", [&run, rank] { run(rank); });
+        }
     }
     if (failure) std::rethrow_exception(failure);
     if (echo) std::rethrow_exception(echo);

@@ -35,7 +35,11 @@ struct cuda_error : error {
 };
 /// A peer that failed, disagreed or did not answer before the deadline.
 struct comm_error : error {
-    using error::error;
+    explicit comm_error(const std::string& text, bool pending = false) : error(text), messages_pending(pending) {}
+
+    /// Messages of the call may still be on their way: a rank that was only stopped may go on. What it lent to them, to be sent
+    /// or received, must stay allocated and be used for nothing else as long as the process lives.
+    bool messages_pending;
 };
 /// A file that is truncated, corrupt or not in the documented format.
 struct format_error : error {
@@ -53,17 +57,18 @@ struct location {
     }
 };
 
-/// Throws Error with the given text; aborts with the same text where exceptions are switched off.
-template <class Error = invalid_argument>
-[[noreturn]] inline void raise(const std::string& text, location where = location::current())
+/// Throws Error with the given text, and what else it is made of; aborts with the same text where exceptions are switched off.
+template <class Error = invalid_argument, class... More>
+[[noreturn]] inline void raise(const std::string& text, location where = location::current(), More... more)
 {
     const char* name = where.file;
     for (const char* p = where.file; *p != '\0'; ++p)
         if (*p == '/') name = p + 1;
     const std::string full = "fastmoe: " + text + " [" + name + ":" + std::to_string(where.line) + "]";
 #if defined(__cpp_exceptions)
-    throw Error(full);
+    throw Error(full, more...);
 #else
+    (static_cast<void>(more), ...);
     std::fprintf(stderr, "%s\n", full.c_str());
     std::abort();
 #endif

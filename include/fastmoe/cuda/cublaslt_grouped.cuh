@@ -143,7 +143,7 @@ private:
             p.b = side_of(by_row ? left : right, detail::lt_order::turned);
             if (mode == write_mode::overwrite) {
                 const detail::clear_empty_groups<const T, const T, G> clear{p};
-                for_each(ex, clear.tasks(), clear);
+                fastmoe::for_each(ex, clear.tasks(), clear);
             }
             multiply(ex, p, mode, arrays, workspace);
         });
@@ -155,7 +155,7 @@ private:
                   vector_view<std::byte> workspace) const
     {
         const float beta = mode == write_mode::accumulate ? 1 : 0;
-        for_each(ex, p.groups.experts(), detail::lay_groups<A, B, D>{p, arrays, beta, ex.faults()});
+        fastmoe::for_each(ex, p.groups.experts(), detail::lay_groups<A, B, D>{p, arrays, beta, ex.faults()});
         if (p.groups.slots > 0) detail::multiply_groups(*context, ex, p, arrays, workspace);
     }
 };

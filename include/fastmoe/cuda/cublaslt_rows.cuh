@@ -67,21 +67,22 @@ template <class T>
 matrix_view<const T> rows_in_order(cuda_executor& ex, const row_groups& groups, const indexed_rows<T>& rows, arena& memory)
 {
     const auto out = memory.matrix<T>(rows.extent(0), rows.extent(1));
-    if (!memory.measuring()) for_each(ex, row_part::tasks(out.extent(0), out.extent(1)), gather_group_rows<T>{groups, rows, out});
+    if (!memory.measuring())
+        fastmoe::for_each(ex, row_part::tasks(out.extent(0), out.extent(1)), gather_group_rows<T>{groups, rows, out});
     return out;
 }
 
 template <class Y>
 void begin_with_bias(cuda_executor& ex, const row_groups& groups, matrix_view<const Y> bias, matrix_view<Y> y)
 {
-    for_each(ex, row_part::tasks(groups.slots, y.extent(1)), lay_bias<Y>{groups, bias, y});
+    fastmoe::for_each(ex, row_part::tasks(groups.slots, y.extent(1)), lay_bias<Y>{groups, bias, y});
 }
 
 template <class Epilogue>
 void end_rows(cuda_executor& ex, const row_groups& groups, const Epilogue& epilogue, int64_t width)
 {
     if constexpr (!std::is_same_v<Epilogue, no_epilogue>)
-        for_each_row(ex, groups.slots, portable::end_row<Epilogue>{groups, epilogue}, {.width = width});
+        fastmoe::for_each_row(ex, groups.slots, portable::end_row<Epilogue>{groups, epilogue}, {.width = width});
 }
 
 } // namespace fastmoe::inline FASTMOE_ABI::detail::inline FASTMOE_CUDA_ABI

@@ -159,6 +159,13 @@ public:
         if (data_) executor_->deallocate(data_, count_ * static_cast<int64_t>(sizeof(T)));
     }
 
+    /// Never gives the memory back: somebody may still write to it.
+    void abandon() noexcept
+    {
+        data_ = nullptr;
+        count_ = 0;
+    }
+
     T* data() noexcept { return data_; }
     const T* data() const noexcept { return data_; }
     int64_t size() const noexcept { return count_; }
@@ -177,5 +184,23 @@ private:
     T* data_ = nullptr;
     int64_t count_ = 0;
 };
+
+/// call(), whose messages to other ranks may begin and end in these buffers: nobody else ever gets their memory if some are
+/// still on their way when it ends (comm_error::messages_pending).
+template <class Call, class... Buffers>
+decltype(auto) call_on(const Call& call, Buffers&... buffers)
+{
+#if defined(__cpp_exceptions)
+    try {
+        return call();
+    } catch (const comm_error& e) {
+        if (e.messages_pending) (buffers.abandon(), ...);
+        throw;
+    }
+#else
+    (static_cast<void>(buffers), ...);
+    return call();
+#endif
+}
 
 } // namespace fastmoe::inline FASTMOE_ABI

@@ -66,14 +66,14 @@ void fill_uniform(Executor& ex, const weight_view<T>& w, std::uint64_t seed, std
     detail::expects_apart(w, "w (E,out,in)");
     if (fan_in == 0) fan_in = w.in;
     const float bound = fan_in > 0 ? 1.0f / std::sqrt(static_cast<float>(fan_in)) : 0.0f;
-    for_each(ex, w.experts * w.out * w.in, detail::draw_uniform<T>{w, numbers, seed, which, bound});
+    fastmoe::for_each(ex, w.experts * w.out * w.in, detail::draw_uniform<T>{w, numbers, seed, which, bound});
 }
 
 /// Zeros; nothing where the view has no memory.
 template <executor Executor, class T>
 void fill_zero(Executor& ex, matrix_view<T> m)
 {
-    if (m.data_handle()) for_each(ex, m.extent(0) * m.extent(1), detail::set_zero<T>{m.data_handle()});
+    if (m.data_handle()) fastmoe::for_each(ex, m.extent(0) * m.extent(1), detail::set_zero<T>{m.data_handle()});
 }
 
 } // namespace fastmoe::inline FASTMOE_ABI

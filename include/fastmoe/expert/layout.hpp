@@ -54,7 +54,7 @@ void copy_weights(Executor& ex, const weight_view<From>& from, const weight_view
     using source = std::remove_const_t<From>;
     const weight_view<const source> read = from;
     detail::expects_same_weights<Executor>(read, to);
-    for_each(ex, to.experts * to.out * to.in, detail::copy_weight<source, To>{read, to, {}, {}, false});
+    fastmoe::for_each(ex, to.experts * to.out * to.in, detail::copy_weight<source, To>{read, to, {}, {}, false});
 }
 
 /// The same for the up matrices of a gated expert, (E,2H,D), between two orders of the gate and up rows.
@@ -66,7 +66,8 @@ void copy_gated_weights(Executor& ex, const weight_view<From>& from, gated_layou
     const weight_view<const source> read = from;
     detail::expects_same_weights<Executor>(read, to);
     expects(to.out % 2 == 0, "to.out", to.out, "an even number: gate and up rows");
-    for_each(ex, to.experts * to.out * to.in, detail::copy_weight<source, To>{read, to, from_layout, to_layout, true});
+    fastmoe::for_each(ex, to.experts * to.out * to.in,
+                      detail::copy_weight<source, To>{read, to, from_layout, to_layout, true});
 }
 
 } // namespace fastmoe::inline FASTMOE_ABI

@@ -266,9 +266,10 @@ private:
         const auto same = scratch.vector<int32_t>(in.groups.slots);
         if (!scratch.measuring()) {
             using scale = detail::input_weight<T>;
-            for_each_row(ex, in.groups.slots, detail::gather_rows<accumulate_t<T>, T, scale>{in.x, rows, scale{in}},
-                         {.width = width});
-            for_each(ex, in.groups.slots, detail::count_up{same.data_handle()});
+            fastmoe::for_each_row(ex, in.groups.slots,
+                                  detail::gather_rows<accumulate_t<T>, T, scale>{in.x, rows, scale{in}},
+                                  {.width = width});
+            fastmoe::for_each(ex, in.groups.slots, detail::count_up{same.data_handle()});
         }
         f(indexed_rows<T>{rows, same});
     }

@@ -118,7 +118,7 @@ struct weighed_rows {
     {
         expert.forward(ex, in, w, saved.expert, y, scratch);
         if (scratch.measuring() || saved.rows.extent(0) == 0 || saved.rows.data_handle() == y.data_handle()) return;
-        for_each_row(ex, y.extent(0), copy_group_rows<T>{in.groups, y, saved.rows}, {.width = width});
+        fastmoe::for_each_row(ex, y.extent(0), copy_group_rows<T>{in.groups, y, saved.rows}, {.width = width});
     }
     template <class Executor, class T>
     void infer(Executor& ex, const expert_input<T>& in, const weights<const T>& w, matrix_view<T> y, arena& scratch) const
@@ -131,8 +131,9 @@ struct weighed_rows {
                   vector_view<accumulate_t<T>> dweights, arena& scratch) const
     {
         if (!scratch.measuring())
-            for_each_row(ex, pending.rows.extent(0),
-                         weigh_gradient<T>{in, dy, saved.rows, pending.rows, pending.numbers, dweights}, {.width = width});
+            fastmoe::for_each_row(ex, pending.rows.extent(0),
+                                  weigh_gradient<T>{in, dy, saved.rows, pending.rows, pending.numbers, dweights},
+                                  {.width = width});
         expert.backward(ex, in, w, saved.expert, own_dy<T>(pending), pending.expert, dx, dweights, scratch);
     }
     template <class Executor, class T, class Saved, class Pending, class Gradients>

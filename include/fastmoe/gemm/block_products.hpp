@@ -190,7 +190,7 @@ struct implementation<verbs::multiply_rows, Executor> {
             if (always_runs_blocks<Executor> || ex.has_blocks()) {
                 const auto before = memory.vector<int64_t>(groups.experts() + 1);
                 if (memory.measuring() || groups.experts() == 0) return;
-                for_each_row(ex, 1, count_row_tiles{groups, before, tile_rows}, {.width = groups.experts()});
+                fastmoe::for_each_row(ex, 1, count_row_tiles{groups, before, tile_rows}, {.width = groups.experts()});
                 const auto multiply = [&]<detail::lie how>() {
                     ex.for_each_block((groups.slots / tile_rows + groups.experts()) * ceil_div(w.out, tile_columns),
                                       multiply_row_tiles<how, Rows, W, B, Y>{{groups, before}, x, w, bias, y}, shared_bytes);
@@ -198,7 +198,8 @@ struct implementation<verbs::multiply_rows, Executor> {
                 if (w.col_stride == 1) multiply.template operator()<detail::lie::deep>();
                 else multiply.template operator()<detail::lie::wide>();
                 if constexpr (!std::is_same_v<Epilogue, no_epilogue>)
-                    for_each_row(ex, groups.slots, detail::portable::end_row<Epilogue>{groups, epilogue}, {.width = w.out});
+                    fastmoe::for_each_row(ex, groups.slots, detail::portable::end_row<Epilogue>{groups, epilogue},
+                                          {.width = w.out});
                 return;
             }
         }

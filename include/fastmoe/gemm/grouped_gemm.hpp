@@ -294,7 +294,8 @@ row_groups one_group(Executor& ex, int64_t rows, arena& memory)
     expects(rows >= 0 && rows <= INT32_MAX, "rows", rows, "0 to 2^31 - 1");
     const auto counts = memory.vector<int32_t>(1);
     const auto offsets = memory.vector<int64_t>(2);
-    if (!memory.measuring()) for_each(ex, 1, detail::fill_one_group{counts.data_handle(), offsets.data_handle(), rows});
+    if (!memory.measuring())
+        fastmoe::for_each(ex, 1, detail::fill_one_group{counts.data_handle(), offsets.data_handle(), rows});
     return {counts, offsets, rows};
 }
 

@@ -112,7 +112,9 @@ struct row_calls {
                           : is_few ? run.template operator()<map, few_rows>(rounded_pairs{})
                                    : run_many(rounded_pairs{});
         if constexpr (!std::is_same_v<Epilogue, no_epilogue>)
-            if (done) for_each_row(ex, groups.slots, portable::end_row<Epilogue>{groups, epilogue}, {.width = matrices.out});
+            if (done)
+                fastmoe::for_each_row(ex, groups.slots, portable::end_row<Epilogue>{groups, epilogue},
+                                      {.width = matrices.out});
         return done;
     }
 
@@ -148,7 +150,8 @@ private:
         constexpr int64_t tokens = how.tokens() * how.cluster;
         const int64_t list_bytes = (groups.experts() + 1) * static_cast<int64_t>(sizeof(int64_t));
         const bool counts_itself = groups.experts() <= most_counted && multiply::shared_bytes + list_bytes <= hopper_tuning::most_shared_bytes;
-        if (!counts_itself) for_each_row(ex, 1, tiles::count_row_tiles{groups, before, tokens}, {.width = groups.experts()});
+        if (!counts_itself)
+            fastmoe::for_each_row(ex, 1, tiles::count_row_tiles{groups, before, tokens}, {.width = groups.experts()});
         constexpr bool deep = how_w == lie::deep;
         using T = typename product::element;
         constexpr int64_t bytes = sizeof(T);
@@ -177,7 +180,8 @@ private:
         if constexpr (!product::has_map) ex.deliver_faults();
         if constexpr (End::has_sums) {
             const finish_row<Epilogue> finish{epilogue, sums};
-            for_each_row(ex, groups.slots, portable::end_row<finish_row<Epilogue>>{groups, finish}, {.width = sums.extent(1)});
+            fastmoe::for_each_row(ex, groups.slots, portable::end_row<finish_row<Epilogue>>{groups, finish},
+                                  {.width = sums.extent(1)});
         }
         return true;
     }

@@ -121,7 +121,8 @@ void multiply_rows_plainly(Executor& ex, const row_groups& groups, const Rows& x
                            matrix_view<const B> bias, matrix_view<Y> y, const Epilogue& epilogue, arena& memory)
 {
     if (memory.measuring()) return;
-    for_each_row(ex, groups.slots, multiply_row<Rows, W, B, Y, Epilogue>{groups, x, w, bias, y, epilogue}, {.width = w.out});
+    fastmoe::for_each_row(ex, groups.slots, multiply_row<Rows, W, B, Y, Epilogue>{groups, x, w, bias, y, epilogue},
+                          {.width = w.out});
 }
 
 template <class Executor, class DyRows, class XRows, class G>
@@ -129,8 +130,9 @@ void multiply_weight_gradients_plainly(Executor& ex, const row_groups& groups, c
                                        const weight_view<G>& dw, write_mode mode, arena& memory)
 {
     if (memory.measuring()) return;
-    for_each_row(ex, groups.experts() * dw.out,
-                 multiply_weight_row<DyRows, XRows, G>{groups, dy, x, dw, mode, ex.faults()}, {.width = dw.in});
+    fastmoe::for_each_row(ex, groups.experts() * dw.out,
+                          multiply_weight_row<DyRows, XRows, G>{groups, dy, x, dw, mode, ex.faults()},
+                          {.width = dw.in});
     ex.deliver_faults();
 }
 

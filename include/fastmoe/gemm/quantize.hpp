@@ -218,7 +218,8 @@ void quantize_rows(Executor& ex, const row_groups& groups, bool is_grouped, matr
     expects_shape(from, "rows (N,K)", from.extent(0), from.extent(1));
     expects_shape(codes, "codes (N,K)", from.extent(0), from.extent(1));
     expects_shape(scales, "scales (N,ceil(K/128))", from.extent(0), scale_blocks(from.extent(1)));
-    for_each_row(ex, from.extent(0) * scales.extent(1), quantize_row<T>{from, codes, scales, groups, is_grouped}, {.width = scale_block});
+    fastmoe::for_each_row(ex, from.extent(0) * scales.extent(1),
+                          quantize_row<T>{from, codes, scales, groups, is_grouped}, {.width = scale_block});
 }
 
 /// Looks at the pointers of both, too, where that waits for nothing.
@@ -239,7 +240,7 @@ void dequantize_rows(Executor& ex, const row_groups& groups, bool is_grouped, ma
     expects_shape(codes, "codes (N,K)", to.extent(0), to.extent(1));
     expects_shape(scales, "scales (N,ceil(K/128))", to.extent(0), scale_blocks(to.extent(1)));
     expects_shape(to, "rows (N,K)", to.extent(0), to.extent(1));
-    for_each_row(ex, to.extent(0), dequantize_row{codes, scales, to, groups, is_grouped}, {.width = to.extent(1)});
+    fastmoe::for_each_row(ex, to.extent(0), dequantize_row{codes, scales, to, groups, is_grouped}, {.width = to.extent(1)});
 }
 
 } // namespace detail::scaled
@@ -278,9 +279,10 @@ void quantize_weights(Executor& ex, const weight_view<W>& from, const block_scal
     detail::scaled::expects_scaled_weights<Executor>(to, "codes (E,out,in)", from.experts, from.out, from.in);
     detail::expects_apart(to.codes, "codes (E,out,in)");
     using value = std::remove_const_t<W>;
-    for_each_row(ex, from.experts * scale_blocks(from.out) * scale_blocks(from.in),
-                 detail::scaled::quantize_weight_block<value>{from, to},
-                 {.width = scale_block * scale_block, .scratch_bytes = detail::scaled::quantize_weight_block<value>::scratch_bytes});
+    fastmoe::for_each_row(ex, from.experts * scale_blocks(from.out) * scale_blocks(from.in),
+                          detail::scaled::quantize_weight_block<value>{from, to},
+                          {.width = scale_block * scale_block,
+                           .scratch_bytes = detail::scaled::quantize_weight_block<value>::scratch_bytes});
 }
 
 /// Numbers that the codes of rows stand for, rounded once to float.
@@ -302,8 +304,8 @@ void dequantize_weights(Executor& ex, const block_scaled_weights<const float8_e4
     detail::expects_weights(to, "W (E,out,in)", to.experts, to.out, to.in);
     detail::expects_pointers<Executor>(to, "W (E,out,in)");
     detail::expects_apart(to, "W (E,out,in)");
-    for_each_row(ex, to.experts * scale_blocks(to.out) * scale_blocks(to.in), detail::scaled::dequantize_weight_block{from, to},
-                 {.width = scale_block * scale_block});
+    fastmoe::for_each_row(ex, to.experts * scale_blocks(to.out) * scale_blocks(to.in),
+                          detail::scaled::dequantize_weight_block{from, to}, {.width = scale_block * scale_block});
 }
 
 } // namespace fastmoe::inline FASTMOE_ABI

@@ -53,16 +53,20 @@ inline std::string end_of_links(std::string path)
 /// has the permissions of the old one.
 class replace_file {
 public:
+    /// @param permissions_of  a file whose permissions a new one gets where there is none at the path; none: the process's
     /// @throws invalid_argument if path is a folder, a device or anything else that is no regular file, or links in a circle
     /// @throws error if the partial file cannot be made, or another process is writing the same path
-    explicit replace_file(std::string path) : path_(detail::end_of_links(std::move(path))), partial_(path_ + ".partial")
+    explicit replace_file(std::string path, const std::string& permissions_of = {})
+        : path_(detail::end_of_links(std::move(path))), partial_(path_ + ".partial")
     {
         expects(path_.find('\0') == std::string::npos, "path", "a name with a zero byte", "a name of a file");
         struct stat there;
-        const bool exists = ::stat(path_.c_str(), &there) == 0, regular = !exists || S_ISREG(there.st_mode);
+        bool exists = ::stat(path_.c_str(), &there) == 0;
+        const bool regular = !exists || S_ISREG(there.st_mode);
         expects(regular, "path", "'" + path_ + "', a folder or a device", "a regular file or a new name");
         open_partial();
         if (::ftruncate(file_, 0) != 0) fail("cannot empty");
+        exists = exists || (!permissions_of.empty() && ::stat(permissions_of.c_str(), &there) == 0 && S_ISREG(there.st_mode));
         // Before any content: what was private must not be public for a moment. Its next writer must be able to open it.
         if (exists) mode_ = static_cast<int>(there.st_mode & 0777);
         if (exists && ::fchmod(file_, static_cast<mode_t>(mode_ | S_IWUSR)) != 0) fail("cannot keep the permissions of");

@@ -175,17 +175,18 @@ inline std::string header_text(const safetensors& content)
 
 /// Writes a file that stands at its path as a whole or not at all: see replace_file. The same content, the same bytes.
 /// @param keep_previous_as  where the file that stood there stays readable; empty = it is let go
+/// @param permissions_of    a file whose permissions the new one gets if none stood there
 /// @throws invalid_argument for a name that is not UTF-8, a tensor without memory or with a shape that none has, more names
 ///         and shapes than a header may hold, or a path that is no file; error if the disk refuses
 inline void write_safetensors(const std::string& path, const safetensors& content,
-                              const std::string& keep_previous_as = {})
+                              const std::string& keep_previous_as = {}, const std::string& permissions_of = {})
 {
     detail::expects_tensors(content.tensors);
     const std::string header = detail::header_text(content);
     expects(header.size() <= detail::longest_header, "header", header.size(), "at most ", detail::longest_header, " bytes");
     unsigned char length[8];
     for (int i = 0; i < 8; ++i) length[i] = static_cast<unsigned char>(header.size() >> 8 * i);
-    replace_file file(path);
+    replace_file file(path, permissions_of);
     file.write(length, sizeof length);
     file.write(header);
     for (int width = 8; width > 0; width /= 2)

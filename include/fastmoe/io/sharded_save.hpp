@@ -80,12 +80,13 @@ public:
 
     void run(const std::vector<checkpoint_entry>& entries, const sharded_save_options& options)
     {
-        int64_t facts[2] = {0, 0}; // the number of this save; how many tensors all ranks write
+        int64_t facts[3] = {}; // the number of this save; how many tensors all ranks write; and leave to others
         safetensors own;
         together([&] {
             expects(options.step >= 0, "options.step", options.step, "zero or more");
             own = content_of(entries, options.role);
             facts[1] = static_cast<int64_t>(own.tensors.size());
+            facts[2] = static_cast<int64_t>(of_others_.size());
             if (c_.rank() == 0) facts[0] = begin();
         }, options.step);
         with_own_scratch(ex_, [&](arena& scratch) { sum_over_ranks(ex_, c_, facts, scratch); });
@@ -97,7 +98,7 @@ public:
                 written = true;
                 own.metadata["save"] = std::to_string(facts[0]);
                 own.metadata["rank"] = std::to_string(c_.rank());
-                write_safetensors(part_path(path_, facts[0], c_.rank()), own);
+                write_safetensors(part_path(path_, facts[0], c_.rank()), own, {}, path_); // no more public than the manifest
             });
         } catch (...) {
             // If a rank is known to have failed, rank 0 knows as well, and no manifest will name the part. If a peer is gone,
@@ -106,10 +107,20 @@ public:
             throw;
         }
         // From here on, parts stay whatever happens: if rank 0 fails after renaming, the manifest names them.
+        safetensors content;
+        const std::string draft = part_path(path_, facts[0], c_.size());
         together([&] {
-            if (c_.rank() == 0) write_safetensors(path_, as_safetensors(gathered(facts[0], facts[1], options)));
+            if (c_.rank() != 0) return;
+            content = as_safetensors(gathered(facts[0], facts[1], options));
+            if (facts[2] > 0) write_safetensors(draft, content, {}, path_);
         });
-        if (c_.rank() == 0) part_files(path_).remove_but(facts[0]);
+        if (facts[2] > 0) together([&] { expects_saved(draft); });
+        together([&] {
+            if (c_.rank() == 0) write_safetensors(path_, content);
+        });
+        if (c_.rank() != 0) return;
+        if (facts[2] > 0) ::unlink(draft.c_str());
+        part_files(path_).remove_but(facts[0]);
     }
 
 private:
@@ -151,16 +162,21 @@ private:
     }
 
     /// This rank's tensors under their keys, with their checksums.
-    safetensors content_of(const std::vector<checkpoint_entry>& entries, checkpoint_role role) const
+    safetensors content_of(const std::vector<checkpoint_entry>& entries, checkpoint_role role)
     {
         safetensors out;
         out.metadata["format"] = part_format;
         for (const checkpoint_entry& e : entries) {
             expects_entry(e);
             const bool others = role == checkpoint_role::replica || e.role == checkpoint_role::replica;
-            if (e.kind == entry_kind::replicated ? c_.rank() != 0 : others) continue;
+            const bool is_replicated = e.kind == entry_kind::replicated;
+            if (is_replicated && c_.rank() != 0) continue;
             for_each_part(e, [&](entry_part part) {
                 if (part.empty_slice()) return; // others have all there is
+                if (others && !is_replicated) {
+                    of_others_.push_back(part.key);
+                    return;
+                }
                 const std::string key = stored_key(part);
                 const bool fresh = out.tensors.emplace(key, part.tensor).second;
                 expects(fresh, "entry", name_text(key) + ", for the second time", "each tensor once");
@@ -169,6 +185,18 @@ private:
         }
         expects_tensors(out.tensors);
         return out;
+    }
+
+    /// What this rank leaves to others must be in the manifest to be.
+    void expects_saved(const std::string& draft) const
+    {
+        if (of_others_.empty()) return;
+        const manifest all = read_manifest(draft);
+        for (const std::string& key : of_others_) {
+            const auto slice = all.tensors.lower_bound(key + "[");
+            const bool found = all.tensors.contains(key) || (slice != all.tensors.end() && slice->first.starts_with(key + "["));
+            expects(found, "entry", name_text(key) + ", a replica", "a rank that writes it; those that have it are replicas all");
+        }
     }
 
     /// Removes what crashed saves have left, and gives the number of this one: no file has it, and neither will a process
@@ -227,7 +255,8 @@ private:
     Executor& ex_;
     std::string path_; ///< where the links end that the caller's may begin: parts lie beside the manifest itself
     const Communicator& c_;
-    bool refused_ = false; ///< all ranks know that one has failed
+    std::vector<std::string> of_others_; ///< plain keys of what this rank has as a replica
+    bool refused_ = false;               ///< all ranks know that one has failed
 };
 
 } // namespace detail
@@ -238,7 +267,7 @@ private:
 /// leaves that was cut short, the next one removes, and the old parts go when the new manifest stands.
 /// Collective. The data is read on the host; the executor serves the communicator alone, whose deadline has to allow for
 /// what the slowest rank needs to write its part.
-/// @param entries  this rank's; each tensor of an expert is of one writer
+/// @param entries  this rank's; each tensor of an expert is of one writer, which may be any rank that has it
 /// @throws error on all ranks if one cannot write, invalid_argument on one whose entries make no sense (and error on the
 ///         others), comm_error if a peer is gone: the checkpoint that stood there is then unchanged, unless the text says
 ///         that the new one was written

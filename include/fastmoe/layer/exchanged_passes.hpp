@@ -279,7 +279,7 @@ auto run_backward_input(const Layer& layer, Executor& ex, const typename Layer::
         const auto& left = at(pending.pieces, i);
         const auto& dchoices = at(stages, i).dchoices;
         const auto drows = scratch.matrix<T>(piece.slots.slots, width);
-        if (!scratch.measuring()) for_each(e, dchoices.extent(0), fill<real>{dchoices.data_handle(), real(0)});
+        if (!scratch.measuring()) fastmoe::for_each(e, dchoices.extent(0), fill<real>{dchoices.data_handle(), real(0)});
         applying(layer.expert, width)
             .backward(e, piece.expert_view(left.x), experts, piece.expert, left.dy, left.expert, drows, dchoices, scratch);
         if (!scratch.measuring()) combine_unweighted(e, drows, piece.received, piece.slots, at(stages, i).partial);
@@ -310,7 +310,7 @@ auto run_backward_input(const Layer& layer, Executor& ex, const typename Layer::
         finish(back.rows, back.row_of, back.lists);
     } else {
         const auto numbers = lend.vector<int32_t>(tokens);
-        if (!lend.measuring()) for_each(ex, tokens, count_up{numbers.data_handle()});
+        if (!lend.measuring()) fastmoe::for_each(ex, tokens, count_up{numbers.data_handle()});
         finish(sums, numbers, {route, 0});
     }
     return pending;

@@ -148,9 +148,10 @@ struct gated_shared_expert {
             expert.backward(ex, kept.in, w.expert, kept.expert, dy_rows, pending, drows, dweights, memory);
             expert.weight_gradients(ex, kept.in, kept.expert, dy_rows, pending, gradients.expert, mode, memory);
             if (!memory.measuring()) {
-                for_each(ex, tokens * width, detail::add_to<T>{drows.data_handle(), dx.data_handle()});
-                for_each(ex, tokens,
-                         detail::sigmoid_backward_in_place<real>{kept.weights.data_handle(), dweights.data_handle()});
+                fastmoe::for_each(ex, tokens * width, detail::add_to<T>{drows.data_handle(), dx.data_handle()});
+                fastmoe::for_each(
+                    ex, tokens,
+                    detail::sigmoid_backward_in_place<real>{kept.weights.data_handle(), dweights.data_handle()});
             }
             project_input_backward(ex, dlogits, w.gate, dx, write_mode::accumulate, memory);
             project_weights_backward(ex, dlogits, x, gradients.gate, {}, mode, memory);
@@ -190,7 +191,7 @@ private:
         const int64_t tokens = x.extent(0);
         const auto kept = detail::reserve_shared<T, Expert>(ex, x, memory);
         project(ex, x, w.gate, vector_view<const real>(), matrix_view<real>(kept.weights.data_handle(), tokens, 1), memory);
-        if (!memory.measuring()) for_each(ex, tokens, detail::sigmoid_in_place<real>{kept.weights.data_handle()});
+        if (!memory.measuring()) fastmoe::for_each(ex, tokens, detail::sigmoid_in_place<real>{kept.weights.data_handle()});
         return kept;
     }
 
@@ -199,8 +200,9 @@ private:
     {
         if (memory.measuring()) return;
         if (expert.weighs_output())
-            for_each_row(ex, rows.extent(0), detail::add_weighted_row<T>{rows, y, kept.in.weights}, {.width = rows.extent(1)});
-        else for_each(ex, y.extent(0) * y.extent(1), detail::add_to<T>{rows.data_handle(), y.data_handle()});
+            fastmoe::for_each_row(ex, rows.extent(0), detail::add_weighted_row<T>{rows, y, kept.in.weights},
+                                  {.width = rows.extent(1)});
+        else fastmoe::for_each(ex, y.extent(0) * y.extent(1), detail::add_to<T>{rows.data_handle(), y.data_handle()});
     }
 };
 

@@ -92,7 +92,7 @@ void call_infer(const Layer& layer, Executor& ex, matrix_view<const T> x, const 
 {
     buffer<std::byte, Executor> memory(ex, infer_size(layer, ex, x, w, y, options));
     arena scratch(memory.view());
-    run_infer(layer, ex, x, w, y, options, scratch);
+    call_on([&] { run_infer(layer, ex, x, w, y, options, scratch); }, memory);
 }
 /// Returns what forward keeps, in `memory`.
 template <one_rank Layer, class Executor, class T, class Weights>
@@ -114,7 +114,7 @@ auto call_forward(const Layer& layer, Executor& ex, matrix_view<const T> x, cons
     run_forward(layer, ex, x, w, y, options, kept, lent);
     buffer<std::byte, Executor> storage(ex, kept.bytes()), scratch(ex, lent.bytes());
     arena keep(storage.view()), lend(scratch.view());
-    auto parts = run_forward(layer, ex, x, w, y, options, keep, lend);
+    auto parts = call_on([&] { return run_forward(layer, ex, x, w, y, options, keep, lend); }, storage, scratch);
     return make(std::move(parts), std::move(storage));
 }
 
@@ -150,12 +150,12 @@ void call_infer(const Layer& layer, Executor& ex, matrix_view<const T> x, const 
     run_announce<T>(layer, ex, p, w, gate_mode::inference, first, first);
     buffer<std::byte, Executor> own(ex, first.bytes());
     arena scratch(own.view());
-    run_announce<T>(layer, ex, p, w, gate_mode::inference, scratch, scratch);
+    call_on([&] { run_announce<T>(layer, ex, p, w, gate_mode::inference, scratch, scratch); }, own);
     auto measured = p;
     run_received<gate_mode::inference, T>(layer, ex, measured, w, y, second, second);
     buffer<std::byte, Executor> rows(ex, second.bytes());
     arena more(rows.view());
-    run_received<gate_mode::inference, T>(layer, ex, p, w, y, more, more);
+    call_on([&] { run_received<gate_mode::inference, T>(layer, ex, p, w, y, more, more); }, own, rows);
 }
 
 /// Returns what forward keeps, in `memory`.
@@ -195,14 +195,14 @@ auto call_forward(const Layer& layer, Executor& ex, matrix_view<const T> x, cons
     {
         bytes scratch(ex, lent.bytes());
         arena keep(storage.view()), lend(scratch.view());
-        run_announce<T>(layer, ex, p, w, gate_mode::training, keep, lend);
+        call_on([&] { run_announce<T>(layer, ex, p, w, gate_mode::training, keep, lend); }, storage, scratch);
     }
     auto measured = p;
     arena kept_rows, lent_rows;
     run_received<gate_mode::training, T>(layer, ex, measured, w, y, kept_rows, lent_rows);
     bytes received(ex, kept_rows.bytes()), scratch(ex, lent_rows.bytes());
     arena keep(received.view()), lend(scratch.view());
-    run_received<gate_mode::training, T>(layer, ex, p, w, y, keep, lend);
+    call_on([&] { run_received<gate_mode::training, T>(layer, ex, p, w, y, keep, lend); }, storage, received, scratch);
     return make(std::move(p), std::move(storage), std::move(received));
 }
 

@@ -130,7 +130,7 @@ struct moe_layer {
         const int64_t bytes = detail::backward_size(*this, ex, saved.parts(), dy, w, dx, gradients, options);
         buffer<std::byte, Executor> memory(ex, bytes);
         arena scratch(memory.view());
-        run_backward(ex, saved, dy, w, dx, gradients, scratch, options);
+        call_on([&] { run_backward(ex, saved, dy, w, dx, gradients, scratch, options); }, memory);
     }
 
     /// The gradient of the input alone. What the weight gradients still need stays in `memory` until backward_weights(), and

@@ -184,7 +184,7 @@ void run_gate_backward(const Layer& layer, Executor& ex, const Parts& p, const W
     const bool live = !scratch.measuring();
     const auto& ranks = gate_ranks(layer.communicator);
     if constexpr (owns) {
-        if (live) for_each(ex, dx.extent(0) * dx.extent(1), fill<T>{dx.data_handle(), T(real(0))});
+        if (live) fastmoe::for_each(ex, dx.extent(0) * dx.extent(1), fill<T>{dx.data_handle(), T(real(0))});
         layer.gate.backward(ex, p.gate_view(gate_mode::training), w.own, ranks, p.gate, dweights, loss_scale,
                             pending.dlogits, dx, scratch);
     } else if constexpr (projects) {
@@ -202,7 +202,7 @@ void run_gate_backward(const Layer& layer, Executor& ex, const Parts& p, const W
         });
     } else if (live) {
         using sum = sum_row_lists<real, Row, T, Lists, unit_scale<real>>;
-        for_each_row(ex, dx.extent(0), sum{drows, row_of, dx, mode, lists, {}}, {.width = dx.extent(1)});
+        fastmoe::for_each_row(ex, dx.extent(0), sum{drows, row_of, dx, mode, lists, {}}, {.width = dx.extent(1)});
     }
 }
 
@@ -271,7 +271,7 @@ auto run_backward_input(const Layer& layer, Executor& ex, const typename Layer::
     const arena::scope lent(lend);
     const auto dweights = lend.vector<real>(p.gate.routing.choices());
     const auto drows = lend.matrix<T>(p.slots.slots, width);
-    if (!lend.measuring()) for_each(ex, dweights.extent(0), fill<real>{dweights.data_handle(), real(0)});
+    if (!lend.measuring()) fastmoe::for_each(ex, dweights.extent(0), fill<real>{dweights.data_handle(), real(0)});
     applying(layer.expert, width)
         .backward(ex, p.expert_view(), w.expert, p.expert, pending.dy, pending.expert, drows, dweights, lend);
     run_gate_backward<T>(layer, ex, p, w, pending, vector_view<const real>(dweights), real(options.loss_scale),

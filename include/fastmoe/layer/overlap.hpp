@@ -7,11 +7,10 @@
 #include <condition_variable>
 #include <exception>
 #include <mutex>
-#include <string>
-#include <system_error>
 #include <thread>
 
 #include <fastmoe/exec/executor.hpp>
+#include <fastmoe/exec/start_thread.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI::detail {
 
@@ -52,21 +51,6 @@ private:
     bool failed_ = false;
 };
 
-/// A thread, or an error of the library's.
-template <class F>
-std::thread start(const F& f)
-{
-#if defined(__cpp_exceptions)
-    try {
-        return std::thread(f);
-    } catch (const std::system_error& e) {
-        raise<error>(std::string("a thread for transfers could not be started: ") + e.what());
-    }
-#else
-    return std::thread(f);
-#endif
-}
-
 /// For pieces 0 to n - 1: in(executor, i), work(executor, i), out(executor, i). Transfers run in one order on every rank:
 /// in(0), in(1), out(0), in(2), out(1), and so on. Where the executor has another beside it, a thread of this call runs them
 /// on that one while work() runs here; elsewhere they take turns.
@@ -102,7 +86,7 @@ void overlap_pieces(Executor& ex, int n, const In& in, const Work& work, const O
             };
             bool all = true;
             {
-                joined other{gate, start([&] {
+                joined other{gate, start_thread("a thread for transfers", [&] {
 #if defined(__cpp_exceptions)
                                  try {
                                      transfer();

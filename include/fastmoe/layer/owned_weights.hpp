@@ -18,7 +18,7 @@ public:
     {
         arena from(memory_.view());
         views_ = layer.template reserve_weights<T>(from, width);
-        for_each(ex, memory_.size(), detail::set_zero<char>{reinterpret_cast<char*>(memory_.data())});
+        fastmoe::for_each(ex, memory_.size(), detail::set_zero<char>{reinterpret_cast<char*>(memory_.data())});
     }
 
     const moe_weights<T, Expert, Gate>& view() const noexcept { return views_; }
@@ -77,7 +77,8 @@ void initialize_experts(Executor& ex, const Layer& layer, const Views& w, std::u
         const auto place = placed(layer.communicator, layer.gate.experts);
         if constexpr (requires(vector_view<const int32_t> numbers) { layer.expert.initialize(ex, w, seed, numbers); }) {
             buffer<int32_t, Executor> numbers(ex, place.local_experts());
-            for_each(ex, numbers.size(), number_experts<std::remove_const_t<decltype(place)>>{place, numbers.view()});
+            fastmoe::for_each(ex, numbers.size(),
+                              number_experts<std::remove_const_t<decltype(place)>>{place, numbers.view()});
             if (place.slices > 1) seed = seed_of_part(seed, static_cast<std::uint32_t>(place.slice()));
             if constexpr (requires { layer.expert.initialize(ex, w, seed, numbers.view(), place.slices); })
                 layer.expert.initialize(ex, w, seed, numbers.view(), place.slices);

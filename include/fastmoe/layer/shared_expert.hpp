@@ -29,7 +29,7 @@ shared_parts<T, Expert> reserve_shared(Executor& ex, matrix_view<const T> x, are
     kept.numbers = memory.vector<int32_t>(tokens);
     kept.weights = memory.vector<accumulate_t<T>>(tokens);
     kept.in = {{x, kept.numbers}, one_group(ex, tokens, memory), kept.weights, kept.numbers};
-    if (!memory.measuring()) for_each(ex, tokens, count_up{kept.numbers.data_handle()});
+    if (!memory.measuring()) fastmoe::for_each(ex, tokens, count_up{kept.numbers.data_handle()});
     return kept;
 }
 
@@ -145,14 +145,14 @@ private:
         using real = accumulate_t<T>;
         const auto kept = detail::reserve_shared<T, Expert>(ex, x, memory);
         if (!memory.measuring())
-            for_each(ex, x.extent(0), detail::fill<real>{kept.weights.data_handle(), real(1)});
+            fastmoe::for_each(ex, x.extent(0), detail::fill<real>{kept.weights.data_handle(), real(1)});
         return kept;
     }
     template <class T, class Executor>
     static void add(Executor& ex, matrix_view<T> rows, matrix_view<T> y, const arena& memory)
     {
         if (!memory.measuring())
-            for_each(ex, y.extent(0) * y.extent(1), detail::add_to<T>{rows.data_handle(), y.data_handle()});
+            fastmoe::for_each(ex, y.extent(0) * y.extent(1), detail::add_to<T>{rows.data_handle(), y.data_handle()});
     }
 };
 

@@ -128,9 +128,9 @@ struct implementation<verbs::bucket, Executor> {
         if (scratch.measuring()) return;
         const detail::bucket_room room{counts.extent(0)};
         const row_hint hint{.width = blocks.size + counts.extent(0), .scratch_bytes = room.bytes(), .in_turn = true};
-        for_each_row(ex, blocks.count, detail::bucket_count{ids, histogram, position, blocks.size}, hint);
-        for_each_row(ex, counts.extent(0), detail::bucket_scan{histogram, counts}, {.width = 8 * blocks.count});
-        for_each_row(ex, blocks.count, detail::bucket_rank{ids, histogram, ranks, position, blocks.size}, hint);
+        fastmoe::for_each_row(ex, blocks.count, detail::bucket_count{ids, histogram, position, blocks.size}, hint);
+        fastmoe::for_each_row(ex, counts.extent(0), detail::bucket_scan{histogram, counts}, {.width = 8 * blocks.count});
+        fastmoe::for_each_row(ex, blocks.count, detail::bucket_rank{ids, histogram, ranks, position, blocks.size}, hint);
     }
 };
 

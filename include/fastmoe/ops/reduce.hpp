@@ -158,7 +158,8 @@ struct implementation<verbs::sum_groups, Executor> {
     template <class Functor>
     static void run(Executor& ex, int64_t tasks, const Functor& f, int64_t rows)
     {
-        for_each_row(ex, tasks, f, {.width = rows * detail::sum_columns, .scratch_bytes = f.scratch_bytes(f.apart)});
+        fastmoe::for_each_row(ex, tasks, f,
+                              {.width = rows * detail::sum_columns, .scratch_bytes = f.scratch_bytes(f.apart)});
     }
 };
 

@@ -61,9 +61,9 @@ rank_difference compare_ranks(Executor& ex, const Communicator& c, const int64_t
     if (scratch.measuring()) return {-1, 0, 0, 0};
     write_rank_row<Columns> row{{}, table.data_handle(), c.rank()};
     for (int i = 0; i < Columns; ++i) row.own[i] = own[i];
-    for_each(ex, ranks * Columns, row);
+    fastmoe::for_each(ex, ranks * Columns, row);
     if (ranks > 1) c.all_reduce(ex, table);
-    for_each(ex, 1, find_difference<Columns>{table.data_handle(), found.data_handle(), ranks});
+    fastmoe::for_each(ex, 1, find_difference<Columns>{table.data_handle(), found.data_handle(), ranks});
     rank_difference out;
     read_back(ex, vector_view<const rank_difference>(found), &out);
     return out;
@@ -87,7 +87,7 @@ void sum_over_ranks(Executor& ex, const Communicator& c, int64_t (&numbers)[Word
     if (scratch.measuring() || c.size() == 1) return;
     write_words<Words> words{{}, shared.data_handle()};
     for (int i = 0; i < Words; ++i) words.words[i] = numbers[i];
-    for_each(ex, Words, words);
+    fastmoe::for_each(ex, Words, words);
     c.all_reduce(ex, shared);
     read_back(ex, vector_view<const int64_t>(shared), numbers);
 }
@@ -162,7 +162,7 @@ auto with_own_scratch(Executor& ex, const Call& call)
     call(measure);
     buffer<std::byte, Executor> memory(ex, measure.bytes());
     arena scratch(memory.view());
-    return call(scratch);
+    return call_on([&] { return call(scratch); }, memory);
 }
 
 } // namespace detail

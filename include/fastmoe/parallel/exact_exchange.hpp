@@ -194,11 +194,11 @@ struct exact_exchange {
         detail::with_grouped_choices(ex, route, place, scratch, [&](const routing<Real>& safe, auto, const auto& grouped) {
             if (scratch.measuring()) return;
             const auto& l = s.lists;
-            for_each(ex, ranks, detail::count_for_ranks{grouped, l.slices, s.counts.sent});
-            for_each(ex, ranks, detail::begin_ranks{s.counts.sent, begins});
-            for_each(ex, l.at.extent(0), detail::clear_ids{l.at.data_handle()});
-            for_each(ex, l.row_of.extent(0), detail::clear_ids{l.row_of.data_handle()});
-            for_each(ex, route.tokens, detail::list_choices<Real>{safe, grouped, begins, l});
+            fastmoe::for_each(ex, ranks, detail::count_for_ranks{grouped, l.slices, s.counts.sent});
+            fastmoe::for_each(ex, ranks, detail::begin_ranks{s.counts.sent, begins});
+            fastmoe::for_each(ex, l.at.extent(0), detail::clear_ids{l.at.data_handle()});
+            fastmoe::for_each(ex, l.row_of.extent(0), detail::clear_ids{l.row_of.data_handle()});
+            fastmoe::for_each(ex, route.tokens, detail::list_choices<Real>{safe, grouped, begins, l});
         });
         if (scratch.measuring()) return;
         ex.deliver_faults();
@@ -226,9 +226,9 @@ struct exact_exchange {
         const auto in = scratch.matrix<int32_t>(s.sizes.rows + s.sizes.choices * each, 1);
         if (scratch.measuring()) return;
         const auto& n = s.counts;
-        for_each(ex, place.ranks(), detail::begin_ranks{n.sent, begins});
-        for_each(ex, route.tokens,
-                 detail::pack_choices<Real, Rule>{route, place, s.lists, n.sent, begins, detail::flat(out)});
+        fastmoe::for_each(ex, place.ranks(), detail::begin_ranks{n.sent, begins});
+        fastmoe::for_each(ex, route.tokens,
+                          detail::pack_choices<Real, Rule>{route, place, s.lists, n.sent, begins, detail::flat(out)});
         std::vector<int64_t> sent(n.rows.size()), came(n.rows.size());
         for (std::size_t r = 0; r < sent.size(); ++r) {
             sent[r] = n.sent_rows[r] + n.sent_choices[r] * each;
@@ -236,8 +236,9 @@ struct exact_exchange {
         }
         c.all_to_all_v(ex, matrix_view<const int32_t>(out), detail::view_of(sent), in, detail::view_of(came));
         const vector_view<int32_t> first(const_cast<int32_t*>(received.first.data_handle()), received.first.extent(0));
-        for_each_row(ex, place.ranks(),
-                     detail::unpack_choices<Real>{detail::flat(in), n.received, received, first}, {.width = s.sizes.choices});
+        fastmoe::for_each_row(ex, place.ranks(),
+                              detail::unpack_choices<Real>{detail::flat(in), n.received, received, first},
+                              {.width = s.sizes.choices});
     }
 
     /// @param x     tokens             // (T,D)
@@ -278,8 +279,8 @@ struct exact_exchange {
         if (scratch.measuring()) return;
         c.all_to_all_v(ex, matrix_view<const Real>(values.data_handle(), values.extent(0), 1),
                        detail::view_of(s.counts.choices), back, detail::view_of(s.counts.sent_choices));
-        for_each(ex, out.extent(0),
-                 detail::sum_returned_choices<Real>{detail::flat(back), s.lists.at, s.lists.slices, out});
+        fastmoe::for_each(ex, out.extent(0),
+                          detail::sum_returned_choices<Real>{detail::flat(back), s.lists.at, s.lists.slices, out});
     }
 
 private:

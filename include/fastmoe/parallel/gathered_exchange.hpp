@@ -157,7 +157,7 @@ struct gathered_exchange {
         if (most_tokens > 0 || scratch.measuring()) return;
         const int64_t ranks = place.ranks();
         const vector_view<int64_t> own(s.counts.data_handle(), 2), all(s.counts.data_handle() + 2, 2 * ranks);
-        for_each(ex, 2, detail::note_counts{route.tokens, route.choices(), own});
+        fastmoe::for_each(ex, 2, detail::note_counts{route.tokens, route.choices(), own});
         c.all_gather(ex, vector_view<const int64_t>(own), all);
         std::vector<int64_t> known(static_cast<std::size_t>(2 * ranks));
         detail::read_back(ex, vector_view<const int64_t>(all), known.data());
@@ -189,16 +189,18 @@ struct gathered_exchange {
         const auto out = scratch.vector<int32_t>(block), in = scratch.vector<int32_t>(place.ranks() * block);
         detail::with_checked_choices(ex, route, scratch, [&](const routing<Real>& safe, vector_view<int32_t> ids) {
             if (scratch.measuring()) return;
-            for_each(ex, s.choices, detail::pack_own_choices<Real>{safe, ids, s.choices, out});
-            if (s.k == 0) for_each(ex, s.tokens + 1, detail::pack_own_first<Real>{safe, out.data_handle() + skip});
+            fastmoe::for_each(ex, s.choices, detail::pack_own_choices<Real>{safe, ids, s.choices, out});
+            if (s.k == 0) fastmoe::for_each(ex, s.tokens + 1, detail::pack_own_first<Real>{safe, out.data_handle() + skip});
         });
         if (scratch.measuring()) return;
         c.all_gather(ex, vector_view<const int32_t>(out), in);
-        for_each(ex, s.sizes.choices,
-                 detail::unpack_gathered_choices<Real, Rule>{place, in, s.choices, block, received});
+        fastmoe::for_each(ex, s.sizes.choices,
+                          detail::unpack_gathered_choices<Real, Rule>{place, in, s.choices, block, received});
         if (s.k != 0) return;
         const vector_view<int32_t> first(const_cast<int32_t*>(received.first.data_handle()), received.first.extent(0));
-        for_each(ex, first.extent(0), detail::unpack_gathered_first{in, s.tokens > 0 ? s.tokens : 1, s.choices, block, skip, first});
+        fastmoe::for_each(
+            ex, first.extent(0),
+            detail::unpack_gathered_first{in, s.tokens > 0 ? s.tokens : 1, s.choices, block, skip, first});
     }
 
     /// @param x     tokens                       // (T,D)
@@ -213,7 +215,7 @@ struct gathered_exchange {
         if (scratch.measuring()) return;
         vector_view<const T> sent(x.data_handle(), own);
         if (x.extent(0) != s.tokens) {
-            for_each(ex, all, detail::pad_elements<T>{x.data_handle(), padded.data_handle(), own});
+            fastmoe::for_each(ex, all, detail::pad_elements<T>{x.data_handle(), padded.data_handle(), own});
             sent = padded;
         }
         c.all_gather(ex, sent, detail::flat(rows));
@@ -227,7 +229,7 @@ struct gathered_exchange {
         const auto numbers = memory.vector<int32_t>(route.tokens);
         if (!memory.measuring()) {
             c.reduce_scatter(ex, vector_view<const P>(detail::flat(partial)), detail::flat(back));
-            for_each(ex, route.tokens, detail::count_up{numbers.data_handle()});
+            fastmoe::for_each(ex, route.tokens, detail::count_up{numbers.data_handle()});
         }
         return {back, numbers, {route, 0}};
     }
@@ -240,7 +242,8 @@ struct gathered_exchange {
         const auto back = scratch.vector<Real>(s.choices);
         if (scratch.measuring()) return;
         c.reduce_scatter(ex, vector_view<const Real>(values), back);
-        for_each(ex, out.extent(0), detail::pad_elements<Real>{back.data_handle(), out.data_handle(), out.extent(0)});
+        fastmoe::for_each(ex, out.extent(0),
+                          detail::pad_elements<Real>{back.data_handle(), out.data_handle(), out.extent(0)});
     }
 };
 

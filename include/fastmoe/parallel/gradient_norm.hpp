@@ -125,7 +125,7 @@ Real sum_over_blocks(Executor& ex, vector_view<const parameter_view> parameters,
         launch(parameters(i), s, slice(partial, at, s.end - s.begin));
         at += s.end - s.begin;
     }
-    for_each_row(ex, 1, add_blocks<Real>{partial.data_handle(), total.data_handle(), blocks}, {.width = blocks});
+    fastmoe::for_each_row(ex, 1, add_blocks<Real>{partial.data_handle(), total.data_handle(), blocks}, {.width = blocks});
     if (world.size() > 1) world.all_reduce(ex, total);
     read_back(ex, vector_view<const Real>(total), &out);
     return out;
@@ -151,7 +151,7 @@ double norm(Executor& ex, vector_view<const parameter_view> parameters, const Wo
         with_scalar_type(p.gradient_type, [&](auto zero) {
             using G = decltype(zero);
             const block_squares<G> squares{static_cast<const G*>(p.gradient), partial.data_handle(), p.count, s.begin};
-            for_each_row(ex, s.end - s.begin, squares, {.width = norm_block});
+            fastmoe::for_each_row(ex, s.end - s.begin, squares, {.width = norm_block});
         });
     };
     return std::sqrt(sum_over_blocks<double>(ex, parameters, world, share, launch, scratch));
@@ -198,7 +198,8 @@ double clip_gradients(Executor& ex, vector_view<const parameter_view> parameters
         with_scalar_type(parameters(i).gradient_type, [&](auto zero) {
             using G = decltype(zero);
             const auto scale = static_cast<accumulate_t<G>>(max_norm / (out + 1e-6));
-            for_each(ex, parameters(i).count, detail::scale_elements<G>{static_cast<G*>(parameters(i).gradient), scale});
+            fastmoe::for_each(ex, parameters(i).count,
+                              detail::scale_elements<G>{static_cast<G*>(parameters(i).gradient), scale});
         });
     return out;
 }
@@ -225,7 +226,7 @@ bool all_finite(Executor& ex, vector_view<const parameter_view> parameters, cons
         with_scalar_type(p.gradient_type, [&](auto zero) {
             using G = decltype(zero);
             const detail::block_not_finite<G> bad{static_cast<const G*>(p.gradient), found.data_handle(), p.count};
-            for_each_row(ex, s.end, bad, {.width = detail::norm_block});
+            fastmoe::for_each_row(ex, s.end, bad, {.width = detail::norm_block});
         });
     };
     int64_t blocks = 0;

@@ -61,10 +61,11 @@ template <class Executor, class From, class To>
 void divide(Executor& ex, vector_view<From> from, vector_view<To> to, int divisor)
 {
     const int64_t n = to.extent(0);
-    if (divisor == 1) for_each(ex, n, convert_elements<From, To>{from.data_handle(), to.data_handle()});
+    if (divisor == 1) fastmoe::for_each(ex, n, convert_elements<From, To>{from.data_handle(), to.data_handle()});
     else {
         using wide = wider_t<From, To>;
-        for_each(ex, n, divide_elements<From, To>{from.data_handle(), to.data_handle(), static_cast<wide>(divisor)});
+        fastmoe::for_each(ex, n,
+                          divide_elements<From, To>{from.data_handle(), to.data_handle(), static_cast<wide>(divisor)});
     }
 }
 

@@ -139,11 +139,11 @@ struct padded_exchange {
         detail::with_grouped_choices(ex, route, place, scratch, [&](const routing<Real>& safe, auto, const auto& grouped) {
             if (scratch.measuring()) return;
             const auto& l = s.lists;
-            for_each(ex, l.at.extent(0), detail::clear_ids{l.at.data_handle()});
-            for_each(ex, l.row_of.extent(0), detail::clear_ids{l.row_of.data_handle()});
-            for_each(ex, l.token_of.extent(0), detail::clear_ids{l.token_of.data_handle()});
-            for_each(ex, route.tokens, detail::list_padded_choices<Real>{safe, grouped, l, rows_per_rank, s.k});
-            for_each(ex, 1, detail::count_overflow{grouped.rows, rows_per_rank, l.slices, s.overflow});
+            fastmoe::for_each(ex, l.at.extent(0), detail::clear_ids{l.at.data_handle()});
+            fastmoe::for_each(ex, l.row_of.extent(0), detail::clear_ids{l.row_of.data_handle()});
+            fastmoe::for_each(ex, l.token_of.extent(0), detail::clear_ids{l.token_of.data_handle()});
+            fastmoe::for_each(ex, route.tokens, detail::list_padded_choices<Real>{safe, grouped, l, rows_per_rank, s.k});
+            fastmoe::for_each(ex, 1, detail::count_overflow{grouped.rows, rows_per_rank, l.slices, s.overflow});
         });
         if (!scratch.measuring()) ex.deliver_faults();
     }
@@ -162,11 +162,12 @@ struct padded_exchange {
         const int64_t words = s.sizes.choices * (1 + detail::weight_words<Real>), block = rows_per_rank * s.k;
         const auto out = scratch.vector<int32_t>(words), in = scratch.vector<int32_t>(words);
         if (scratch.measuring()) return;
-        for_each(ex, words, detail::clear_ids{out.data_handle()});
+        fastmoe::for_each(ex, words, detail::clear_ids{out.data_handle()});
         if (block > 0)
-            for_each(ex, route.choices(), detail::pack_padded_choices<Real, Rule>{route, place, s.lists, block, out});
+            fastmoe::for_each(ex, route.choices(),
+                              detail::pack_padded_choices<Real, Rule>{route, place, s.lists, block, out});
         c.all_to_all(ex, vector_view<const int32_t>(out), in);
-        for_each(ex, s.sizes.choices, detail::unpack_padded_choices<Real>{in, block, received});
+        fastmoe::for_each(ex, s.sizes.choices, detail::unpack_padded_choices<Real>{in, block, received});
     }
 
     /// @param x     tokens                                                  // (T,D)
@@ -199,7 +200,7 @@ struct padded_exchange {
         const auto back = scratch.vector<Real>(s.sizes.sent_choices);
         if (scratch.measuring()) return;
         c.all_to_all(ex, vector_view<const Real>(values), back);
-        for_each(ex, out.extent(0), detail::sum_returned_choices<Real>{back, s.lists.at, s.lists.slices, out});
+        fastmoe::for_each(ex, out.extent(0), detail::sum_returned_choices<Real>{back, s.lists.at, s.lists.slices, out});
     }
 };
 

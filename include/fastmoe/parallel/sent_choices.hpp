@@ -72,10 +72,11 @@ void with_grouped_choices(Executor& ex, const routing<Real>& route, const placed
         const auto choice_rank = scratch.vector<int32_t>(choices), row_rank = scratch.vector<int32_t>(choices);
         const auto choice_count = scratch.vector<int32_t>(groups), row_count = scratch.vector<int32_t>(groups);
         if (!scratch.measuring() && route.ragged()) { // choices that belong to no token
-            for_each(ex, choices, clear_ids{group.data_handle()});
-            for_each(ex, choices, clear_ids{leads.data_handle()});
+            fastmoe::for_each(ex, choices, clear_ids{group.data_handle()});
+            fastmoe::for_each(ex, choices, clear_ids{leads.data_handle()});
         }
-        if (!scratch.measuring()) for_each(ex, route.tokens, find_groups<Real, Rule>{safe, place, ids, group, leads});
+        if (!scratch.measuring())
+            fastmoe::for_each(ex, route.tokens, find_groups<Real, Rule>{safe, place, ids, group, leads});
         bucket(ex, group, choice_count, choice_rank, scratch);
         bucket(ex, leads, row_count, row_rank, scratch);
         body(safe, vector_view<const int32_t>(ids), grouped_choices{group, choice_rank, row_rank, choice_count, row_count});
@@ -87,8 +88,9 @@ template <class Executor, class T>
 void gather_sent(Executor& ex, matrix_view<const T> x, const sent_choices& lists, matrix_view<T> rows)
 {
     using scale = unit_scale<accumulate_t<T>>;
-    for_each_row(ex, rows.extent(0), gather_rows<accumulate_t<T>, T, scale>{{x, lists.token_of}, rows, scale{}},
-                 {.width = x.extent(1)});
+    fastmoe::for_each_row(ex, rows.extent(0),
+                          gather_rows<accumulate_t<T>, T, scale>{{x, lists.token_of}, rows, scale{}},
+                          {.width = x.extent(1)});
 }
 
 /// y (T,D) = the sums of what came back.
@@ -96,8 +98,8 @@ template <class Executor, class P, class Real, class Y>
 void sum_returned(Executor& ex, const returned_rows<P, Real>& back, matrix_view<Y> y)
 {
     using sum = sum_row_lists<Real, P, Y, token_lists<Real>, unit_scale<Real>>;
-    for_each_row(ex, y.extent(0), sum{back.rows, back.row_of, y, write_mode::overwrite, back.lists, {}},
-                 {.width = y.extent(1)});
+    fastmoe::for_each_row(ex, y.extent(0), sum{back.rows, back.row_of, y, write_mode::overwrite, back.lists, {}},
+                          {.width = y.extent(1)});
 }
 
 } // namespace fastmoe::inline FASTMOE_ABI::detail

@@ -195,7 +195,7 @@ struct assigned_gate {
                 if (has_loss())
                     router_losses_backward(ex, score, {in.logits, in.mask}, balance, z, state.slopes, loss_scale, dlogits);
             } else {
-                for_each(ex, state.routing.tokens * experts, detail::fill<Real>{dlogits.data_handle(), Real(0)});
+                fastmoe::for_each(ex, state.routing.tokens * experts, detail::fill<Real>{dlogits.data_handle(), Real(0)});
             }
         }
     }
@@ -270,24 +270,26 @@ private:
                               scratch);
         }
         if (live) {
-            for_each(ex, route.choices(), detail::check_assigned{route.experts, experts, ex.faults()});
+            fastmoe::for_each(ex, route.choices(), detail::check_assigned{route.experts, experts, ex.faults()});
             if constexpr (Assign::ragged)
-                for_each_row(ex, 1, detail::repair_first<Real>{route, state.first, ex.faults()}, {.width = route.tokens});
+                fastmoe::for_each_row(ex, 1, detail::repair_first<Real>{route, state.first, ex.faults()},
+                                      {.width = route.tokens});
             if constexpr (Assign::ragged) // those that belong to no token
-                for_each(ex, route.choices(), detail::fill<Real>{route.weights.data_handle(), Real(0)});
+                fastmoe::for_each(ex, route.choices(), detail::fill<Real>{route.weights.data_handle(), Real(0)});
             if constexpr (detail::score_reads_logits<Score>) detail::weigh(ex, score, weigh, scale, in.logits, route);
-            else for_each(ex, route.tokens, detail::weigh_constant<Real>{route, Real(scale), Weigh::over_chosen});
+            else fastmoe::for_each(ex, route.tokens, detail::weigh_constant<Real>{route, Real(scale), Weigh::over_chosen});
             if (state.chosen.data_handle() != route.experts.data_handle())
-                for_each(ex, route.choices(), detail::copy_ids<int32_t>{route.experts.data_handle(), state.chosen.data_handle()});
+                fastmoe::for_each(ex, route.choices(),
+                                  detail::copy_ids<int32_t>{route.experts.data_handle(), state.chosen.data_handle()});
         }
         if constexpr (detail::score_reads_logits<Score>) {
             if (in.mode == gate_mode::training && has_loss())
                 router_losses_forward(ex, score, gate_logits<Real>{in.logits, in.mask},
                                       Assign::ragged ? vector_view<int32_t>() : route.experts, Assign::ragged ? 0 : k,
                                       balance, z, c, router_losses<Real>{state.losses, state.slopes}, scratch);
-            else if (live) for_each(ex, 2, detail::fill<Real>{state.losses.data_handle(), Real(0)});
+            else if (live) fastmoe::for_each(ex, 2, detail::fill<Real>{state.losses.data_handle(), Real(0)});
         } else if (live) {
-            for_each(ex, 2, detail::fill<Real>{state.losses.data_handle(), Real(0)});
+            fastmoe::for_each(ex, 2, detail::fill<Real>{state.losses.data_handle(), Real(0)});
         }
         apply_capacity(ex, capacity, route, c, scratch);
     }

@@ -294,9 +294,9 @@ template <class Executor>
 void solve_assignment(Executor& ex, const assignment_problem& p)
 {
     const int64_t experts = p.total_experts();
-    for_each_row(ex, 1, link_tokens{p}, {.width = p.tokens()});
-    for_each_row(ex, experts, find_moves{p}, {.width = 4 * p.tokens()});
-    for_each_row(ex, 1, even_out{p}, {.width = p.tokens() * experts});
+    fastmoe::for_each_row(ex, 1, link_tokens{p}, {.width = p.tokens()});
+    fastmoe::for_each_row(ex, experts, find_moves{p}, {.width = 4 * p.tokens()});
+    fastmoe::for_each_row(ex, 1, even_out{p}, {.width = p.tokens() * experts});
 }
 
 } // namespace fastmoe::inline FASTMOE_ABI::detail

@@ -113,35 +113,40 @@ struct implementation<verbs::router_losses, Executor> {
         const auto totals = scratch.vector<double>(sequences * 2 * width);
         const auto shares = scratch.vector<double>(balance.sequence ? 2 * sequences + 4 : 0);
         if (scratch.measuring()) return;
-        for_each_row(ex, blocks.count,
-                     detail::router_sums<Real, Score>{in.logits, pointer_or_null(in.mask), chosen.data_handle(),
-                                                      values.data_handle(), sums.data_handle(), counts.data_handle(), score,
-                                                      blocks, k, counted, z.coefficient != 0, ex.faults()},
-                     {.width = blocks.size * experts, .scratch_bytes = detail::bucket_room{experts}.bytes(), .in_turn = experts <= 1024});
+        fastmoe::for_each_row(ex, blocks.count,
+                              detail::router_sums<Real, Score>{in.logits, pointer_or_null(in.mask),
+                                                               chosen.data_handle(), values.data_handle(),
+                                                               sums.data_handle(), counts.data_handle(), score, blocks,
+                                                               k, counted, z.coefficient != 0, ex.faults()},
+                              {.width = blocks.size * experts,
+                               .scratch_bytes = detail::bucket_room{experts}.bytes(),
+                               .in_turn = experts <= 1024});
         constexpr int64_t columns = detail::columns_of_team<Executor>;
         double* all = totals.data_handle();
         const detail::add_sequence_blocks<int32_t> add_counts{counts.data_handle(), all, blocks.each, width, 2 * width, columns};
-        for_each_row(ex, sequences * add_counts.parts(), add_counts, {.width = columns * blocks.each});
+        fastmoe::for_each_row(ex, sequences * add_counts.parts(), add_counts, {.width = columns * blocks.each});
         const detail::add_sequence_blocks<Real> add_sums{sums.data_handle(), all + width, blocks.each, width, 2 * width, columns};
-        for_each_row(ex, sequences * add_sums.parts(), add_sums, {.width = columns * blocks.each});
+        fastmoe::for_each_row(ex, sequences * add_sums.parts(), add_sums, {.width = columns * blocks.each});
         Real *losses = out.losses.data_handle(), *slopes = out.slopes.data_handle();
         if (balance.sequence == 0) {
             communicator.all_reduce(ex, totals);
-            for_each_row(ex, 1,
-                         detail::batch_losses<Real>{all, pointer_or_null(balance.accumulated), losses, slopes, experts, counted,
-                                                    balance.coefficient, z.coefficient},
-                         {.width = experts});
+            fastmoe::for_each_row(ex, 1,
+                                  detail::batch_losses<Real>{all, pointer_or_null(balance.accumulated), losses, slopes,
+                                                             experts, counted, balance.coefficient, z.coefficient},
+                                  {.width = experts});
             return;
         }
         const auto together = slice(shares, 2 * sequences, 4);
-        for_each_row(ex, sequences, detail::sequence_share{all, shares.data_handle(), experts, counted}, {.width = experts});
-        for_each_row(ex, 4, detail::add_sequences{all, shares.data_handle(), together.data_handle(), experts, sequences},
-                     {.width = sequences});
+        fastmoe::for_each_row(ex, sequences, detail::sequence_share{all, shares.data_handle(), experts, counted},
+                              {.width = experts});
+        fastmoe::for_each_row(
+            ex, 4, detail::add_sequences{all, shares.data_handle(), together.data_handle(), experts, sequences},
+            {.width = sequences});
         communicator.all_reduce(ex, together);
-        for_each_row(ex, sequences > 0 ? sequences : 1,
-                     detail::sequence_losses<Real>{all, together.data_handle(), losses, slopes, experts, sequences, counted,
-                                                   balance.coefficient, z.coefficient},
-                     {.width = experts});
+        fastmoe::for_each_row(ex, sequences > 0 ? sequences : 1,
+                              detail::sequence_losses<Real>{all, together.data_handle(), losses, slopes, experts,
+                                                            sequences, counted, balance.coefficient, z.coefficient},
+                              {.width = experts});
     }
 };
 
@@ -153,11 +158,11 @@ struct implementation<verbs::router_losses_backward, Executor> {
     {
         const int64_t tokens = in.logits.extent(0), experts = in.logits.extent(1);
         using gradient = detail::router_loss_gradient<Real, Score>;
-        for_each_row(ex, tokens,
-                     gradient{in.logits, pointer_or_null(in.mask), slopes.data_handle(), dlogits.data_handle(), score,
-                              loss_scale, balance.sequence ? balance.sequence : tokens, balance.sequences(tokens),
-                              balance.coefficient != 0, z.coefficient != 0},
-                     {.width = 8 * experts, .scratch_bytes = gradient::scratch_bytes(experts)});
+        fastmoe::for_each_row(ex, tokens,
+                              gradient{in.logits, pointer_or_null(in.mask), slopes.data_handle(), dlogits.data_handle(),
+                                       score, loss_scale, balance.sequence ? balance.sequence : tokens,
+                                       balance.sequences(tokens), balance.coefficient != 0, z.coefficient != 0},
+                              {.width = 8 * experts, .scratch_bytes = gradient::scratch_bytes(experts)});
     }
 };
 

@@ -225,22 +225,24 @@ struct balanced_assignment {
         const auto scale = scratch.vector<double>(1);
         if (scratch.measuring()) return;
         int32_t* ids = chosen.data_handle();
-        for_each_row(ex, tokens,
-                     detail::measure_row<Real>{in.logits, pointer_or_null(in.mask), ids, peaks.data_handle(),
-                                               reaches.data_handle()},
-                     {.width = 2 * experts});
-        for_each_row(ex, 1,
-                     detail::measure_batch<Real>{reaches.data_handle(), scale.data_handle(), ids, tokens, experts},
-                     {.width = tokens});
+        fastmoe::for_each_row(ex, tokens,
+                              detail::measure_row<Real>{in.logits, pointer_or_null(in.mask), ids, peaks.data_handle(),
+                                                        reaches.data_handle()},
+                              {.width = 2 * experts});
+        fastmoe::for_each_row(
+            ex, 1, detail::measure_batch<Real>{reaches.data_handle(), scale.data_handle(), ids, tokens, experts},
+            {.width = tokens});
         using to_costs = detail::logit_costs<Real>;
         detail::fill_columns(ex, costs, to_costs{in.logits, peaks.data_handle(), scale.data_handle()});
-        for_each_row(ex, experts, detail::price_experts{costs, ids, problem.prices, tokens, int64_t{1} << to_costs::bits},
-                     {.width = 2 * tokens});
-        for_each_row(ex, 1, detail::place_fillers{problem.prices, ids + tokens, experts}, {.width = 64 * experts});
-        for_each_row(ex, detail::column_blocks(tokens), detail::take_cheapest{costs, problem.prices, ids, tokens},
-                     {.width = detail::column_block * experts});
+        fastmoe::for_each_row(ex, experts,
+                              detail::price_experts{costs, ids, problem.prices, tokens, int64_t{1} << to_costs::bits},
+                              {.width = 2 * tokens});
+        fastmoe::for_each_row(ex, 1, detail::place_fillers{problem.prices, ids + tokens, experts}, {.width = 64 * experts});
+        fastmoe::for_each_row(ex, detail::column_blocks(tokens),
+                              detail::take_cheapest{costs, problem.prices, ids, tokens},
+                              {.width = detail::column_block * experts});
         detail::solve_assignment(ex, problem);
-        for_each(ex, tokens, detail::copy_ids<int32_t>{ids, to.experts.data_handle()});
+        fastmoe::for_each(ex, tokens, detail::copy_ids<int32_t>{ids, to.experts.data_handle()});
     }
 };
 

@@ -60,10 +60,10 @@ template <class Executor>
 struct implementation<verbs::update_bias, Executor> {
     static void run(Executor& ex, const bias_update& how, vector_view<const int64_t> counts, vector_view<float> bias)
     {
-        for_each_row(ex, 1,
-                     detail::move_bias{counts.data_handle(), bias.data_handle(), bias.extent(0), how.rate,
-                                       how.center == bias_center::mean},
-                     {.width = bias.extent(0)});
+        fastmoe::for_each_row(ex, 1,
+                              detail::move_bias{counts.data_handle(), bias.data_handle(), bias.extent(0), how.rate,
+                                                how.center == bias_center::mean},
+                              {.width = bias.extent(0)});
     }
 };
 
@@ -82,22 +82,25 @@ struct implementation<verbs::balance_quantiles, Executor> {
         const auto counted = scratch.vector<int64_t>(2); // tokens, and how many of them an expert is to get
         const bool live = !scratch.measuring();
         if (live) {
-            for_each_row(ex, tokens,
-                         detail::write_thresholds<Real, Score>{in.logits, pointer_or_null(in.mask), bias.data_handle(),
-                                                               keys.data_handle(), score, k},
-                         {.width = 8 * experts, .scratch_bytes = detail::threshold_scratch_bytes<Real>(experts)});
-            for_each_row(ex, 1, detail::count_thresholds<key>{keys.data_handle(), counted.data_handle(), tokens},
-                         {.width = tokens});
+            fastmoe::for_each_row(
+                ex, tokens,
+                detail::write_thresholds<Real, Score>{in.logits, pointer_or_null(in.mask), bias.data_handle(),
+                                                      keys.data_handle(), score, k},
+                {.width = 8 * experts, .scratch_bytes = detail::threshold_scratch_bytes<Real>(experts)});
+            fastmoe::for_each_row(ex, 1,
+                                  detail::count_thresholds<key>{keys.data_handle(), counted.data_handle(), tokens},
+                                  {.width = tokens});
             c.all_reduce(ex, slice(counted, 0, 1));
-            for_each(ex, experts, detail::columns_of{offsets.data_handle(), counts.data_handle(), tokens});
-            for_each(ex, 1, detail::share_of{counted.data_handle(), k, experts});
+            fastmoe::for_each(ex, experts, detail::columns_of{offsets.data_handle(), counts.data_handle(), tokens});
+            fastmoe::for_each(ex, 1, detail::share_of{counted.data_handle(), k, experts});
         }
         const int64_t* share = live ? counted.data_handle() + 1 : nullptr;
         const detail::grouped_keys<key> columns{keys.data_handle(), offsets.data_handle(), counts.data_handle(), experts};
         detail::kth_over_ranks(ex, columns, share, c, least, tokens, scratch);
         if (live)
-            for_each_row(ex, 1, detail::set_bias<Real>{least.data_handle(), share, bias.data_handle(), experts},
-                         {.width = experts});
+            fastmoe::for_each_row(ex, 1,
+                                  detail::set_bias<Real>{least.data_handle(), share, bias.data_handle(), experts},
+                                  {.width = experts});
     }
 
     template <class Real, class Score>
@@ -109,15 +112,16 @@ struct implementation<verbs::balance_quantiles, Executor> {
         const auto keys = scratch.matrix<key>(experts, tokens);
         const auto range = scratch.vector<double>(2);
         if (scratch.measuring()) return;
-        for_each_row(ex, tokens,
-                     detail::write_thresholds<Real, Score>{in.logits, pointer_or_null(in.mask), bias.data_handle(),
-                                                           keys.data_handle(), score, k},
-                     {.width = 8 * experts, .scratch_bytes = detail::threshold_scratch_bytes<Real>(experts)});
-        for_each_row(ex, 1, detail::range_of_bias{bias.data_handle(), range.data_handle(), experts}, {.width = experts});
-        for_each_row(ex, experts,
-                     detail::count_bins<Real>{keys.data_handle(), range.data_handle(), histogram.data_handle(), tokens,
-                                              histogram.extent(1)},
-                     {.width = 4 * tokens});
+        fastmoe::for_each_row(ex, tokens,
+                              detail::write_thresholds<Real, Score>{in.logits, pointer_or_null(in.mask),
+                                                                    bias.data_handle(), keys.data_handle(), score, k},
+                              {.width = 8 * experts, .scratch_bytes = detail::threshold_scratch_bytes<Real>(experts)});
+        fastmoe::for_each_row(ex, 1, detail::range_of_bias{bias.data_handle(), range.data_handle(), experts},
+                              {.width = experts});
+        fastmoe::for_each_row(ex, experts,
+                              detail::count_bins<Real>{keys.data_handle(), range.data_handle(), histogram.data_handle(),
+                                                       tokens, histogram.extent(1)},
+                              {.width = 4 * tokens});
     }
 
     template <class Communicator>
@@ -129,11 +133,13 @@ struct implementation<verbs::balance_quantiles, Executor> {
         const auto values = scratch.vector<double>(experts);
         if (scratch.measuring()) return;
         c.all_reduce(ex, vector_view<int64_t>(histogram.data_handle(), experts * bins));
-        for_each_row(ex, 1, detail::range_of_bias{bias.data_handle(), range.data_handle(), experts}, {.width = experts});
-        for_each(ex, experts,
-                 detail::quantile_of_bins{histogram.data_handle(), range.data_handle(), values.data_handle(), bins, k,
-                                          experts});
-        for_each_row(ex, 1, detail::center_bias{values.data_handle(), bias.data_handle(), experts}, {.width = experts});
+        fastmoe::for_each_row(ex, 1, detail::range_of_bias{bias.data_handle(), range.data_handle(), experts},
+                              {.width = experts});
+        fastmoe::for_each(ex, experts,
+                          detail::quantile_of_bins{histogram.data_handle(), range.data_handle(), values.data_handle(),
+                                                   bins, k, experts});
+        fastmoe::for_each_row(ex, 1, detail::center_bias{values.data_handle(), bias.data_handle(), experts},
+                              {.width = experts});
     }
 };
 

@@ -64,8 +64,9 @@ void sum_blocks(Executor& ex, matrix_view<Real> partial, vector_view<double> tot
 {
     constexpr int64_t columns = columns_of_team<Executor>;
     const int64_t blocks = partial.extent(0), width = partial.extent(1);
-    for_each_row(ex, (width + columns - 1) / columns,
-                 block_totals<Real>{partial.data_handle(), totals.data_handle(), blocks, width, columns}, {.width = columns * blocks});
+    fastmoe::for_each_row(ex, (width + columns - 1) / columns,
+                          block_totals<Real>{partial.data_handle(), totals.data_handle(), blocks, width, columns},
+                          {.width = columns * blocks});
 }
 
 } // namespace fastmoe::inline FASTMOE_ABI::detail

@@ -79,7 +79,7 @@ struct implementation<verbs::apply_capacity, Executor> {
             const auto sorted = detail::sort_by_weight(ex, safe, scratch);
             if (scratch.measuring()) return;
             const int64_t mean = experts > 0 ? choices / experts + 1 : 1;
-            for_each_row(ex, experts, detail::keep_greatest<key>{sorted, limit}, {.width = 64 * mean});
+            fastmoe::for_each_row(ex, experts, detail::keep_greatest<key>{sorted, limit}, {.width = 64 * mean});
             detail::drop(ex, safe, bound.weights, detail::marks_of(sorted));
             return;
         }

@@ -141,12 +141,13 @@ void drop_last_of_all(Executor& ex, const safe_choices<Real>& safe, double facto
     const auto table = scratch.vector<int64_t>(ranks * width + 1);
     const auto base = scratch.vector<int64_t>(width);
     if (!scratch.measuring() && places > 1)
-        for_each(ex, choices, line_of_choice{safe.ids.data_handle(), lines.data_handle(), experts, places});
+        fastmoe::for_each(ex, choices, line_of_choice{safe.ids.data_handle(), lines.data_handle(), experts, places});
     bucket(ex, places > 1 ? lines : safe.ids, counts, order, scratch);
     if (scratch.measuring()) return;
-    for_each(ex, table.extent(0), write_row{counts.data_handle(), table.data_handle(), width, rank, ranks, choices});
+    fastmoe::for_each(ex, table.extent(0),
+                      write_row{counts.data_handle(), table.data_handle(), width, rank, ranks, choices});
     c.all_reduce(ex, table);
-    for_each(ex, experts, add_before{table.data_handle(), base.data_handle(), experts, places, rank, ranks});
+    fastmoe::for_each(ex, experts, add_before{table.data_handle(), base.data_handle(), experts, places, rank, ranks});
     drop(ex, safe, weights,
          before_limit_of_all{order.data_handle(), base.data_handle(), table.data_handle() + ranks * width, factor, experts,
                              places});
@@ -165,9 +166,9 @@ void drop_least_of_all(Executor& ex, const safe_choices<Real>& safe, double fact
     const auto sorted = sort_by_weight(ex, safe, scratch);
     const bool live = !scratch.measuring();
     if (live) {
-        for_each(ex, 1, write_row{nullptr, limit.data_handle(), 1, 0, 0, choices});
+        fastmoe::for_each(ex, 1, write_row{nullptr, limit.data_handle(), 1, 0, 0, choices});
         c.all_reduce(ex, limit);
-        for_each(ex, 1, limit_of_all{limit.data_handle(), factor, experts});
+        fastmoe::for_each(ex, 1, limit_of_all{limit.data_handle(), factor, experts});
     }
     const int64_t mean = experts > 0 ? choices / experts + 1 : 1;
     const int64_t* cap = limit.data_handle();
@@ -178,10 +179,11 @@ void drop_least_of_all(Executor& ex, const safe_choices<Real>& safe, double fact
     if (!live) return;
     const key* bounds = least.data_handle();
     int64_t* around = table.data_handle();
-    for_each(ex, table.extent(0), fill<int64_t>{around, 0});
-    for_each_row(ex, experts, count_around<key>{sorted, bounds, around, rank}, {.width = 2 * mean});
+    fastmoe::for_each(ex, table.extent(0), fill<int64_t>{around, 0});
+    fastmoe::for_each_row(ex, experts, count_around<key>{sorted, bounds, around, rank}, {.width = 2 * mean});
     c.all_reduce(ex, table);
-    for_each_row(ex, experts, keep_greatest_of_all<key>{sorted, bounds, around, cap, rank, ranks}, {.width = mean});
+    fastmoe::for_each_row(ex, experts, keep_greatest_of_all<key>{sorted, bounds, around, cap, rank, ranks},
+                          {.width = mean});
     drop(ex, safe, weights, marks_of(sorted));
 }
 

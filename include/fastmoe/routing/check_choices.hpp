@@ -107,16 +107,16 @@ void with_checked_choices(Executor& ex, const routing<Real>& route, arena& scrat
         const auto repaired = scratch.vector<int32_t>(route.tokens + 1);
         safe.first = repaired;
         if (!scratch.measuring()) {
-            for_each_row(ex, 1, repair_first<Real>{route, repaired, ex.faults()}, {.width = route.tokens});
-            for_each(ex, route.choices(), clear_ids{ids.data_handle()});
+            fastmoe::for_each_row(ex, 1, repair_first<Real>{route, repaired, ex.faults()}, {.width = route.tokens});
+            fastmoe::for_each(ex, route.choices(), clear_ids{ids.data_handle()});
         }
     }
     if (!scratch.measuring()) {
         const check_choice<Real> check_one{safe, ex.faults()};
         if (many)
-            for_each_row(ex, blocks.count, check_many<Real>{check_one, ids, chosen, blocks.size},
-                         {.width = blocks.size * (route.ragged() ? few_choices : route.k)});
-        else for_each(ex, route.tokens, check_few<Real>{check_one, ids});
+            fastmoe::for_each_row(ex, blocks.count, check_many<Real>{check_one, ids, chosen, blocks.size},
+                                  {.width = blocks.size * (route.ragged() ? few_choices : route.k)});
+        else fastmoe::for_each(ex, route.tokens, check_few<Real>{check_one, ids});
     }
     body(safe, ids);
 }

@@ -51,9 +51,9 @@ void choose_rows(Executor& ex, matrix_view<const Real> logits, vector_view<const
 {
     using selection = std::remove_cvref_t<decltype(rows(static_cast<const Real*>(nullptr)).selection(0))>;
     const int64_t all = logits.extent(1);
-    for_each_row(ex, logits.extent(0),
-                 choose_ids<Real, Rows>{logits, pointer_or_null(mask), experts.data_handle(), k, rows},
-                 {.width = 2 * all, .scratch_bytes = top_k::scratch_bytes<selection>(all, k)});
+    fastmoe::for_each_row(ex, logits.extent(0),
+                          choose_ids<Real, Rows>{logits, pointer_or_null(mask), experts.data_handle(), k, rows},
+                          {.width = 2 * all, .scratch_bytes = top_k::scratch_bytes<selection>(all, k)});
 }
 
 } // namespace fastmoe::inline FASTMOE_ABI::detail

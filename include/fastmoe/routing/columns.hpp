@@ -45,8 +45,8 @@ struct write_columns {
 template <class Executor, class Value, class F>
 void fill_columns(Executor& ex, matrix_view<Value> columns, const F& value)
 {
-    for_each_row(ex, column_blocks(columns.extent(1)), write_columns<Value, F>{columns, value},
-                 {.width = column_block * columns.extent(0)});
+    fastmoe::for_each_row(ex, column_blocks(columns.extent(1)), write_columns<Value, F>{columns, value},
+                          {.width = column_block * columns.extent(0)});
 }
 
 /// Peak and log sum_e exp(l_e - peak) of every token; a peak of -Inf if the token takes no part.
@@ -236,8 +236,9 @@ matrix_view<order_key<Real>> probability_columns(Executor& ex, matrix_view<const
     const auto peaks = scratch.vector<Real>(tokens);
     const auto log_sums = scratch.vector<double>(tokens);
     if (scratch.measuring()) return columns;
-    for_each_row(ex, tokens, sum_powers<Real>{logits, pointer_or_null(mask), peaks.data_handle(), log_sums.data_handle()},
-                 {.width = 8 * experts});
+    fastmoe::for_each_row(ex, tokens,
+                          sum_powers<Real>{logits, pointer_or_null(mask), peaks.data_handle(), log_sums.data_handle()},
+                          {.width = 8 * experts});
     fill_columns(ex, columns, log_probability<Real>{logits, peaks.data_handle(), log_sums.data_handle()});
     return columns;
 }
@@ -252,11 +253,11 @@ void take_greatest(Executor& ex, matrix_view<Key> columns, const Quota& quota, c
     const auto marks = scratch.matrix<std::uint64_t>(column_blocks(tokens), experts);
     if (scratch.measuring()) return;
     int32_t* first = to.first.data_handle();
-    for_each_row(ex, experts, mark_greatest<Key, Quota>{columns, marks, quota}, {.width = 64 * tokens});
-    for_each(ex, tokens, count_marks{marks, first});
-    for_each_row(ex, 1, start_choices{first, tokens}, {.width = tokens});
-    for_each(ex, tokens, list_marks{marks, first, to.experts.data_handle()});
-    for_each(ex, to.experts.extent(0), clear_rest{first + tokens, to.experts.data_handle()});
+    fastmoe::for_each_row(ex, experts, mark_greatest<Key, Quota>{columns, marks, quota}, {.width = 64 * tokens});
+    fastmoe::for_each(ex, tokens, count_marks{marks, first});
+    fastmoe::for_each_row(ex, 1, start_choices{first, tokens}, {.width = tokens});
+    fastmoe::for_each(ex, tokens, list_marks{marks, first, to.experts.data_handle()});
+    fastmoe::for_each(ex, to.experts.extent(0), clear_rest{first + tokens, to.experts.data_handle()});
 }
 
 } // namespace fastmoe::inline FASTMOE_ABI::detail

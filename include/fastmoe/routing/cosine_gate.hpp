@@ -90,13 +90,15 @@ struct cosine_gate {
     void initialize(Executor& ex, const parameters<T>& own, std::uint64_t seed) const
     {
         const auto draw = [&](matrix_view<T> m, std::uint32_t which, detail::first_values values, double reach) {
-            for_each(ex, m.extent(0) * m.extent(1), detail::draw_first<T>{m.data_handle(), {seed, which}, values, reach});
+            fastmoe::for_each(ex, m.extent(0) * m.extent(1),
+                              detail::draw_first<T>{m.data_handle(), {seed, which}, values, reach});
         };
         const auto width = static_cast<double>(own.projection.extent(1));
         draw(own.projection, 1, detail::first_values::uniform, width > 0 ? 1 / std::sqrt(width) : 0);
         draw(own.embeddings, 2, detail::first_values::normal, 0.01);
-        if (pointer_or_null(own.bias)) for_each(ex, own.bias.extent(0), detail::fill<T>{own.bias.data_handle(), T(0)});
-        for_each(ex, 1, detail::fill<T>{own.temperature.data_handle(), T(accumulate_t<T>(0.6931471805599453))});
+        if (pointer_or_null(own.bias))
+            fastmoe::for_each(ex, own.bias.extent(0), detail::fill<T>{own.bias.data_handle(), T(0)});
+        fastmoe::for_each(ex, 1, detail::fill<T>{own.temperature.data_handle(), T(accumulate_t<T>(0.6931471805599453))});
     }
 
     template <class Real>
@@ -135,16 +137,19 @@ struct cosine_gate {
             const bool live = !memory.measuring();
             project(ex, in.x, own.projection, own.bias, s.tokens.rows, memory);
             if (live) {
-                for_each_row(ex, s.routing.tokens, detail::normalize_row<Real, Real>{s.tokens.rows, s.tokens}, hint());
-                for_each_row(ex, experts, detail::normalize_row<T, Real>{own.embeddings, s.embeddings}, hint());
-                for_each(ex, 1, detail::sharpen<T, Real>{own.temperature.data_handle(), s.sharpness.data_handle()});
+                fastmoe::for_each_row(ex, s.routing.tokens, detail::normalize_row<Real, Real>{s.tokens.rows, s.tokens},
+                                      hint());
+                fastmoe::for_each_row(ex, experts, detail::normalize_row<T, Real>{own.embeddings, s.embeddings}, hint());
+                fastmoe::for_each(ex, 1,
+                                  detail::sharpen<T, Real>{own.temperature.data_handle(), s.sharpness.data_handle()});
             }
             project(ex, matrix_view<const Real>(s.tokens.rows), matrix_view<const Real>(s.embeddings.rows),
                     vector_view<const Real>(), s.logits, memory);
             if (live)
-                for_each_row(ex, s.routing.tokens,
-                             detail::sharpen_row<Real>{s.logits, s.tokens, s.embeddings, s.sharpness.data_handle()},
-                             {.width = 2 * experts});
+                fastmoe::for_each_row(
+                    ex, s.routing.tokens,
+                    detail::sharpen_row<Real>{s.logits, s.tokens, s.embeddings, s.sharpness.data_handle()},
+                    {.width = 2 * experts});
             choice().route(ex, seen(in, s), c, s.choice, memory);
         });
     }
@@ -170,10 +175,11 @@ struct cosine_gate {
             choice().backward(ex, seen(in, s), c, s.choice, dweights, loss_scale, s.dlogits, memory);
             project_input_backward(ex, s.dlogits, s.embeddings.rows, s.dprojected, write_mode::overwrite, memory);
             if (live)
-                for_each_row(ex, s.routing.tokens,
-                             detail::normalize_row_backward<Real, Real>{s.tokens, s.dprojected, s.dprojected,
-                                                                        s.sharpness.data_handle(), write_mode::overwrite},
-                             hint());
+                fastmoe::for_each_row(ex, s.routing.tokens,
+                                      detail::normalize_row_backward<Real, Real>{s.tokens, s.dprojected, s.dprojected,
+                                                                                 s.sharpness.data_handle(),
+                                                                                 write_mode::overwrite},
+                                      hint());
             project_input_backward(ex, s.dprojected, own.projection, dx, write_mode::accumulate, memory);
         });
     }
@@ -196,16 +202,17 @@ struct cosine_gate {
             project_weights_backward(ex, s.dlogits, matrix_view<const Real>(s.tokens.rows), rows, {}, write_mode::overwrite,
                                      memory);
             if (memory.measuring()) return;
-            for_each_row(ex, experts,
-                         detail::normalize_row_backward<Real, G>{s.embeddings, rows, gradients.embeddings,
-                                                                 s.sharpness.data_handle(), mode},
-                         hint());
-            for_each_row(ex, s.routing.tokens, detail::temperature_row<Real>{s.logits, s.dlogits, slopes.data_handle()},
-                         {.width = experts});
-            for_each_row(ex, 1,
-                         detail::temperature_sum<Real, G>{slopes, s.sharpness.data_handle(),
-                                                          gradients.temperature.data_handle(), mode},
-                         {.width = s.routing.tokens});
+            fastmoe::for_each_row(ex, experts,
+                                  detail::normalize_row_backward<Real, G>{s.embeddings, rows, gradients.embeddings,
+                                                                          s.sharpness.data_handle(), mode},
+                                  hint());
+            fastmoe::for_each_row(ex, s.routing.tokens,
+                                  detail::temperature_row<Real>{s.logits, s.dlogits, slopes.data_handle()},
+                                  {.width = experts});
+            fastmoe::for_each_row(ex, 1,
+                                  detail::temperature_sum<Real, G>{slopes, s.sharpness.data_handle(),
+                                                                   gradients.temperature.data_handle(), mode},
+                                  {.width = s.routing.tokens});
         });
     }
 

@@ -58,9 +58,9 @@ safe_choices<Real> make_safe(Executor& ex, const routing<Real>& route, arena& sc
         const auto repaired = scratch.vector<int32_t>(route.tokens + 1);
         safe.route.first = repaired;
         if (!scratch.measuring())
-            for_each_row(ex, 1, repair_first<Real>{route, repaired, ex.faults()}, {.width = route.tokens});
+            fastmoe::for_each_row(ex, 1, repair_first<Real>{route, repaired, ex.faults()}, {.width = route.tokens});
     }
-    if (!scratch.measuring()) for_each(ex, route.choices(), copy_choices<Real>{safe.route, safe.ids, ex.faults()});
+    if (!scratch.measuring()) fastmoe::for_each(ex, route.choices(), copy_choices<Real>{safe.route, safe.ids, ex.faults()});
     return safe;
 }
 
@@ -112,8 +112,8 @@ sorted_choices<order_key<Real>> sort_by_weight(Executor& ex, const safe_choices<
                                scratch.vector<int32_t>(choices)};
     bucket(ex, safe.ids, sorted.counts, sorted.ranks, scratch);
     if (!scratch.measuring()) {
-        for_each_row(ex, 1, sort_offsets<key>{sorted}, {.width = experts});
-        for_each(ex, choices, sort_keys<Real>{safe, sorted});
+        fastmoe::for_each_row(ex, 1, sort_offsets<key>{sorted}, {.width = experts});
+        fastmoe::for_each(ex, choices, sort_keys<Real>{safe, sorted});
     }
     return sorted;
 }
@@ -217,7 +217,7 @@ struct drop_choices {
 template <class Executor, class Real, class Stays>
 void drop(Executor& ex, const safe_choices<Real>& safe, after_drop weights, const Stays& stays)
 {
-    for_each(ex, safe.route.tokens, drop_choices<Real, Stays>{safe, weights, stays});
+    fastmoe::for_each(ex, safe.route.tokens, drop_choices<Real, Stays>{safe, weights, stays});
 }
 
 } // namespace detail

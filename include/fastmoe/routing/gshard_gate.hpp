@@ -167,13 +167,14 @@ private:
         if (later) first.capacity = {};
         first.route(ex, in, c, state, scratch);
         if (chance && !scratch.measuring())
-            for_each_row(ex, state.routing.tokens,
-                         detail::drop_second<Real, Weigh>{in.logits, state.chosen.data_handle(),
-                                                          state.routing.experts.data_handle(),
-                                                          state.routing.weights.data_handle(),
-                                                          {in.random, random_stream::choice},
-                                                          in.first_token},
-                         {.width = Weigh::over_chosen ? 16 : 8 * experts});
+            fastmoe::for_each_row(ex, state.routing.tokens,
+                                  detail::drop_second<Real, Weigh>{in.logits,
+                                                                   state.chosen.data_handle(),
+                                                                   state.routing.experts.data_handle(),
+                                                                   state.routing.weights.data_handle(),
+                                                                   {in.random, random_stream::choice},
+                                                                   in.first_token},
+                                  {.width = Weigh::over_chosen ? 16 : 8 * experts});
         if (later) apply_capacity(ex, bounded.capacity, state.routing, c, scratch);
     }
 };

@@ -87,8 +87,8 @@ void finish_cv_squared(Executor& ex, vector_view<double> totals, double coeffici
                        const evenness<Real>& out)
 {
     c.all_reduce(ex, totals);
-    for_each_row(ex, 1, cv_squared<Real>{totals.data_handle(), out, totals.extent(0), coefficient, of},
-                 {.width = 4 * totals.extent(0)});
+    fastmoe::for_each_row(ex, 1, cv_squared<Real>{totals.data_handle(), out, totals.extent(0), coefficient, of},
+                          {.width = 4 * totals.extent(0)});
 }
 
 /// Sums of the weights of a block of choices.
@@ -138,10 +138,10 @@ struct implementation<verbs::importance_loss, Executor> {
         const auto partial = scratch.matrix<Real>(blocks.count, route.total_experts);
         const auto totals = scratch.vector<double>(route.total_experts);
         if (scratch.measuring()) return;
-        for_each_row(ex, blocks.count,
-                     detail::importance_sums<Real>{route.experts.data_handle(), route.weights.data_handle(), partial,
-                                                   route.choices(), blocks.size},
-                     {.width = blocks.size + route.total_experts});
+        fastmoe::for_each_row(ex, blocks.count,
+                              detail::importance_sums<Real>{route.experts.data_handle(), route.weights.data_handle(),
+                                                            partial, route.choices(), blocks.size},
+                              {.width = blocks.size + route.total_experts});
         detail::sum_blocks(ex, partial, totals);
         detail::finish_cv_squared(ex, totals, loss.coefficient, loss.variance, c, out);
     }
@@ -184,9 +184,9 @@ void importance_loss_backward(Executor& ex, type_identity_t<vector_view<const in
     expects_shape(experts, "experts (C)", dweights.extent(0));
     expects_shape(slopes, "slopes (E)", slopes.extent(0));
     expects_shape(dweights, "dweights (C)", dweights.extent(0));
-    for_each(ex, dweights.extent(0),
-             detail::add_importance_slopes<Real>{experts.data_handle(), slopes.data_handle(), dweights.data_handle(),
-                                                 loss_scale});
+    fastmoe::for_each(ex, dweights.extent(0),
+                      detail::add_importance_slopes<Real>{experts.data_handle(), slopes.data_handle(),
+                                                          dweights.data_handle(), loss_scale});
 }
 
 } // namespace fastmoe::inline FASTMOE_ABI

@@ -108,9 +108,10 @@ struct implementation<verbs::count_choices, Executor> {
         const auto blocks = detail::bucket_blocks::of<Executor>(chosen.extent(0));
         const auto partial = scratch.matrix<int32_t>(blocks.count, experts);
         if (scratch.measuring()) return;
-        for_each_row(ex, blocks.count, detail::count_block{chosen, partial, blocks.size, ex.faults()},
-                     {.width = blocks.size + experts, .scratch_bytes = detail::bucket_room{experts}.bytes(), .in_turn = true});
-        for_each(ex, experts, detail::add_counts{partial, counts, mode});
+        fastmoe::for_each_row(
+            ex, blocks.count, detail::count_block{chosen, partial, blocks.size, ex.faults()},
+            {.width = blocks.size + experts, .scratch_bytes = detail::bucket_room{experts}.bytes(), .in_turn = true});
+        fastmoe::for_each(ex, experts, detail::add_counts{partial, counts, mode});
     }
 };
 
@@ -130,7 +131,8 @@ struct implementation<verbs::measure_load, Executor> {
         counter::run(ex, kept, experts, left, write_mode::overwrite, scratch);
         if (scratch.measuring()) return;
         c.all_reduce(ex, counts);
-        for_each_row(ex, 1, detail::report_load{counts.data_handle(), report.data_handle(), experts}, {.width = experts});
+        fastmoe::for_each_row(ex, 1, detail::report_load{counts.data_handle(), report.data_handle(), experts},
+                              {.width = experts});
     }
 };
 

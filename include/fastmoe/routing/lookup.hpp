@@ -75,8 +75,9 @@ struct hash_table {
     {
         if (scratch.measuring()) return;
         expects_shape(in.token_ids, "token_ids (T)", to.tokens);
-        for_each(ex, to.tokens,
-                 detail::look_up{in.token_ids, pointer_or_null(in.mask), table, to.experts, to.total_experts, ex.faults()});
+        fastmoe::for_each(
+            ex, to.tokens,
+            detail::look_up{in.token_ids, pointer_or_null(in.mask), table, to.experts, to.total_experts, ex.faults()});
         ex.deliver_faults();
     }
 };
@@ -91,9 +92,13 @@ struct random_experts {
     {
         if (scratch.measuring()) return;
         expects(in.random != nullptr, "random", "a null pointer", "seed and step");
-        for_each(ex, to.tokens,
-                 detail::draw_experts{{in.random, random_stream::choice}, pointer_or_null(in.mask), to.experts,
-                                      to.total_experts, to.k, in.first_token});
+        fastmoe::for_each(ex, to.tokens,
+                          detail::draw_experts{{in.random, random_stream::choice},
+                                               pointer_or_null(in.mask),
+                                               to.experts,
+                                               to.total_experts,
+                                               to.k,
+                                               in.first_token});
     }
 };
 

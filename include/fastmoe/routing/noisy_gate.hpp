@@ -79,7 +79,7 @@ struct noisy_gate {
     template <executor Executor, class T>
     void initialize(Executor& ex, const parameters<T>& own, std::uint64_t) const
     {
-        for_each(ex, own.noise.extent(0) * own.noise.extent(1), detail::fill<T>{own.noise.data_handle(), T(0)});
+        fastmoe::for_each(ex, own.noise.extent(0) * own.noise.extent(1), detail::fill<T>{own.noise.data_handle(), T(0)});
     }
 
     template <class Real>
@@ -123,16 +123,19 @@ struct noisy_gate {
             if (training) {
                 project(ex, in.x, own.noise, vector_view<const T>(), state.raw, memory);
                 if (!memory.measuring())
-                    for_each(ex, state.routing.tokens * experts,
-                             detail::add_noise<Real>{in.logits.data_handle(), state.raw.data_handle(),
-                                                     state.draws.data_handle(), state.noisy.data_handle(),
-                                                     {in.random, random_stream::noise},
-                                                     static_cast<std::uint64_t>(in.first_token * experts)});
+                    fastmoe::for_each(ex, state.routing.tokens * experts,
+                                      detail::add_noise<Real>{in.logits.data_handle(),
+                                                              state.raw.data_handle(),
+                                                              state.draws.data_handle(),
+                                                              state.noisy.data_handle(),
+                                                              {in.random, random_stream::noise},
+                                                              static_cast<std::uint64_t>(in.first_token * experts)});
             }
             auto chooser = choice();
             chooser.capacity = {}; // importance comes first
             chooser.route(ex, training ? seen(in, state) : in, c, state.choice, memory);
-            if (!memory.measuring()) for_each(ex, 2, detail::fill<Real>{state.importance.loss.data_handle(), Real(0)});
+            if (!memory.measuring())
+                fastmoe::for_each(ex, 2, detail::fill<Real>{state.importance.loss.data_handle(), Real(0)});
             if (training && importance.coefficient != 0)
                 importance_loss_forward(ex, state.routing, importance, c, state.importance, memory);
             if (training && load.coefficient != 0) take_load(ex, in, c, state, memory);
@@ -159,13 +162,14 @@ struct noisy_gate {
         detail::with_scratch(scratch, [&](arena& memory) {
             choice().backward(ex, seen(in, state), c, state.choice, dweights, loss_scale, dlogits, memory);
             if (!memory.measuring())
-                for_each_row(ex, state.routing.tokens,
-                             detail::noise_row_backward<Real>{
-                                 in.logits, state.raw, state.draws, state.noisy, state.choice.chosen.data_handle(),
-                                 importance.coefficient != 0 ? state.importance.slopes.data_handle() : nullptr,
-                                 load.coefficient != 0 ? state.load.slopes.data_handle() : nullptr, dlogits.data_handle(),
-                                 state.dnoise.data_handle(), k, static_cast<Real>(scale), loss_scale},
-                             {.width = 16 * experts});
+                fastmoe::for_each_row(
+                    ex, state.routing.tokens,
+                    detail::noise_row_backward<Real>{
+                        in.logits, state.raw, state.draws, state.noisy, state.choice.chosen.data_handle(),
+                        importance.coefficient != 0 ? state.importance.slopes.data_handle() : nullptr,
+                        load.coefficient != 0 ? state.load.slopes.data_handle() : nullptr, dlogits.data_handle(),
+                        state.dnoise.data_handle(), k, static_cast<Real>(scale), loss_scale},
+                    {.width = 16 * experts});
             project_input_backward(ex, state.dnoise, own.noise, dx, write_mode::accumulate, memory);
         });
     }
@@ -237,10 +241,10 @@ private:
         const auto partial = memory.matrix<Real>(blocks.count, experts);
         const auto totals = memory.vector<double>(experts);
         if (!memory.measuring()) {
-            for_each_row(ex, blocks.count,
-                         detail::load_sums<Real>{in.logits, state.raw, state.noisy, state.choice.chosen.data_handle(),
-                                                 partial, k, blocks.size},
-                         {.width = 8 * blocks.size * experts});
+            fastmoe::for_each_row(ex, blocks.count,
+                                  detail::load_sums<Real>{in.logits, state.raw, state.noisy,
+                                                          state.choice.chosen.data_handle(), partial, k, blocks.size},
+                                  {.width = 8 * blocks.size * experts});
             detail::sum_blocks(ex, partial, totals);
             detail::finish_cv_squared(ex, totals, load.coefficient, load.variance, c, state.load);
         }

@@ -205,15 +205,15 @@ struct implementation<verbs::make_plan, Executor> {
     {
         if (detail::plan_few<Real>::takes(route)) {
             const detail::plan_few<Real> all{{route, ex.faults()}, p};
-            if (!scratch.measuring()) for_each_row(ex, 1, all, all.hint());
+            if (!scratch.measuring()) fastmoe::for_each_row(ex, 1, all, all.hint());
             return;
         }
         detail::with_checked_choices(ex, route, scratch, [&](const routing<Real>& safe, vector_view<int32_t> ids) {
             bucket(ex, ids, p.counts, p.slot_of, scratch);
             if (scratch.measuring()) return;
-            for_each_row(ex, 1, detail::plan_offsets{p}, {.width = route.total_experts});
-            for_each(ex, p.slots, detail::clear_slots{p.choice_of.data_handle(), p.token_of.data_handle()});
-            for_each(ex, route.tokens, detail::place_choices<Real>{safe, ids, p});
+            fastmoe::for_each_row(ex, 1, detail::plan_offsets{p}, {.width = route.total_experts});
+            fastmoe::for_each(ex, p.slots, detail::clear_slots{p.choice_of.data_handle(), p.token_of.data_handle()});
+            fastmoe::for_each(ex, route.tokens, detail::place_choices<Real>{safe, ids, p});
         });
     }
 };

@@ -104,7 +104,8 @@ vector_view<const int32_t> chosen_rows(Executor& ex, matrix_view<const Real> dlo
 {
     const auto index = memory.vector<int32_t>(dlogits.extent(0));
     if (!memory.measuring())
-        for_each_row(ex, dlogits.extent(0), number_chosen<Real>{dlogits, index.data_handle()}, {.width = dlogits.extent(1)});
+        fastmoe::for_each_row(ex, dlogits.extent(0), number_chosen<Real>{dlogits, index.data_handle()},
+                              {.width = dlogits.extent(1)});
     return index;
 }
 
@@ -124,7 +125,7 @@ void finish_products(Executor& ex, const indexed_rows<Dy>& d, matrix_view<W> gat
         gemm::portable{}.dgrad(ex, n == most ? whole : last, indexed_rows<Dy>{d.data, here}, single(gate), sums,
                                no_epilogue{}, memory);
         if (memory.measuring()) return; // no later block takes more
-        for_each_row(ex, n, finish_rows<Real, Finish>{sums, here, t, finish}, {.width = width});
+        fastmoe::for_each_row(ex, n, finish_rows<Real, Finish>{sums, here, t, finish}, {.width = width});
     }
 }
 
@@ -281,7 +282,7 @@ struct implementation<verbs::jitter, Executor> {
     template <class T>
     static void run(Executor& ex, int64_t n, const detail::jitter_element<T>& f)
     {
-        for_each(ex, n, f);
+        fastmoe::for_each(ex, n, f);
     }
 };
 

@@ -108,7 +108,7 @@ void project_few(Executor& ex, matrix_view<AnyT> x, matrix_view<AnyW> gate, AnyB
     using T = std::remove_const_t<AnyT>;
     using W = std::remove_const_t<AnyW>;
     using B = std::remove_const_t<AnyB>;
-    const auto launch = [&](const auto& f) { for_each_row(ex, f.teams(), f, {.width = gate.extent(1)}); };
+    const auto launch = [&](const auto& f) { fastmoe::for_each_row(ex, f.teams(), f, {.width = gate.extent(1)}); };
     constexpr int together = 16 / static_cast<int>(sizeof(Real)); // a team hands over 32 bytes
     if (x.extent(0) == 1) launch(few_logits<1, 1, Real, T, W, B>{x, gate, bias, logits});
     else launch(few_logits<together, 2, Real, T, W, B>{x, gate, bias, logits});

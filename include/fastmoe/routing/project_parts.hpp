@@ -111,8 +111,10 @@ void project_bias_in_parts(Executor& ex, matrix_view<const Real> dlogits, int64_
     const arena::scope lent(memory);
     const auto parts = memory.matrix<Real>((tokens + depth_cuts.bias_tokens - 1) / depth_cuts.bias_tokens, experts);
     if (memory.measuring() || !pointer_or_null(dbias)) return;
-    for_each(ex, parts.extent(0) * experts, sum_tokens<Real>{dlogits.data_handle(), tokens, experts, parts.data_handle()});
-    for_each_row(ex, experts, add_bias_parts<Real, G>{parts, dbias.data_handle(), mode}, {.width = parts.extent(0)});
+    fastmoe::for_each(ex, parts.extent(0) * experts,
+                      sum_tokens<Real>{dlogits.data_handle(), tokens, experts, parts.data_handle()});
+    fastmoe::for_each_row(ex, experts, add_bias_parts<Real, G>{parts, dbias.data_handle(), mode},
+                          {.width = parts.extent(0)});
 }
 
 /// dgate (+)= d^T x, over indexed rows of both; d may be in pieces.
@@ -129,13 +131,14 @@ void project_weights_in_parts(Executor& ex, const indexed_rows<Dy>& d, const ind
     const auto counts = memory.vector<int32_t>(parts);
     const auto offsets = memory.vector<int64_t>(parts + 1);
     const auto sums = memory.matrix<real>(parts * rows, width);
-    if (!memory.measuring()) for_each(ex, parts, cut_tokens{counts.data_handle(), offsets.data_handle(), parts, tokens});
+    if (!memory.measuring())
+        fastmoe::for_each(ex, parts, cut_tokens{counts.data_handle(), offsets.data_handle(), parts, tokens});
     gemm::portable{}.wgrad(ex, row_groups{counts, offsets, tokens}, d, x,
                            stacked(tensor_view<real, 3>(sums.data_handle(), parts, rows, width)), write_mode::overwrite, memory);
     using add = add_parts<pieces ? 3 : 1, real, G>;
     const int64_t n = experts * width;
     if (!memory.measuring())
-        for_each(ex, n, add{sums.data_handle(), parts, rows * width, dgate.data_handle(), n, mode});
+        fastmoe::for_each(ex, n, add{sums.data_handle(), parts, rows * width, dgate.data_handle(), n, mode});
 }
 
 } // namespace fastmoe::inline FASTMOE_ABI::detail

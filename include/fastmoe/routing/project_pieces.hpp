@@ -91,7 +91,8 @@ indexed_rows<bfloat16> cut_rows(Executor& ex, matrix_view<const float> dlogits, 
 {
     const auto pieces = memory.matrix<bfloat16>(tokens, piece_columns(experts));
     const auto index = memory.vector<int32_t>(tokens);
-    if (!memory.measuring()) for_each_row(ex, tokens, cut_row{dlogits, pieces, index.data_handle()}, {.width = experts});
+    if (!memory.measuring())
+        fastmoe::for_each_row(ex, tokens, cut_row{dlogits, pieces, index.data_handle()}, {.width = experts});
     return {pieces, index};
 }
 
@@ -103,7 +104,8 @@ matrix_view<const bfloat16> stacked_gate(Executor& ex, matrix_view<W> gate, aren
     const auto stack = memory.matrix<bfloat16>(piece_columns(experts), width);
     const int64_t zeros = stack.extent(0) * width - 3 * count;
     if (!memory.measuring())
-        for_each(ex, count > zeros ? count : zeros, stack_gate{gate.data_handle(), stack.data_handle(), count, zeros});
+        fastmoe::for_each(ex, count > zeros ? count : zeros,
+                          stack_gate{gate.data_handle(), stack.data_handle(), count, zeros});
     return stack;
 }
 

@@ -86,14 +86,15 @@ void kth_over_ranks(Executor& ex, const grouped_keys<Key>& from, const int64_t* 
     const auto known = scratch.vector<typename counter::bits>(from.groups);
     const auto at_least = scratch.vector<int64_t>(from.groups * counter::bounds);
     if (!scratch.measuring()) {
-        for_each(ex, from.groups, fill<typename counter::bits>{known.data_handle(), 0});
+        fastmoe::for_each(ex, from.groups, fill<typename counter::bits>{known.data_handle(), 0});
         for (int shift = sizeof(Key) * 8 - counter::digit; shift >= 0; shift -= counter::digit) {
-            for_each_row(ex, at_least.extent(0), counter{from, known.data_handle(), at_least.data_handle(), shift},
-                         {.width = mean + 1});
+            fastmoe::for_each_row(ex, at_least.extent(0),
+                                  counter{from, known.data_handle(), at_least.data_handle(), shift},
+                                  {.width = mean + 1});
             c.all_reduce(ex, at_least);
-            for_each(ex, from.groups, take_digit<Key>{at_least.data_handle(), k, known.data_handle(), shift});
+            fastmoe::for_each(ex, from.groups, take_digit<Key>{at_least.data_handle(), k, known.data_handle(), shift});
         }
-        for_each(ex, from.groups, keys_of_bits<Key>{known.data_handle(), least.data_handle()});
+        fastmoe::for_each(ex, from.groups, keys_of_bits<Key>{known.data_handle(), least.data_handle()});
     }
 }
 

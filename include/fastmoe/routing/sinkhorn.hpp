@@ -243,15 +243,15 @@ struct sinkhorn {
                                       blocks.size,
                                       blocks.count};
         if (scratch.measuring()) return;
-        for_each_row(ex, tokens, detail::start_scaling<Real>{s, pointer_or_null(in.mask), peaks.data_handle()},
-                     {.width = experts});
-        for_each_row(ex, 1, detail::count_scaled<Real>{s}, {.width = tokens});
+        fastmoe::for_each_row(ex, tokens, detail::start_scaling<Real>{s, pointer_or_null(in.mask), peaks.data_handle()},
+                              {.width = experts});
+        fastmoe::for_each_row(ex, 1, detail::count_scaled<Real>{s}, {.width = tokens});
         const row_hint hint{.width = blocks.size * experts, .scratch_bytes = experts * int64_t{sizeof(double)} + 64};
         for (int round = 0; round < rounds; ++round) {
-            for_each_row(ex, blocks.count, detail::scale_rows<Real>{s}, hint);
-            for_each(ex, experts, detail::scale_columns<Real>{s});
+            fastmoe::for_each_row(ex, blocks.count, detail::scale_rows<Real>{s}, hint);
+            fastmoe::for_each(ex, experts, detail::scale_columns<Real>{s});
         }
-        for_each(ex, experts, detail::settle_scales{s.scales});
+        fastmoe::for_each(ex, experts, detail::settle_scales{s.scales});
         detail::choose_rows(ex, in.logits, in.mask, to.k, detail::scaled_rows{s.scales}, to.experts);
     }
 };

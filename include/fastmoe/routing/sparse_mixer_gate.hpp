@@ -84,10 +84,11 @@ struct sparse_mixer_gate {
         expects_shape(dweights, "dweights (T*K)", state.routing.choices());
         expects_shape(dlogits, "dlogits (T,E)", state.routing.tokens, experts);
         using row = detail::mixer_row_backward<Real>;
-        for_each_row(ex, state.routing.tokens,
-                     row{in.logits, state.chosen.data_handle(), state.routing.experts.data_handle(), dweights.data_handle(),
-                         dlogits.data_handle(), coin(in), k, reach<Real>(), samples(in.mode), capacity.rescales()},
-                     {.width = 4 * k * experts, .scratch_bytes = row::scratch_bytes(experts, k)});
+        fastmoe::for_each_row(ex, state.routing.tokens,
+                              row{in.logits, state.chosen.data_handle(), state.routing.experts.data_handle(),
+                                  dweights.data_handle(), dlogits.data_handle(), coin(in), k, reach<Real>(),
+                                  samples(in.mode), capacity.rescales()},
+                              {.width = 4 * k * experts, .scratch_bytes = row::scratch_bytes(experts, k)});
         rest().finish_backward(ex, in, state, loss_scale, dlogits);
     }
 
@@ -136,19 +137,24 @@ private:
             expects(in.random != nullptr, "random", "a null pointer", "seed and step");
             expects(in.first_token >= 0, "first_token", in.first_token, "zero or more");
             using row = detail::mixer_sample<Real>;
-            for_each_row(ex, tokens,
-                         row{in.logits, pointer_or_null(in.mask), ids, {in.random, random_stream::choice}, k, in.first_token,
-                             reach<Real>()},
-                         {.width = 16 * k * experts, .scratch_bytes = row::scratch_bytes(experts)});
+            fastmoe::for_each_row(ex, tokens,
+                                  row{in.logits,
+                                      pointer_or_null(in.mask),
+                                      ids,
+                                      {in.random, random_stream::choice},
+                                      k,
+                                      in.first_token,
+                                      reach<Real>()},
+                                  {.width = 16 * k * experts, .scratch_bytes = row::scratch_bytes(experts)});
         } else {
-            for_each_row(ex, tokens, detail::mixer_choose<Real>{in.logits, pointer_or_null(in.mask), ids, k},
-                         {.width = 2 * experts, .scratch_bytes = top_k::scratch_bytes<Real>(experts, k)});
+            fastmoe::for_each_row(ex, tokens, detail::mixer_choose<Real>{in.logits, pointer_or_null(in.mask), ids, k},
+                                  {.width = 2 * experts, .scratch_bytes = top_k::scratch_bytes<Real>(experts, k)});
         }
-        for_each_row(ex, tokens,
-                     detail::mixer_weigh<Real>{in.logits, ids, state.chosen.data_handle(),
-                                               state.routing.weights.data_handle(), coin(in), k, reach<Real>(),
-                                               samples(in.mode)},
-                     {.width = 4 * k * experts, .scratch_bytes = detail::mixer_weigh<Real>::scratch_bytes(experts)});
+        fastmoe::for_each_row(
+            ex, tokens,
+            detail::mixer_weigh<Real>{in.logits, ids, state.chosen.data_handle(), state.routing.weights.data_handle(),
+                                      coin(in), k, reach<Real>(), samples(in.mode)},
+            {.width = 4 * k * experts, .scratch_bytes = detail::mixer_weigh<Real>::scratch_bytes(experts)});
     }
 };
 

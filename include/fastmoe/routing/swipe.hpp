@@ -175,27 +175,29 @@ struct swipe {
         const int64_t each = experts / ranks;
         const arena::scope lent(scratch);
         if (live) {
-            for_each(ex, ranks, detail::own_budget{budget.data_handle(), rank, tokens * k});
+            fastmoe::for_each(ex, ranks, detail::own_budget{budget.data_handle(), rank, tokens * k});
             c.all_reduce(ex, budget);
         }
         for (int64_t place = 0; place < k; ++place) {
             if (live)
-                for_each(ex, tokens,
-                         detail::worker_of_choice{to.experts.data_handle(), workers.data_handle(), k, place, each});
+                fastmoe::for_each(
+                    ex, tokens,
+                    detail::worker_of_choice{to.experts.data_handle(), workers.data_handle(), k, place, each});
             bucket(ex, workers, counts, order, scratch);
             if (live) {
-                for_each(ex, table.extent(0),
-                         detail::write_row{counts.data_handle(), table.data_handle(), ranks, rank, ranks, 0});
+                fastmoe::for_each(ex, table.extent(0),
+                                  detail::write_row{counts.data_handle(), table.data_handle(), ranks, rank, ranks, 0});
                 c.all_reduce(ex, table);
-                for_each(ex, 1, detail::settle_workers{table.data_handle(), room, rank, ranks});
-                for_each(ex, tokens,
-                         detail::must_move{workers.data_handle(), order.data_handle(), moves.data_handle(), room});
+                fastmoe::for_each(ex, 1, detail::settle_workers{table.data_handle(), room, rank, ranks});
+                fastmoe::for_each(
+                    ex, tokens,
+                    detail::must_move{workers.data_handle(), order.data_handle(), moves.data_handle(), room});
             }
             bucket(ex, moves, moving, number, scratch);
             if (!live) break; // each place takes the same
-            for_each(ex, tokens,
-                     detail::place_choice<Real>{in.logits, workers.data_handle(), number.data_handle(),
-                                                to.experts.data_handle(), room, k, place, each, ranks});
+            fastmoe::for_each(ex, tokens,
+                              detail::place_choice<Real>{in.logits, workers.data_handle(), number.data_handle(),
+                                                         to.experts.data_handle(), room, k, place, each, ranks});
         }
     }
 };

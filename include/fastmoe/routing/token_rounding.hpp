@@ -118,7 +118,7 @@ struct token_rounding {
             detail::probability_columns(ex, in.logits, in.mask, to.tokens, to.total_experts, scratch);
         if (!scratch.measuring()) {
             detail::choose_rows(ex, in.logits, in.mask, to.k, detail::logit_rows{}, own);
-            for_each(ex, to.tokens * to.k, detail::raise_own<key>{columns, own.data_handle(), to.k});
+            fastmoe::for_each(ex, to.tokens * to.k, detail::raise_own<key>{columns, own.data_handle(), to.k});
         }
         detail::take_greatest(ex, columns, detail::rounded_count{tile, rounding}, to, scratch);
     }
@@ -129,8 +129,9 @@ private:
     {
         const int64_t all = to.tokens * to.k;
         detail::choose_rows(ex, in.logits, in.mask, to.k, detail::logit_rows{}, slice(to.experts, 0, all));
-        for_each(ex, to.tokens + 1, detail::equal_ranges{to.first.data_handle(), to.k});
-        for_each(ex, to.experts.extent(0), detail::clear_rest{to.first.data_handle() + to.tokens, to.experts.data_handle()});
+        fastmoe::for_each(ex, to.tokens + 1, detail::equal_ranges{to.first.data_handle(), to.k});
+        fastmoe::for_each(ex, to.experts.extent(0),
+                          detail::clear_rest{to.first.data_handle() + to.tokens, to.experts.data_handle()});
     }
 };
 

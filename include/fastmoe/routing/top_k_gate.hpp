@@ -94,7 +94,7 @@ struct implementation<verbs::choose, Executor> {
     template <class Row>
     static void run(Executor& ex, int64_t tokens, const Row& row, int64_t scratch_bytes)
     {
-        for_each_row(ex, tokens, row, {.width = 2 * row.logits.extent(1), .scratch_bytes = scratch_bytes});
+        fastmoe::for_each_row(ex, tokens, row, {.width = 2 * row.logits.extent(1), .scratch_bytes = scratch_bytes});
     }
 };
 
@@ -187,7 +187,7 @@ struct top_k_gate {
         if (has_loss(in.mode))
             router_losses_forward(ex, score, gate_logits<Real>{in.logits, in.mask}, state.routing.experts, k, balance,
                                   z, c, router_losses<Real>{state.losses, state.slopes}, scratch);
-        else if (live) for_each(ex, 2, detail::fill<Real>{state.losses.data_handle(), Real(0)});
+        else if (live) fastmoe::for_each(ex, 2, detail::fill<Real>{state.losses.data_handle(), Real(0)});
         apply_capacity(ex, capacity, state.routing, c, scratch);
     }
 

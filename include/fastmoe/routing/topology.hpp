@@ -179,18 +179,19 @@ struct topology_aware {
         int32_t* ids = to.experts.data_handle();
         detail::choose_rows(ex, in.logits, in.mask.extent(0) ? in.mask : vector_view<const std::uint8_t>{}, k,
                             detail::logit_rows{}, to.experts);
-        for_each_row(ex, to.tokens,
-                     detail::order_off_node<Real>{in.logits, ids, keys.data_handle(), node, k, counts},
-                     {.width = experts});
-        for_each_row(ex, 1,
-                     detail::mark_within_budget<key>{keys.data_handle(), marks.data_handle(), over.data_handle(), choices,
-                                                     budget(to.tokens, k)},
-                     {.width = choices});
+        fastmoe::for_each_row(ex, to.tokens,
+                              detail::order_off_node<Real>{in.logits, ids, keys.data_handle(), node, k, counts},
+                              {.width = experts});
+        fastmoe::for_each_row(ex, 1,
+                              detail::mark_within_budget<key>{keys.data_handle(), marks.data_handle(),
+                                                              over.data_handle(), choices, budget(to.tokens, k)},
+                              {.width = choices});
         if (counts == off_node_choices::all)
-            for_each(ex, to.tokens, detail::stay_on_node<Real>{in.logits, ids, marks.data_handle(), node, k});
+            fastmoe::for_each(ex, to.tokens, detail::stay_on_node<Real>{in.logits, ids, marks.data_handle(), node, k});
         else
-            for_each(ex, to.tokens,
-                     detail::stay_but_first<Real>{in.logits, ids, marks.data_handle(), over.data_handle(), node, k});
+            fastmoe::for_each(
+                ex, to.tokens,
+                detail::stay_but_first<Real>{in.logits, ids, marks.data_handle(), over.data_handle(), node, k});
     }
 };
 

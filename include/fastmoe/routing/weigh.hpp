@@ -244,7 +244,7 @@ struct implementation<verbs::weigh, Executor> {
     template <class Functor>
     static void run(Executor& ex, const Functor& f)
     {
-        for_each_row(ex, f.route.tokens, f, {.width = f.route.total_experts});
+        fastmoe::for_each_row(ex, f.route.tokens, f, {.width = f.route.total_experts});
     }
 };
 
@@ -254,7 +254,7 @@ struct implementation<verbs::weigh_backward, Executor> {
     static void run(Executor& ex, const Functor& f, int64_t most)
     {
         const int64_t bytes = detail::weigh_scratch_bytes<typename Functor::real>(most);
-        for_each_row(ex, f.logits.extent(0), f, {.width = 2 * f.logits.extent(1), .scratch_bytes = bytes});
+        fastmoe::for_each_row(ex, f.logits.extent(0), f, {.width = 2 * f.logits.extent(1), .scratch_bytes = bytes});
     }
 };
 

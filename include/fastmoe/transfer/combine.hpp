@@ -38,9 +38,10 @@ struct implementation<verbs::combine, Executor> {
     static void run(Executor& ex, matrix_view<const T> rows, const routing<Real>& route, const plan& p, matrix_view<Y> y,
                     const Scale& scale, write_mode mode)
     {
-        for_each_row(ex, y.extent(0),
-                     detail::sum_row_lists<Real, T, Y, routing<Real>, Scale>{rows, p.slot_of, y, mode, route, scale},
-                     {.width = y.extent(1)});
+        fastmoe::for_each_row(
+            ex, y.extent(0),
+            detail::sum_row_lists<Real, T, Y, routing<Real>, Scale>{rows, p.slot_of, y, mode, route, scale},
+            {.width = y.extent(1)});
     }
 };
 
@@ -79,9 +80,9 @@ struct implementation<verbs::combine_weights_backward, Executor> {
     static void run(Executor& ex, matrix_view<const T> dy, matrix_view<const T> rows, const routing<Real>& route,
                     const plan& p, vector_view<Real> dweights)
     {
-        for_each_row(ex, dy.extent(0),
-                     detail::dot_row_lists<Real, T, routing<Real>>{dy, rows, p.slot_of, dweights, route},
-                     {.width = dy.extent(1)});
+        fastmoe::for_each_row(ex, dy.extent(0),
+                              detail::dot_row_lists<Real, T, routing<Real>>{dy, rows, p.slot_of, dweights, route},
+                              {.width = dy.extent(1)});
     }
 };
 

@@ -54,7 +54,8 @@ struct implementation<verbs::dispatch, Executor> {
     template <class Real, class T, class Scale>
     static void run(Executor& ex, const indexed_rows<T>& from, matrix_view<T> rows, const Scale& scale)
     {
-        for_each_row(ex, rows.extent(0), detail::gather_rows<Real, T, Scale>{from, rows, scale}, {.width = rows.extent(1)});
+        fastmoe::for_each_row(ex, rows.extent(0), detail::gather_rows<Real, T, Scale>{from, rows, scale},
+                              {.width = rows.extent(1)});
     }
 };
 
