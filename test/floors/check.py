@@ -3,7 +3,8 @@
 """Holds the headers to the floors: check.py include/fastmoe
 
 Includes point down. A file never includes one of its own floor in another folder, no includes form a circle, the
-umbrellas stay free of headers that need a further library, and no header drags in a slow or forbidden one.
+umbrellas stay free of headers that need a further library, and no header drags in a slow or forbidden one. Loops are called
+by their full name.
 """
 import pathlib
 import re
@@ -57,6 +58,8 @@ SLOW = {"algorithm", "functional", "immintrin.h", "iostream", "random", "ranges"
 LONGEST = 350
 
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
+# A loop that is called by its bare name is looked for in the namespaces of users' executors and policies, too.
+UNQUALIFIED = re.compile(r"(?<![\w:.>])(?<!void )for_each(_row)?\(")
 
 
 def folder_of(path):
@@ -93,6 +96,10 @@ def check_tree(root):
             say("needs #pragma once, once")
         if len(lines) > LONGEST:
             say(f"has {len(lines)} lines; at most {LONGEST}")
+
+        for number, line in enumerate(lines, 1):
+            if UNQUALIFIED.search(line.split("//")[0]):
+                say(f"line {number} calls for_each without fastmoe::, which may find a user's")
 
         folder = folder_of(path)
         if folder not in FLOORS:

@@ -53,6 +53,7 @@ FAULTS = [
     ({"ops/rows.hpp": HEAD.replace("#pragma once\n", "")}, "needs #pragma once"),
     ({"ops/rows.hpp": HEAD + "\n" * 400}, "at most 350"),
     ({"elsewhere/rows.hpp": HEAD}, "on no known floor"),
+    ({"ops/rows.hpp": GOOD["ops/rows.hpp"] + "    for_each_row(ex, 1, f, {}); // team.for_each(n, f)\n"}, "without fastmoe::"),
 ]
 
 

@@ -305,6 +305,20 @@ TEST_CASE("a gate that reads no logits leaves the router's gradients alone, what
     CHECK_EQ(support::poisoned(dx.view()), 0);
 }
 
+TEST_CASE("inference over a part of its input is refused, over just its input it is not")
+{
+    step s;
+    std::vector<float> all((tokens + 1) * width, 0.5f), apart(tokens * width, -7.f);
+    s.x = matrix_view<const float>(all.data(), tokens, width);
+    s.y = matrix_view<float>(all.data() + width, tokens, width);
+    s.refuses(step::infer, "y (T,D) is memory that is shared; expected none in common with x (T,D), unless it is x");
+    for (const float v : all) CHECK_EQ(v, 0.5f);
+    s.layer.infer(s.ex, s.x, s.w, as_matrix(apart, tokens, width));
+    s.layer.infer(s.ex, s.x, s.w, matrix_view<float>(all.data(), tokens, width));
+    all.resize(apart.size());
+    CHECK(support::same_bits(all, apart));
+}
+
 TEST_CASE("gradients that overlap are refused before any output is touched")
 {
     step s;
@@ -314,6 +328,34 @@ TEST_CASE("gradients that overlap are refused before any output is touched")
         s.refuses(step::backward | step::backward_weights, "is 0; expected strides of matrices that do not overlap");
         s.g = whole;
     }
+}
+
+TEST_CASE("gradients held apart of which one is missing are refused before any output is touched")
+{
+    step s;
+    const auto whole = s.g;
+    for (const bool is_up : {true, false}) {
+        auto& matrices = is_up ? s.g.expert.up : s.g.expert.down;
+        std::vector<float*> apart;
+        for (int64_t e = 0; e < experts; ++e) apart.push_back(matrices.data + e * matrices.expert_stride);
+        apart[2] = nullptr;
+        matrices = separate(vector_view<float* const>(apart.data(), experts), matrices.out, matrices.in);
+        s.refuses(step::backward | step::backward_weights, is_up ? "gradients.up (E,H',D) is " : "gradients.down (E,D,H) is ");
+        s.refuses(step::backward | step::backward_weights, "expected memory for expert 2");
+        s.g = whole;
+    }
+}
+
+TEST_CASE("x of another width than the expert's is told so, not the router's weights")
+{
+    host_executor ex({.threads = 1});
+    const auto layer = make_layer();
+    const auto w = random_weights<float>(ex, layer, 1);
+    std::vector<float> x(6 * (width + 1)), y(x.size());
+    const auto text = support::message_of<invalid_argument>(
+        [&] { layer.infer(ex, as_matrix(x, 6, width + 1), w.view(), as_matrix(y, 6, width + 1)); });
+    CHECK_MESSAGE(support::has(text, "x (T,D) is "), text);
+    CHECK_MESSAGE(support::has(text, "expected mlp.width = "), text);
 }
 
 namespace {

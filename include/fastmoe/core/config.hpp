@@ -3,6 +3,12 @@
 /// The few macros of the library: where a function may run, and which versioned namespace it lives in.
 #pragma once
 
+#if defined(FASTMOE_HEADERS_READ)
+#error "fastmoe: one file includes two copies, or two versions, of the headers. A program may hold two, in files of their own."
+#endif
+/// Which headers a file has: these.
+#define FASTMOE_HEADERS_READ 1
+
 // These flags allow what would make exp() and every look at a NaN wrong, without a word. clang shows the last of them by
 // no macro; math::exp forbids it there.
 #if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__ == 1) || defined(__ASSOCIATIVE_MATH__)

@@ -99,8 +99,18 @@ concept checks_weights = requires(const Expert& e, const Views& w, int64_t exper
     e.check_weights(w, experts, width, weight_role::weights);
 };
 
+/// Optional: `check_pointers<Executor>(views)` throws where matrices of gradients that are held apart have pointers that are
+/// not memory, as far as the host can read them. With it a layer refuses them before it writes anything, too.
+template <class Expert, class Executor, class Views>
+concept checks_pointers = requires(const Expert& e, const Views& w) { e.template check_pointers<Executor>(w); };
+
 namespace detail {
 
+template <class Executor, class Expert, class Views>
+void check_pointers(const Expert& expert, const Views& gradients)
+{
+    if constexpr (checks_pointers<Expert, Executor, Views>) expert.template check_pointers<Executor>(gradients);
+}
 template <class Expert, class Views>
 void check_weights(const Expert& expert, const Views& w, int64_t experts, int64_t width, weight_role role)
 {

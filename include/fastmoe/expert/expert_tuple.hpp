@@ -110,6 +110,12 @@ struct expert_pair {
         detail::check_weights(first.expert, w.first, first.count, width, role);
         detail::check_weights(second.expert, w.second, second.count, width, role);
     }
+    template <class Executor, class A, class B>
+    void check_pointers(const both<A, B>& gradients) const
+    {
+        detail::check_pointers<Executor>(first.expert, gradients.first);
+        detail::check_pointers<Executor>(second.expert, gradients.second);
+    }
 
     template <class Executor, class T, class Saved>
     void forward(Executor& ex, const expert_input<T>& in, const weights<const T>& w, const Saved& saved, matrix_view<T> y,

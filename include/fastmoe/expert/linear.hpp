@@ -76,6 +76,12 @@ struct linear {
         if (w.bias.data_handle())
             expects_shape(w.bias, given ? "weights.bias (E,D)" : "gradients.bias (E,D)", experts, width);
     }
+    /// @throws invalid_argument for gradients that are held apart and not all there
+    template <class Executor, class T>
+    void check_pointers(const linear_weights<T>& gradients) const
+    {
+        detail::expects_pointers<Executor>(gradients.weight, "gradients.weight (E,D,D)");
+    }
 
     /// @param y  overwritten for the rows of every expert, padding untouched  // (S,D)
     /// @throws invalid_argument if shapes disagree, out_of_memory; nothing is written then

@@ -129,6 +129,13 @@ struct mlp {
         if (w.down_bias.data_handle())
             expects_shape(w.down_bias, given ? "weights.down_bias (E,D)" : "gradients.down_bias (E,D)", experts, width);
     }
+    /// @throws invalid_argument for gradients that are held apart and not all there
+    template <class Executor, class T, class View>
+    void check_pointers(const mlp_weights<T, View>& gradients) const
+    {
+        detail::expects_pointers<Executor>(detail::matrices_of(gradients.up), "gradients.up (E,H',D)");
+        detail::expects_pointers<Executor>(detail::matrices_of(gradients.down), "gradients.down (E,D,H)");
+    }
 
     /// @param y  overwritten for the rows of every expert, padding untouched. Carries the routing weight unless it is
     ///           to be applied on the output, which is combine()'s work    // (S,D)
@@ -217,6 +224,7 @@ private:
     void run_forward(Executor& ex, const expert_input<T>& in, const weights<const T>& w, const mlp_saved<T>& saved, bool keeps_pre,
                      matrix_view<T> y, arena& scratch) const
     {
+        static_assert(fastmoe::activation<Activation, accumulate_t<T>>, "the activation serves float, and not the sums' type; see activate.hpp");
         static_assert(multiplies_rows<Gemm, Executor, T>, "the GEMM lacks what an expert asks; see grouped_gemm.hpp");
         if (!scratch.measuring()) {
             expects_rows(in, saved);

@@ -100,17 +100,17 @@ struct row_product {
         bool has_lines;
 
         template <class Block>
-        FASTMOE_HOST_DEVICE void bring_lines(Block& block, std::byte* to, int64_t first) const
+        FASTMOE_HOST_DEVICE void bring_lines(Block& block, std::byte* stage, int64_t first) const
         {
-            if (has_lines || !boxes_rows) of_x.bring(block, how.turned ? to + how.row_bytes() : to, first);
-            if constexpr (!has_map) of_w.bring(block, how.turned ? to : to + how.row_bytes(), first);
+            if (has_lines || !boxes_rows) of_x.bring(block, how.turned ? stage + how.row_bytes() : stage, first);
+            if constexpr (!has_map) of_w.bring(block, how.turned ? stage : stage + how.row_bytes(), first);
         }
         template <class Block>
-        FASTMOE_HOST_DEVICE void bring_boxes(Block& block, std::byte* to, barrier_word* full, int first) const
+        FASTMOE_HOST_DEVICE void bring_boxes(Block& block, std::byte* stage, barrier_word* full, int first) const
         {
-            of_w.bring(block, how.turned ? to : to + how.row_bytes(), full, first);
+            of_w.bring(block, how.turned ? stage : stage + how.row_bytes(), full, first);
             if constexpr (boxes_rows)
-                if (!has_lines) block.copy_box(to, *rows, full, first, first_row, 0, 0);
+                if (!has_lines) block.copy_box(stage, *rows, full, first, first_row, 0, 0);
         }
     };
     template <class Block>
@@ -161,14 +161,14 @@ struct row_product {
     {
         const int thread = block.thread() % warpgroup_threads, t = thread % 4, down = thread / warp_threads * 16 + thread % warp_threads / 4;
         const int64_t blocks_across = scale_blocks(x.extent(1));
-        stage_scales<how> out;
+        stage_scales<how> stage;
         FASTMOE_UNROLL
         for (int i = 0; i < stage_scales<how>::rows; ++i) {
             const int r = how.turned ? 8 * (i / 2) + 2 * t + i % 2 : first_row + 64 * (i / 2) + down + 8 * (i % 2);
-            out.of_row[i] = r < p.count ? x.scales_of(p.first + r) : nullptr;
+            stage.of_row[i] = r < p.count ? x.scales_of(p.first + r) : nullptr;
         }
-        out.of_weights = w.scales_of(p.expert) + p.feature / scale_block * blocks_across;
-        return out;
+        stage.of_weights = w.scales_of(p.expert) + p.feature / scale_block * blocks_across;
+        return stage;
     }
     template <class Block>
     FASTMOE_HOST_DEVICE void store(Block& block, const place& p, int first_row, const sums<how>& c) const

@@ -52,7 +52,7 @@ routing<Real> part_of(const routing<Real>& r, int64_t first, int64_t tokens)
     if (tokens == r.tokens) return r;
     const int64_t begin = first * r.k, count = tokens * r.k;
     return {tokens, r.total_experts, r.k, vector_view<int32_t>(r.experts.data_handle() + begin, count),
-            vector_view<Real>(r.weights.data_handle() + begin, count), {}};
+            vector_view<Real>(r.weights.data_handle() + begin, count), {}, r.origin + begin};
 }
 template <class T>
 matrix_view<T> part_of(matrix_view<T> m, int64_t first, int64_t rows)

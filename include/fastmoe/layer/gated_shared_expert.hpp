@@ -138,6 +138,7 @@ struct gated_shared_expert {
             expects_shape(gradients.gate, "gradients.gate (1,D)", 1, width);
             detail::check_weights(expert, w.expert, 1, width, weight_role::weights);
             detail::check_weights(expert, gradients.expert, 1, width, weight_role::gradients);
+            detail::check_pointers<Executor>(expert, gradients.expert);
         }
         detail::with_scratch(scratch, [&](arena& memory) {
             const indexed_rows<T> dy_rows{dy, kept.numbers};

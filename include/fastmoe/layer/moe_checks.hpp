@@ -22,6 +22,13 @@ void expects_apart(matrix_view<A> a, const char* name, matrix_view<B> b, const c
     expects(apart, name, "memory that is shared", "none in common with ", other);
 }
 
+/// Throws unless y is x, or has no byte in common with it: chunks of y are written before later ones of x are read.
+template <class T>
+void expects_apart_or_same(matrix_view<T> y, matrix_view<const T> x)
+{
+    if (y.data_handle() != x.data_handle()) expects_apart(y, "y (T,D)", x, "x (T,D), unless it is x");
+}
+
 /// A gate whose parameters, or their gradients, can be checked early.
 template <class Gate, class Views>
 concept checks_parameters = requires(const Gate& g, const Views& own, int64_t width) {
@@ -38,13 +45,13 @@ void expects_parameters(const Layer& layer, const Weights& w, int64_t width, wei
     if constexpr (!exchanging<Layer>)
         expects(layer.communicator.size() == 1, "communicator.size()", layer.communicator.size(),
                 "1, or a communicator with all that communicator.hpp asks, which could share experts");
+    check_weights(layer.expert, w.expert, experts_here(layer), width, role); // first: it knows which width is right
     if constexpr (gate_reads_logits<gate_type>) {
         expects_shape(w.gate, given ? "weights.gate (E,D)" : "gradients.gate (E,D)", experts, width);
         if (pointer_or_null(w.gate_bias)) // an empty one is none, whatever its pointer
             expects_shape(w.gate_bias, given ? "weights.gate_bias (E)" : "gradients.gate_bias (E)", experts);
     }
     if constexpr (checks_parameters<gate_type, decltype(w.own)>) layer.gate.check_parameters(w.own, width, role);
-    check_weights(layer.expert, w.expert, experts_here(layer), width, role);
 }
 
 /// Tokens in, tokens out.

@@ -55,13 +55,14 @@ struct moe_layer {
     /// @param x        tokens                                                     // (T,D)
     /// @param y        overwritten; zero for a token without choices. May be x     // (T,D)
     /// @param scratch  infer_bytes() of it are taken and given back
-    /// @throws invalid_argument if shapes disagree, out_of_memory if scratch is too small: both before y is written
+    /// @throws invalid_argument if shapes disagree or y is a part of x and of more, out_of_memory if scratch is too small: both before y is written
     template <executor Executor, class T>
     void infer(Executor& ex, type_identity_t<matrix_view<const T>> x, const type_identity_t<weights<const T>>& w,
                matrix_view<T> y, arena& scratch, const gate_options& options = {}) const
     {
         check_inference<Executor, T>();
         detail::expects_call(*this, x, w, y);
+        detail::expects_apart_or_same(y, x);
         detail::call_infer(*this, ex, x, w, y, options, scratch);
     }
     /// The same with scratch from the executor's memory resource.
@@ -71,6 +72,7 @@ struct moe_layer {
     {
         check_inference<Executor, T>();
         detail::expects_call(*this, x, w, y);
+        detail::expects_apart_or_same(y, x);
         detail::call_infer(*this, ex, x, w, y, options);
     }
 
@@ -295,6 +297,7 @@ private:
     {
         static_assert(scalar<G>, "the gradients' element type is none of double, float, bfloat16 and half");
         detail::expects_parameters(*this, gradients, saved.x().extent(1), weight_role::gradients);
+        detail::check_pointers<Executor>(expert, gradients.expert);
     }
     template <class T, class Executor, class G, class Own>
     void expects_both(const moe_saved<T, Gate, Expert, Executor, Communicator>& saved, matrix_view<const T> dy, const weights<const T>& w,

@@ -103,6 +103,7 @@ struct shared_expert {
             detail::expects_apart(dx, "dx (T,D)", x, "x (T,D), which the weight gradients read");
             detail::check_weights(expert, w, 1, x.extent(1), weight_role::weights);
             detail::check_weights(expert, gradients, 1, x.extent(1), weight_role::gradients);
+            detail::check_pointers<Executor>(expert, gradients);
         }
         detail::with_scratch(scratch, [&](arena& memory) {
             const indexed_rows<T> dy_rows{dy, kept.numbers};

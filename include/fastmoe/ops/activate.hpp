@@ -152,23 +152,23 @@ concept states_gated = requires {
     { A::gated } -> std::convertible_to<bool>;
 };
 
-template <class A>
-concept plain_activation = requires(const A& a, float x) {
-    { a.value(x) } -> std::same_as<float>;
-    { a.derivative(x) } -> std::same_as<float>;
+template <class A, class Real = float>
+concept plain_activation = requires(const A& a, Real x) {
+    { a.value(x) } -> std::same_as<Real>;
+    { a.derivative(x) } -> std::same_as<Real>;
 };
 
-template <class A>
-concept gated_activation = requires(const A& a, float x) {
-    { a.value(x, x) } -> std::same_as<float>;
-    { a.gradient(x, x, x) } -> std::same_as<gate_and_up<float>>;
+template <class A, class Real = float>
+concept gated_activation = requires(const A& a, Real x) {
+    { a.value(x, x) } -> std::same_as<Real>;
+    { a.gradient(x, x, x) } -> std::same_as<gate_and_up<Real>>;
 };
 
 /// One input (value, derivative) or a gate and an up half (value, gradient), elementwise. Written without an "or", whose
 /// failure would not be explained: the form that is not meant is asked of one that has it.
-template <class A>
-concept activation = states_gated<A> && plain_activation<std::conditional_t<A::gated, relu, A>> &&
-                     gated_activation<std::conditional_t<A::gated, A, swiglu>>;
+template <class A, class Real = float>
+concept activation = states_gated<A> && plain_activation<std::conditional_t<A::gated, relu, A>, Real> &&
+                     gated_activation<std::conditional_t<A::gated, A, swiglu>, Real>;
 
 /// Where gate and up stand in a row of 2H: all gates first, or in turns.
 enum class gated_layout : std::uint8_t { concatenated, interleaved };

@@ -172,11 +172,11 @@ private:
     struct products_of {
         Sum of[rows_together];
 
-        FASTMOE_HOST_DEVICE friend products_of operator+(products_of a, const products_of& b) noexcept
+        FASTMOE_HOST_DEVICE friend products_of operator+(products_of sum, const products_of& more) noexcept
         {
             FASTMOE_UNROLL
-            for (int k = 0; k < rows_together; ++k) a.of[k] += b.of[k];
-            return a;
+            for (int k = 0; k < rows_together; ++k) sum.of[k] += more.of[k];
+            return sum;
         }
     };
 

@@ -38,11 +38,12 @@ struct assignment {
                                   //        belong to no token
 };
 
-/// Says whether it reads logits and whether its choices are ragged.
+/// Says whether it reads logits and whether its choices are ragged, and then how many there are.
 template <class A>
-concept states_assignment = requires {
+concept states_assignment = requires(const A& a, int64_t n) {
     { A::reads_logits } -> std::convertible_to<bool>;
     { A::ragged } -> std::convertible_to<bool>;
+    requires !A::ragged || requires { { a.choices(n, n, n) } -> std::convertible_to<int64_t>; };
 };
 
 template <class A, class Executor, class T, class Communicator>
@@ -105,6 +106,10 @@ struct copy_ids {
 
 } // namespace detail
 
+/// A score policy, or constant_score. Written without an "or", whose failure would not be explained.
+template <class Score>
+concept scores_assigned = scores_rows<std::conditional_t<detail::score_reads_logits<Score>, Score, softmax_score>>;
+
 /// What an assigned_gate keeps from route to backward.
 template <class Real>
 struct assigned_state {
@@ -119,7 +124,7 @@ struct assigned_state {
 /// @tparam Assign  who goes where
 /// @tparam Score   how a row is scored, see score.hpp; or constant_score
 /// @tparam Weigh   what the chosen weigh: raw_scores, renormalize
-template <class Assign, class Score = softmax_score, class Weigh = raw_scores>
+template <states_assignment Assign, scores_assigned Score = softmax_score, weighs_choices Weigh = raw_scores>
 struct assigned_gate {
     int64_t experts = 0; ///< E
     int64_t k = 1;       ///< K; what it means to a ragged assignment, that says

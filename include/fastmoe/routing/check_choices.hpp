@@ -24,12 +24,12 @@ struct check_choice {
         const int32_t e = route.experts(c);
         if (e == -1) return -1;
         if (e < -1 || e >= route.total_experts) {
-            faults.record(fault_kind::expert_out_of_range, c, e);
+            faults.record(fault_kind::expert_out_of_range, route.origin + c, e);
             return -1;
         }
         bool repeated = false;
         for (int64_t earlier = begin; earlier < c; ++earlier) repeated |= route.experts(earlier) == e;
-        if (repeated) faults.record(fault_kind::expert_repeated, c, e);
+        if (repeated) faults.record(fault_kind::expert_repeated, route.origin + c, e);
         return repeated ? -1 : e;
     }
 };
@@ -80,7 +80,7 @@ struct check_many {
         if (e < 0) return -1;
         const bool repeated = last[e] == t;
         last[e] = static_cast<int32_t>(t);
-        if (repeated) checked.faults.record(fault_kind::expert_repeated, c, e);
+        if (repeated) checked.faults.record(fault_kind::expert_repeated, checked.route.origin + c, e);
         return repeated ? -1 : e;
     }
 };

@@ -56,7 +56,7 @@ struct cosine_state {
 ///
 /// @tparam Select  which scores are taken: top_k, group_limited
 /// @tparam Weigh   what the chosen weigh: renormalize, raw_scores
-template <class Select = top_k, class Weigh = renormalize>
+template <selects_experts Select = top_k, weighs_choices Weigh = renormalize>
 struct cosine_gate {
     int64_t experts = 0;            ///< E
     int64_t k = 1;                  ///< K; over 1 to train with renormalize

@@ -38,7 +38,10 @@ struct division {
     FASTMOE_HOST_DEVICE Real slope(Real value) const noexcept
     {
         if (power == Real(1)) return of_chosen;
-        return value > Real(0) ? of_chosen * std::pow(value / divisor, power - Real(1)) : Real(0);
+        if (!(value > Real(0))) return Real(0);
+        // A power below 1 is great where the value is small: so small that its ratio to the divisor is no number any more.
+        if (power < Real(1)) return of_chosen * (std::pow(value, power - Real(1)) * std::pow(divisor, Real(1) - power));
+        return of_chosen * std::pow(value / divisor, power - Real(1));
     }
 };
 
@@ -53,10 +56,12 @@ FASTMOE_HOST_DEVICE division<Real> division_of(Team& team, const Weigh& weigh, c
         d.of_chosen = 1;
         if constexpr (has_norm_power<Weigh>) {
             const Real power = d.power = static_cast<Real>(weigh.power);
+            // By the greatest, whose power may be too small, or too great, for a number.
+            const Real unit = power == Real(1) ? Real(1) : team.reduce(n, Real(0), greater_of{}, [=](int64_t j) { return values[j]; });
             const Real sum = team.reduce(n, Real(0), adds{}, [=](int64_t j) {
-                return values[j] > Real(0) ? std::pow(values[j], power) : Real(0);
+                return values[j] > Real(0) ? std::pow(values[j] / unit, power) : Real(0);
             });
-            d.divisor = std::pow(sum, Real(1) / power);
+            d.divisor = unit * std::pow(sum, Real(1) / power);
         } else {
             d.divisor = epsilon_of<Row, Real>(weigh) +
                         team.reduce(n, Real(0), adds{}, [=](int64_t j) { return values[j]; });

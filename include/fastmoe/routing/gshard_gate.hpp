@@ -74,7 +74,7 @@ struct drop_second {
 ///     fm::gshard_gate<>{.experts = 64, .capacity = {.factor = 1}, .balance = {.coefficient = 0.01}}
 ///
 /// @tparam Weigh  renormalize: weights g, kept by g_2. raw_scores: weights p, kept by p_2, the probabilities over all
-template <class Weigh = renormalize>
+template <weighs_choices Weigh = renormalize>
 struct gshard_gate {
     int64_t experts = 0;          ///< E, 2 or more
     fastmoe::capacity capacity{}; ///< token_major, the default, means choice_major here

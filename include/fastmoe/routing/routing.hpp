@@ -19,6 +19,7 @@ struct routing {
     vector_view<int32_t> experts;       // (C)    in [0, E), or -1: dropped
     vector_view<Real> weights;          // (C)    0 for a dropped choice
     vector_view<const int32_t> first;   // (T+1)  empty where every token has k choices
+    int64_t origin = 0;                 ///< choices before these, if they are a part of more: faults count from there
 
     FASTMOE_HOST_DEVICE constexpr bool ragged() const noexcept { return first.extent(0) != 0; }
     FASTMOE_HOST_DEVICE constexpr int64_t choices() const noexcept { return experts.extent(0); }

@@ -19,7 +19,9 @@
 /// value / (sum of all values), and a gradient of the values becomes one of the logits times slope.
 #pragma once
 
+#include <concepts>
 #include <limits>
+#include <utility>
 
 #include <fastmoe/core/error.hpp>
 #include <fastmoe/core/math.hpp>
@@ -79,6 +81,40 @@ FASTMOE_HOST_DEVICE Real sum_of_values(Team& team, const Row& row, const Real* l
 }
 
 } // namespace detail
+
+/// What a row of scores answers, see above.
+template <class Row, class Real = float>
+concept answers_for_experts = requires(const Row& row, Real l, int64_t e) {
+    { row.empty() } -> std::convertible_to<bool>;
+    { row.selection(e) } -> std::convertible_to<Real>;
+    { row.value(l) } -> std::convertible_to<Real>;
+    { row.slope(l, l) } -> std::convertible_to<Real>;
+    { Row::sums_to_one } -> std::convertible_to<bool>;
+};
+
+namespace detail {
+
+/// What a score policy makes of a row of logits.
+template <class Score, class Real>
+using score_row_t = decltype(std::declval<const Score&>().row(std::declval<single_lane_team&>(),
+                                                              std::declval<const Real*>(), int64_t{}));
+
+} // namespace detail
+
+/// row(team, logits, experts), of whatever team.
+template <class Score, class Real = float>
+concept makes_rows = requires(const Score& s, single_lane_team& team, const Real* logits, int64_t experts) {
+    s.row(team, logits, experts);
+};
+template <class Score, class Real = float>
+concept scores_rows = makes_rows<Score, Real> && answers_for_experts<detail::score_row_t<Score, Real>, Real>;
+
+/// Says whether weights are divided by what is chosen; epsilon, which is added to that, is a number.
+template <class Weigh>
+concept weighs_choices = requires(const Weigh& w) {
+    { Weigh::over_chosen } -> std::convertible_to<bool>;
+    requires !Weigh::over_chosen || requires { { w.epsilon } -> std::convertible_to<double>; };
+};
 
 /// p = softmax(l). Selection is on the logits, so that underflow of the exponential makes no ties.
 /// The limit for rows that are not finite: the +Inf share 1 equally, -Inf and NaN get 0.
@@ -145,10 +181,10 @@ struct renormalize_at_least : renormalize {
 
 /// Weights are the chosen scores divided by their norm, (sum s^power)^(1/power) (DBRX, whose power is 1 by default).
 struct divide_by_norm : renormalize {
-    double power = 2; ///< more than 0
+    double power = 2; ///< 0.3 or more: below that, the gradient of the least float would be too great for one
 
     /// @throws invalid_argument
-    void validate(int64_t, int64_t) const { expects(power > 0 && power - power == 0, "weigh.power", power, "more than 0, finite"); }
+    void validate(int64_t, int64_t) const { expects(power >= 0.3 && power - power == 0, "weigh.power", power, "0.3 or more, finite"); }
 };
 
 /// Weights are the scores as they are (Switch, GShard, DeepSeek-V2): after softmax_score, probabilities over all.

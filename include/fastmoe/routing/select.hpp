@@ -6,12 +6,14 @@
 /// chosen only when nothing better is left; their weight is 0.
 #pragma once
 
+#include <concepts>
 #include <cstdint>
 #include <type_traits>
 
 #include <cuda/std/bit>
 
 #include <fastmoe/exec/team.hpp>
+#include <fastmoe/routing/score.hpp>
 
 namespace fastmoe::inline FASTMOE_ABI {
 
@@ -71,6 +73,15 @@ FASTMOE_HOST_DEVICE Key kth_greatest(Team& team, const Key* keys, int64_t n, int
 }
 
 } // namespace detail
+
+/// What a selection policy offers, see top_k.
+template <class Select, class Real = float>
+concept selects_experts = requires(const Select& s, single_lane_team& team, const detail::plain_logits<Real>& row, int64_t n,
+                                   int32_t* chosen) {
+    { Select::takes_greatest } -> std::convertible_to<bool>;
+    { s.template scratch_bytes<Real>(n, n) } -> std::convertible_to<int64_t>;
+    s(team, row, n, n, chosen);
+};
 
 /// Chooses the K greatest selection scores of a row. A selection policy is such a value:
 ///

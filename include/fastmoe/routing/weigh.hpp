@@ -38,11 +38,6 @@ void check_policy(const Policy& policy, int64_t experts, int64_t k)
     if constexpr (requires { policy.validate(experts, k); }) policy.validate(experts, k);
 }
 
-/// What a score policy makes of a row of logits.
-template <class Score, class Real>
-using score_row_t = decltype(std::declval<const Score&>().row(std::declval<single_lane_team&>(),
-                                                              std::declval<const Real*>(), int64_t{}));
-
 /// Refuses what a team has no scratch for, before anything is written.
 inline void expects_team_room(int64_t bytes, const char* argument, int64_t value)
 {
