@@ -198,7 +198,7 @@ private:
     /// Types that oneDNN multiplies: X by W into Y.
     template <class Executor, class X, class W, class Y>
     static constexpr bool is_native =
-        std::is_same_v<Executor, host_executor> && std::is_same_v<X, std::remove_const_t<W>> &&
+        derives_from_host<Executor> && std::is_same_v<X, std::remove_const_t<W>> &&
         (std::is_same_v<X, float> || std::is_same_v<X, bfloat16>) && (std::is_same_v<Y, float> || std::is_same_v<Y, X>);
 
     template <class Rows, class Other>

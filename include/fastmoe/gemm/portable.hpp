@@ -5,6 +5,8 @@
 /// block_products.hpp.
 #pragma once
 
+#include <concepts>
+
 #include <fastmoe/gemm/grouped_gemm.hpp>
 #include <fastmoe/gemm/portable_host.hpp>
 #include <fastmoe/gemm/portable_plain.hpp>
@@ -15,8 +17,12 @@
 
 namespace fastmoe::inline FASTMOE_ABI {
 
-template <>
-struct implementation<verbs::multiply_rows, host_executor> {
+/// The host's executor, or one of a user's that derives from it.
+template <class Executor>
+concept derives_from_host = std::derived_from<Executor, host_executor> && has_readable_memory<Executor>;
+
+template <derives_from_host Executor>
+struct implementation<verbs::multiply_rows, Executor> {
     template <class Rows, class W, class B, class Y, class Epilogue>
     static void run(host_executor& ex, const row_groups& groups, const Rows& x, const weight_view<const W>& w,
                     matrix_view<const B> bias, matrix_view<Y> y, const Epilogue& epilogue, arena& memory)
@@ -63,8 +69,8 @@ private:
     }
 };
 
-template <>
-struct implementation<verbs::multiply_weight_gradients, host_executor> {
+template <derives_from_host Executor>
+struct implementation<verbs::multiply_weight_gradients, Executor> {
     template <class DyRows, class XRows, class G>
     static void run(host_executor& ex, const row_groups& groups, const DyRows& dy, const XRows& x, const weight_view<G>& dw,
                     write_mode mode, arena& memory)
