@@ -91,7 +91,7 @@ TEST_CASE("two levels never give back staging memory, or tables of their own, th
         };
         using in = fm::vector_view<const float>;
         using out = fm::vector_view<float>;
-        CHECK(all([&](const auto& c, auto& ex, in, out o) { c.all_reduce(ex, o); }) >= 0);
+        all([&](const auto& c, auto& ex, in, out o) { c.all_reduce(ex, o); });
         CHECK(all([&](const auto& c, auto& ex, in i, out o) { c.reduce_scatter(ex, i, fm::slice(o, 0, n / 2)); }) > 0);
         CHECK(all([&](const auto& c, auto& ex, in i, out o) { c.all_gather(ex, fm::slice(i, 0, n / 2), o); }) > 0);
         CHECK(all([&](const auto& c, auto& ex, in i, out o) { c.all_to_all(ex, i, o); }) > 0);

@@ -3,6 +3,7 @@
 /// How ranks get rank 0's bytes before there is a communicator: by TCP and by file, in whatever order they come, in spite of
 /// strangers and of what a dead job has left.
 #include <array>
+#include <atomic>
 #include <cstdlib>
 #include <exception>
 #include <vector>
@@ -259,6 +260,33 @@ TEST_CASE("what a dead job left misleads nobody either if its files are removed 
         CHECK(got[r] == numbered(3));
     }
     CHECK(folder.entries() == 0);
+}
+
+TEST_CASE("an answer that cannot be looked at for a while is not taken for one that is gone")
+{
+    const support::temporary_folder folder;
+    const std::string path = folder / "id", answer = path + ".1";
+    std::atomic<bool> returned{false};
+    std::thread zero([&] {
+        value v = numbered(3);
+        share_by_file(0, 2, path, v, milliseconds(20000));
+        returned = true;
+    });
+    // Rank 1, by hand.
+    detail::file_mark seen{};
+    value v{};
+    const auto read = [&] { return detail::read_whole(path, &seen, sizeof seen, &v, sizeof v); };
+    while (!read()) std::this_thread::sleep_for(milliseconds(1));
+    detail::write_whole(answer, &seen, sizeof seen, nullptr, 0);
+    while (!read() || !seen.is_complete) std::this_thread::sleep_for(milliseconds(1));
+    detail::write_whole(answer, nullptr, 0, nullptr, 0);
+    // Still there, but nothing can be read from it.
+    std::this_thread::sleep_for(milliseconds(100));
+    CHECK_FALSE(returned);
+    std::remove(answer.c_str());
+    zero.join();
+    CHECK(returned);
+    CHECK(v == numbered(3));
 }
 
 TEST_CASE("ranks of a communicator share a value over it")

@@ -1,6 +1,6 @@
 // SPDX-FileCopyrightText: The FastMoE authors
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-/// A ragged assignment that does not say how many choices there are is refused where it enters the gate.
+/// A ragged assignment that does not say how many choices there are is refused where a gate with it enters a layer.
 // expect: states_assignment
 // expect: choices
 #include <fastmoe/moe.hpp>
@@ -17,4 +17,9 @@ struct my_assignment {
     }
 };
 
-fastmoe::assigned_gate<my_assignment> make() { return {}; }
+void run(fastmoe::host_executor& ex, fastmoe::matrix_view<const float> x, fastmoe::matrix_view<float> y)
+{
+    const fastmoe::moe_layer layer{fastmoe::assigned_gate<my_assignment>{.experts = 4, .k = 2}, fastmoe::mlp<>{.width = 8, .hidden = 4}};
+    const auto w = fastmoe::random_weights<float>(ex, layer, 1);
+    layer.infer(ex, x, w.view(), y);
+}

@@ -1,6 +1,6 @@
 // SPDX-FileCopyrightText: The FastMoE authors
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-/// A score whose rows do not say how a value moves with its logit is refused where it enters the gate.
+/// A score whose rows do not say how a value moves with its logit is refused where a gate with it enters a layer.
 // expect: answers_for_experts
 // expect: row\.slope
 #include <fastmoe/moe.hpp>
@@ -24,4 +24,9 @@ struct my_score {
     }
 };
 
-fastmoe::top_k_gate<my_score> make() { return {}; }
+void run(fastmoe::host_executor& ex, fastmoe::matrix_view<const float> x, fastmoe::matrix_view<float> y)
+{
+    const fastmoe::moe_layer layer{fastmoe::top_k_gate<my_score>{.experts = 4, .k = 2}, fastmoe::mlp<>{.width = 8, .hidden = 4}};
+    const auto w = fastmoe::random_weights<float>(ex, layer, 1);
+    layer.infer(ex, x, w.view(), y);
+}

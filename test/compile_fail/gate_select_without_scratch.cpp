@@ -1,6 +1,6 @@
 // SPDX-FileCopyrightText: The FastMoE authors
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-/// A selection that does not say what scratch a team needs is refused where it enters the gate.
+/// A selection that does not say what scratch a team needs is refused where a gate with it enters a layer.
 // expect: selects_experts
 // expect: scratch_bytes
 #include <fastmoe/moe.hpp>
@@ -21,4 +21,9 @@ struct my_selection {
     }
 };
 
-fastmoe::top_k_gate<fastmoe::softmax_score, my_selection> make() { return {}; }
+void run(fastmoe::host_executor& ex, fastmoe::matrix_view<const float> x, fastmoe::matrix_view<float> y)
+{
+    const fastmoe::moe_layer layer{fastmoe::top_k_gate<fastmoe::softmax_score, my_selection>{.experts = 4, .k = 2}, fastmoe::mlp<>{.width = 8, .hidden = 4}};
+    const auto w = fastmoe::random_weights<float>(ex, layer, 1);
+    layer.infer(ex, x, w.view(), y);
+}

@@ -4,14 +4,20 @@
 /// may arrive then, never goes back to the resource.
 #include <doctest/doctest.h>
 
+#include <atomic>
+#include <stdexcept>
+#include <thread>
 #include <vector>
 
+#include <fastmoe/comm/staged.hpp>
 #include <fastmoe/comm/threads.hpp>
 #include <fastmoe/exec/host_executor.hpp>
 #include <fastmoe/io/sharded_save.hpp>
 #include <fastmoe/moe.hpp>
 
+#include "support/communicator_cases.hpp"
 #include "support/losing_communicator.hpp"
+#include "support/queued.hpp"
 #include "support/temporary_folder.hpp"
 
 using namespace fastmoe;
@@ -107,6 +113,68 @@ TEST_CASE("a layer's own memory, for every exchange and in chunks")
     look(exact_exchange<>{}, "exact");
     look(padded_exchange<>{.rows_per_rank = 60}, "padded");
     look(gathered_exchange<>{}, "gathered");
+}
+
+TEST_CASE("counts that the host reads, where the executor's memory is staged")
+{
+    constexpr int64_t tokens = 30, width = 8;
+    for (int64_t at = 0;; ++at) {
+        support::loss lost[2];
+        support::remembering_memory memory[2];
+        run_ranks(2, [&](const threads& c) {
+            const int r = c.rank();
+            support::queued ex;
+            try {
+                const staged<losing> over(losing(c.split(0, r), lost[r]), 1 << 16, memory[r]);
+                lost[r].lose_at = at;
+                const moe_layer layer{top_k_gate<>{.experts = 4, .k = 2}, mlp<swiglu>{.width = width, .hidden = 8},
+                                      expert_parallel{over, over}};
+                const auto w = random_weights<float>(ex, layer, 1);
+                auto x = support::upload(ex, numbers(tokens * width));
+                buffer<float, support::queued> y(ex, tokens * width);
+                layer.infer(ex, x.matrix(tokens, width), w.view(), y.matrix(tokens, width));
+            } catch (const comm_error& e) {
+                CHECK(e.messages_pending);
+            }
+            c.barrier(ex);
+            lost[r].arrive(); // in host memory, none of which may have been given back: AddressSanitizer looks
+        });
+        CHECK_EQ(lost[0].happened(), lost[1].happened());
+        if (!lost[0].happened()) {
+            CHECK(at > 4);
+            break;
+        }
+    }
+}
+
+TEST_CASE("messages that are pending beside work that fails are told rather than the failure of the work")
+{
+    support::remembering_memory memory;
+    host_executor ex({.threads = 1, .memory = &memory});
+    const auto run = [&](bool pending) {
+        std::atomic<bool> lost{false};
+        buffer<std::byte, host_executor> lent(ex, 64);
+        call_on(
+            [&] {
+                detail::overlap_pieces(
+                    ex, 2,
+                    [&](auto&, int i) {
+                        if (i == 0) return;
+                        lost = true;
+                        raise<comm_error>("a rank was lost", location::current(), pending);
+                    },
+                    [&](auto&, int) {
+                        while (!lost) std::this_thread::yield();
+                        throw std::runtime_error("the work failed");
+                    },
+                    [&](auto&, int) {});
+            },
+            lent);
+    };
+    CHECK_THROWS_WITH_AS(run(true), doctest::Contains("a rank was lost"), comm_error);
+    CHECK_EQ(memory.given_back(), 0);
+    CHECK_THROWS_WITH_AS(run(false), "the work failed", std::runtime_error);
+    CHECK_EQ(memory.given_back(), 1);
 }
 
 TEST_CASE("synchronized and clipped gradients, initial values, and a checkpoint's agreement")

@@ -67,29 +67,31 @@ void share_by_file(int rank, int ranks, const std::string& path, T& value, milli
         if (ranks == 1) return;
         file_mark mark{detail::greeting::sign, file_mark::fresh_meeting(), ranks, sizeof(T), false};
         const auto write = [&] { detail::write_whole(path, &mark, sizeof mark, &value, sizeof(T)); };
-        const auto has_answer = [&](int r) {
+        const auto has_answered = [&](int r) {
             file_mark seen{};
             return detail::read_whole(answer_of(r), &seen, sizeof seen, nullptr, 0) && seen.meeting == mark.meeting;
         };
-        const auto until_all = [&](bool answered, const char* what) {
+        // What cannot be looked at just now may still be there.
+        const auto has_gone = [&](int r) { return ::access(answer_of(r).c_str(), F_OK) != 0 && errno == ENOENT; };
+        const auto until_all = [&](const auto& have, const char* what) {
             for (int r = 1; r < ranks; ++r)
-                for (; has_answer(r) != answered; detail::nap()) {
+                for (; !have(r); detail::nap()) {
                     if (until.over()) std::remove(path.c_str());
                     expects<comm_error>(!until.over(), "the rendezvous", "over its deadline", "rank ", r, what, answer_of(r));
                 }
         };
         write();
-        until_all(true, " to answer in ");
+        until_all(has_answered, " to answer in ");
         mark.is_complete = true;
         write();
-        until_all(false, " to remove ");
+        until_all(has_gone, " to remove ");
         std::remove(path.c_str());
         return;
     }
     std::uint64_t answered = 0;
     for (;; detail::nap()) {
         expects<comm_error>(!until.over(), "the rendezvous", "over its deadline", "rank 0 to ",
-                            answered ? "take the answer to " : "write ", path);
+                            answered ? "hear all answers to " : "write ", path);
         file_mark seen{};
         T read;
         const bool there = detail::read_whole(path, &seen, sizeof seen, &read, sizeof(T)) && seen.magic == detail::greeting::sign &&

@@ -45,7 +45,7 @@ public:
     hierarchical(Inner inner, Outer outer) : hierarchical(std::move(inner), std::move(outer), vector_view<std::byte>{}) {}
     /// @param workspace  memory of the executor for staging, lent for as long as there are copies            // (bytes)
     hierarchical(Inner inner, Outer outer, vector_view<std::byte> workspace)
-        : hierarchical(std::move(inner), std::move(outer), std::make_shared<detail::lent_memory>(workspace))
+        : hierarchical(std::move(inner), std::move(outer), std::make_shared<detail::lent_memory>(detail::lent_memory{workspace}))
     {
     }
 

@@ -120,6 +120,9 @@ public:
         });
     }
 
+    /// Whether MPI may still use the memory of the call that broke it.
+    bool moves_pending() const noexcept { return moves_pending_; }
+
     /// This rank cannot go on with a collective: the others learn it, and every later call throws. The first reason stays.
     /// @param started  whether it had met the others
     void fail(const char* verb, bool started) noexcept

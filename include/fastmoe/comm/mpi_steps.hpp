@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstring>
+#include <exception>
 #include <memory>
 #include <string_view>
 #include <type_traits>
@@ -141,8 +142,10 @@ public:
         ex.synchronize(); // what is sent has been written
         prepare();
         here.meet(mine);
-        steps();
-        ex.synchronize();
+        finish(mine.verb, [&] {
+            steps();
+            ex.synchronize();
+        });
         here.done();
     }
 
@@ -220,6 +223,33 @@ public:
     }
 
 private:
+    /// f(). What it throws while messages are on their way becomes a comm_error that says so.
+    template <class F>
+    void finish(const char* verb, const F& f) const
+    {
+#if defined(__cpp_exceptions)
+        const auto fail = [&](const char* why) {
+            channel_->fail(verb, true);
+            if (channel_->moves_pending())
+                raise<comm_error>(std::string(verb) + ": this rank failed: " + why, location::current(), true);
+        };
+        try {
+            f();
+        } catch (const comm_error&) {
+            throw;
+        } catch (const std::exception& e) {
+            fail(e.what());
+            throw;
+        } catch (...) {
+            fail("an exception that is no std::exception");
+            throw;
+        }
+#else
+        static_cast<void>(verb);
+        f();
+#endif
+    }
+
     std::shared_ptr<mpi_link> link_;
     std::unique_ptr<mpi_channel> channel_;
 };

@@ -3,11 +3,11 @@
 /// The few macros of the library: where a function may run, and which versioned namespace it lives in.
 #pragma once
 
-#if defined(FASTMOE_HEADERS_READ)
-#error "fastmoe: one file includes two copies, or two versions, of the headers. A program may hold two, in files of their own."
+#if defined(FASTMOE_VERSION) && FASTMOE_VERSION != 100
+#error "fastmoe: one file includes the headers of two versions. A program may hold two, in files of their own."
 #endif
-/// Which headers a file has: these.
-#define FASTMOE_HEADERS_READ 1
+/// 10000 major + 100 minor + patch, of the headers that this file includes.
+#define FASTMOE_VERSION 100
 
 // These flags allow what would make exp() and every look at a NaN wrong, without a word. clang shows the last of them by
 // no macro; math::exp forbids it there.

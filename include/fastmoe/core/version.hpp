@@ -11,4 +11,6 @@ inline constexpr int version_major = 0;
 inline constexpr int version_minor = 1;
 inline constexpr int version_patch = 0;
 
+static_assert(FASTMOE_VERSION == 10000 * version_major + 100 * version_minor + version_patch);
+
 } // namespace fastmoe::inline FASTMOE_ABI

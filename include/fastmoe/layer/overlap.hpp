@@ -51,6 +51,21 @@ private:
     bool failed_ = false;
 };
 
+/// Throws comm_error if that says that messages are pending: whoever lent them memory must hear it, whatever else went wrong.
+inline void raise_if_pending(const std::exception_ptr& failure)
+{
+#if defined(__cpp_exceptions)
+    try {
+        if (failure) std::rethrow_exception(failure);
+    } catch (const comm_error& e) {
+        if (e.messages_pending) throw;
+    } catch (...) { // the caller has a failure of its own to tell
+    }
+#else
+    static_cast<void>(failure);
+#endif
+}
+
 /// For pieces 0 to n - 1: in(executor, i), work(executor, i), out(executor, i). Transfers run in one order on every rank:
 /// in(0), in(1), out(0), in(2), out(1), and so on. Where the executor has another beside it, a thread of this call runs them
 /// on that one while work() runs here; elsewhere they take turns.
@@ -84,8 +99,8 @@ void overlap_pieces(Executor& ex, int n, const In& in, const Work& work, const O
                     thread.join();
                 }
             };
-            bool all = true;
-            {
+            const auto beside = [&] {
+                bool all = true;
                 joined other{gate, start_thread("a thread for transfers", [&] {
 #if defined(__cpp_exceptions)
                                  try {
@@ -104,7 +119,17 @@ void overlap_pieces(Executor& ex, int n, const In& in, const Work& work, const O
                     if (all) gate.advance(gate.worked, i + 1);
                 }
                 other.done = all;
+            };
+#if defined(__cpp_exceptions)
+            try {
+                beside();
+            } catch (...) {
+                raise_if_pending(failure);
+                throw;
             }
+#else
+            beside();
+#endif
             if (failure) std::rethrow_exception(failure);
             return;
         }

@@ -289,29 +289,30 @@ private:
     static void learn(Executor& ex, const C& c, detail::exact_state& s, int64_t ranks)
     {
         auto& n = s.counts;
-        std::vector<int64_t> sent(static_cast<std::size_t>(2 * ranks)), came(static_cast<std::size_t>(2 * ranks));
+        host_memory heap;
+        buffer<int64_t, host_memory> sent(heap, 2 * ranks), came(heap, 2 * ranks);
         if constexpr (exchanges_known_blocks<C, Executor, int64_t>) {
-            const auto all = [&](std::vector<int64_t>& v) { return vector_view<int64_t>(v.data(), 2 * ranks); };
-            c.all_to_all_known(ex, vector_view<const int64_t>(n.sent), n.received, all(sent), all(came));
+            call_on([&] { c.all_to_all_known(ex, vector_view<const int64_t>(n.sent), n.received, sent.view(), came.view()); }, sent, came);
         } else {
             c.all_to_all(ex, vector_view<const int64_t>(n.sent), n.received);
             detail::read_back(ex, vector_view<const int64_t>(n.sent), sent.data());
             detail::read_back(ex, vector_view<const int64_t>(n.received), came.data());
         }
-        const auto split = [&](const std::vector<int64_t>& both, std::vector<int64_t>& rows, std::vector<int64_t>& choices) {
+        const auto split = [&](vector_view<const int64_t> both, std::vector<int64_t>& rows, std::vector<int64_t>& choices) {
             rows.resize(static_cast<std::size_t>(ranks));
             choices.resize(static_cast<std::size_t>(ranks));
             int64_t row_sum = 0, choice_sum = 0;
             for (std::size_t r = 0; r < rows.size(); ++r) {
-                row_sum += rows[r] = both[2 * r];
-                choice_sum += choices[r] = both[2 * r + 1];
+                const auto at = static_cast<int64_t>(2 * r);
+                row_sum += rows[r] = both(at);
+                choice_sum += choices[r] = both(at + 1);
             }
             expects(row_sum <= INT32_MAX && choice_sum <= INT32_MAX, "choices that this rank receives", choice_sum,
                     "at most 2^31 - 1");
             return std::pair{row_sum, choice_sum};
         };
-        const auto out = split(sent, n.sent_rows, n.sent_choices);
-        const auto in = split(came, n.rows, n.choices);
+        const auto out = split(sent.view(), n.sent_rows, n.sent_choices);
+        const auto in = split(came.view(), n.rows, n.choices);
         s.sizes = {out.first, out.second, in.first, in.second};
     }
 };

@@ -62,7 +62,7 @@ template <class Score>
 inline constexpr bool score_reads_logits = true;
 template <class Score>
     requires requires { Score::reads_logits; }
-inline constexpr bool score_reads_logits<Score> = Score::reads_logits;
+inline constexpr bool score_reads_logits<Score> = Score::reads_logits; // of an assignment, too
 
 /// weight = scale, or scale / (choices of the token that are not dropped).
 template <class Real>
@@ -107,8 +107,8 @@ struct copy_ids {
 } // namespace detail
 
 /// A score policy, or constant_score. Written without an "or", whose failure would not be explained.
-template <class Score>
-concept scores_assigned = scores_rows<std::conditional_t<detail::score_reads_logits<Score>, Score, softmax_score>>;
+template <class Score, class Real>
+concept scores_assigned = scores_rows<std::conditional_t<detail::score_reads_logits<Score>, Score, softmax_score>, Real>;
 
 /// What an assigned_gate keeps from route to backward.
 template <class Real>
@@ -124,7 +124,7 @@ struct assigned_state {
 /// @tparam Assign  who goes where
 /// @tparam Score   how a row is scored, see score.hpp; or constant_score
 /// @tparam Weigh   what the chosen weigh: raw_scores, renormalize
-template <states_assignment Assign, scores_assigned Score = softmax_score, weighs_choices Weigh = raw_scores>
+template <class Assign, class Score = softmax_score, class Weigh = raw_scores>
 struct assigned_gate {
     int64_t experts = 0; ///< E
     int64_t k = 1;       ///< K; what it means to a ragged assignment, that says
@@ -137,7 +137,7 @@ struct assigned_gate {
     Score score{};
     Weigh weigh{};
 
-    static constexpr bool reads_logits = Assign::reads_logits || detail::score_reads_logits<Score>;
+    static constexpr bool reads_logits = detail::score_reads_logits<Assign> || detail::score_reads_logits<Score>;
 
     template <class Real>
     assigned_state<Real> reserve(arena& memory, int64_t tokens) const
@@ -162,6 +162,7 @@ struct assigned_gate {
     /// @throws invalid_argument if the gate's own values or the shapes of the input make no sense, or the state is not one
     ///         that reserve() gave; out_of_memory; nothing is written then
     template <executor Executor, class T, class Communicator, class Real>
+        requires states_assignment<Assign> && scores_assigned<Score, Real> && weighs_choices<Weigh>
     void route(Executor& ex, const gate_input<T>& in, const Communicator& c, const assigned_state<Real>& state,
                arena& scratch) const
     {

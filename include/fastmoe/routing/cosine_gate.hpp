@@ -56,7 +56,7 @@ struct cosine_state {
 ///
 /// @tparam Select  which scores are taken: top_k, group_limited
 /// @tparam Weigh   what the chosen weigh: renormalize, raw_scores
-template <selects_experts Select = top_k, weighs_choices Weigh = renormalize>
+template <class Select = top_k, class Weigh = renormalize>
 struct cosine_gate {
     int64_t experts = 0;            ///< E
     int64_t k = 1;                  ///< K; over 1 to train with renormalize
@@ -122,6 +122,7 @@ struct cosine_gate {
     /// @throws invalid_argument if the gate's own values or the shapes of input and parameters make no sense, or if
     ///         training would give the router no gradient (K = 1, renormalized); out_of_memory; nothing is written then
     template <executor Executor, class T, class Communicator, class Real>
+        requires selects_experts<Select, Real> && weighs_choices<Weigh>
     void route(Executor& ex, const gate_input<T>& in, const parameters<const T>& own, const Communicator& c,
                const cosine_state<Real>& state, arena& scratch) const
     {

@@ -61,7 +61,7 @@ FASTMOE_HOST_DEVICE division<Real> division_of(Team& team, const Weigh& weigh, c
             const Real sum = team.reduce(n, Real(0), adds{}, [=](int64_t j) {
                 return values[j] > Real(0) ? std::pow(values[j] / unit, power) : Real(0);
             });
-            d.divisor = unit * std::pow(sum, Real(1) / power);
+            d.divisor = math::is_finite(unit) ? unit * std::pow(sum, Real(1) / power) : unit;
         } else {
             d.divisor = epsilon_of<Row, Real>(weigh) +
                         team.reduce(n, Real(0), adds{}, [=](int64_t j) { return values[j]; });

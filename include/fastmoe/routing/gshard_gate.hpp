@@ -74,7 +74,7 @@ struct drop_second {
 ///     fm::gshard_gate<>{.experts = 64, .capacity = {.factor = 1}, .balance = {.coefficient = 0.01}}
 ///
 /// @tparam Weigh  renormalize: weights g, kept by g_2. raw_scores: weights p, kept by p_2, the probabilities over all
-template <weighs_choices Weigh = renormalize>
+template <class Weigh = renormalize>
 struct gshard_gate {
     int64_t experts = 0;          ///< E, 2 or more
     fastmoe::capacity capacity{}; ///< token_major, the default, means choice_major here
@@ -99,6 +99,7 @@ struct gshard_gate {
     /// @throws invalid_argument if the gate's own values or the shapes of the input make no sense, or random is null where
     ///         chance acts; out_of_memory; nothing is written then
     template <executor Executor, class T, class Communicator, class Real>
+        requires weighs_choices<Weigh>
     void route(Executor& ex, const gate_input<T>& in, const Communicator& c, const top_k_state<Real>& state,
                arena& scratch) const
     {

@@ -83,7 +83,7 @@ FASTMOE_HOST_DEVICE Real sum_of_values(Team& team, const Row& row, const Real* l
 } // namespace detail
 
 /// What a row of scores answers, see above.
-template <class Row, class Real = float>
+template <class Row, class Real>
 concept answers_for_experts = requires(const Row& row, Real l, int64_t e) {
     { row.empty() } -> std::convertible_to<bool>;
     { row.selection(e) } -> std::convertible_to<Real>;
@@ -102,11 +102,11 @@ using score_row_t = decltype(std::declval<const Score&>().row(std::declval<singl
 } // namespace detail
 
 /// row(team, logits, experts), of whatever team.
-template <class Score, class Real = float>
+template <class Score, class Real>
 concept makes_rows = requires(const Score& s, single_lane_team& team, const Real* logits, int64_t experts) {
     s.row(team, logits, experts);
 };
-template <class Score, class Real = float>
+template <class Score, class Real>
 concept scores_rows = makes_rows<Score, Real> && answers_for_experts<detail::score_row_t<Score, Real>, Real>;
 
 /// Says whether weights are divided by what is chosen; epsilon, which is added to that, is a number.

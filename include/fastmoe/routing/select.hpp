@@ -75,7 +75,7 @@ FASTMOE_HOST_DEVICE Key kth_greatest(Team& team, const Key* keys, int64_t n, int
 } // namespace detail
 
 /// What a selection policy offers, see top_k.
-template <class Select, class Real = float>
+template <class Select, class Real>
 concept selects_experts = requires(const Select& s, single_lane_team& team, const detail::plain_logits<Real>& row, int64_t n,
                                    int32_t* chosen) {
     { Select::takes_greatest } -> std::convertible_to<bool>;

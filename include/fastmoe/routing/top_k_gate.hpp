@@ -108,7 +108,7 @@ struct implementation<verbs::choose, Executor> {
 /// @tparam Score   how a row is scored: softmax_score, sigmoid_score, ...; see score.hpp
 /// @tparam Select  which scores are taken: top_k, group_limited
 /// @tparam Weigh   what the chosen weigh: renormalize, raw_scores
-template <scores_rows Score = softmax_score, selects_experts Select = top_k, weighs_choices Weigh = renormalize>
+template <class Score = softmax_score, class Select = top_k, class Weigh = renormalize>
 struct top_k_gate {
     int64_t experts = 0; ///< E
     int64_t k = 1;       ///< K, 1 to E; over 1 to train with renormalize
@@ -138,6 +138,7 @@ struct top_k_gate {
     ///         reserve() gave, or training would give the router no gradient (K = 1, renormalized); out_of_memory; nothing
     ///         is written then
     template <executor Executor, class T, class Communicator, class Real>
+        requires scores_rows<Score, Real> && selects_experts<Select, Real> && weighs_choices<Weigh>
     void route(Executor& ex, const gate_input<T>& in, const Communicator& c, const top_k_state<Real>& state,
                arena& scratch) const
     {
@@ -240,8 +241,6 @@ private:
     template <class Real>
     void expects_room() const
     {
-        static_assert(scores_rows<Score, Real>, "the score serves float, and not the gate's type; see score.hpp");
-        static_assert(selects_experts<Select, Real>, "the selection serves float, and not the gate's type; see select.hpp");
         expects_sane();
         detail::expects_team_room(select.template scratch_bytes<Real>(experts, k), "experts", experts);
         detail::expects_team_room(detail::weigh_scratch_bytes<Real>(k), "k", k);
