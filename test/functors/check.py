@@ -9,10 +9,11 @@ import pathlib
 import re
 import sys
 
-# A verb whose body is replaced for an executor, and that executor. Whoever tunes a verb, or takes a twin away, says so here.
+# A verb whose body is replaced for an executor, and that executor, or what it has to be. Whoever tunes a verb, or takes a twin
+# away, says so here.
 TUNED = {
-    "multiply_rows": {"host_executor"},
-    "multiply_weight_gradients": {"host_executor"},
+    "multiply_rows": {"derives_from_host", "runs_blocks"},
+    "multiply_weight_gradients": {"derives_from_host", "runs_blocks"},
 }
 GENERIC = {
     "apply_capacity",
@@ -45,7 +46,7 @@ TOKEN = re.compile(
     r"|[{}]"
 )
 VERBS = re.compile(r"namespace verbs\s*\{([^}]*)\}")
-IMPLEMENTATION = re.compile(r"struct implementation<\s*verbs::(\w+)\s*,\s*(\w+)\s*>")
+IMPLEMENTATION = re.compile(r"template <(\w*)[^>]*>\s*struct implementation<\s*verbs::(\w+)\s*,\s*(\w+)\s*>")
 
 
 def headers(root):
@@ -79,11 +80,11 @@ def check_verbs(root, tuned=TUNED, generic=GENERIC):
         for block in VERBS.findall(text):
             for name in re.findall(r"struct (\w+);", block):
                 declared[name] = path
-        for name, executor in IMPLEMENTATION.findall(text):
-            if executor == "Executor":
+        for kind, name, executor in IMPLEMENTATION.findall(text):
+            if executor == "Executor" and kind == "class":
                 sources.add(name)
             else:
-                twins.setdefault(name, set()).add(executor)
+                twins.setdefault(name, set()).add(kind if executor == "Executor" else executor)
     for name, path in sorted(declared.items()):
         if name not in sources:
             wrong.append(f"{path}: the verb {name} has no generic source")

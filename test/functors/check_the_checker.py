@@ -26,6 +26,8 @@ VERB_FAULTS = [
     (VERBS.replace("count, host_executor", "move, host_executor"), "the verb count is tuned for []; the list says ['host_executor']"),
     (VERBS.replace("host_executor", "cuda_executor"), "the verb count is tuned for ['cuda_executor']"),
     (VERBS.replace("<verbs::move, Executor>", "<verbs::sort, Executor>"), "the verb move has no generic source"),
+    (VERBS.replace("class Executor", "runs_blocks Executor"), "the verb move has no generic source"),
+    (VERBS.replace("class Executor", "runs_blocks Executor"), "the verb move is tuned for ['runs_blocks']"),
     (VERBS.replace("<verbs::move, Executor>", "<verbs::sort, Executor>"), "sort is implemented but not declared"),
     (VERBS.replace("struct move;", "struct move;\nstruct weigh;"), "the verb weigh is not in the list"),
     (VERBS.replace("struct move;", ""), "the list names move, which is no verb"),

@@ -107,6 +107,59 @@ TEST_CASE("a process that is killed at any call which changes a file leaves the 
     CHECK(older < kills);       // and some after it
 }
 
+TEST_CASE("the same where some ranks are replicas, which look whether what they leave to others is there")
+{
+    const support::temporary_folder folder;
+    const std::string path = folder / "c";
+    const std::vector<std::int32_t> ids{0, 1};
+    const auto save = [&](float value) {
+        fm::run_ranks(3, [&](const fm::threads& c) {
+            fm::host_executor ex({.threads = 1});
+            std::vector<float> w(12, value);
+            io::save_sharded_checkpoint(ex, path, {io::expert_entry("w", fm::tensor_view<float, 3>(w.data(), 2, 2, 3), fm::as_vector(ids))}, c,
+                                        {.role = c.rank() == 1 ? io::checkpoint_role::writer : io::checkpoint_role::replica});
+        });
+    };
+    const auto stored = [&] {
+        std::vector<float> w(12, -1.f);
+        io::sharded_checkpoint from(path);
+        from.verify();
+        from.load({io::expert_entry("w", fm::tensor_view<float, 3>(w.data(), 2, 2, 3), fm::as_vector(ids))});
+        for (const float v : w) CHECK_EQ(v, w[0]);
+        return w[0];
+    };
+    save(1);
+    const auto files = folder.entries();
+    int64_t kills = 0, older = 0;
+    for (int64_t n = 1;; ++n) {
+        CAPTURE(n);
+        const pid_t child = ::fork();
+        if (child == 0) {
+            const support::faulty_files fault(support::file_fault::kill, n);
+            save(2);
+            ::_exit(0);
+        }
+        int status = 0;
+        REQUIRE(::waitpid(child, &status, 0) == child);
+        if (WIFEXITED(status)) {
+            CHECK_EQ(WEXITSTATUS(status), 0);
+            CHECK_EQ(stored(), 2.f);
+            CHECK_EQ(folder.entries(), files);
+            break;
+        }
+        const float now = stored();
+        CHECK((now == 1.f || now == 2.f));
+        ++kills;
+        older += now == 1.f;
+        save(1);
+        CHECK_EQ(stored(), 1.f);
+        CHECK_EQ(folder.entries(), files); // the draft is gone, too
+    }
+    CHECK(kills > 20); // two parts, a draft and a manifest
+    CHECK(older > kills / 2);
+    CHECK(older < kills);
+}
+
 TEST_CASE("a call that fails on any rank makes all of them throw or none, and what stands at the path is whole")
 {
     FASTMOE_SEEDED(rng, 542);

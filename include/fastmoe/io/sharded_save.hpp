@@ -112,12 +112,14 @@ public:
         together([&] {
             if (c_.rank() != 0) return;
             content = as_safetensors(gathered(facts[0], facts[1], options));
-            if (facts[2] > 0) write_safetensors(draft, content, {}, path_);
+            write_safetensors(facts[2] > 0 ? draft : path_, content, {}, path_);
         });
-        if (facts[2] > 0) together([&] { expects_saved(draft); });
-        together([&] {
-            if (c_.rank() == 0) write_safetensors(path_, content);
-        });
+        if (facts[2] > 0) { // who leaves something to others looks whether it is there
+            together([&] { expects_saved(draft); });
+            together([&] {
+                if (c_.rank() == 0) write_safetensors(path_, content);
+            });
+        }
         if (c_.rank() != 0) return;
         if (facts[2] > 0) ::unlink(draft.c_str());
         part_files(path_).remove_but(facts[0]);
