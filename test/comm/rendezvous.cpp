@@ -279,7 +279,7 @@ TEST_CASE("an answer that cannot be looked at for a while is not taken for one t
     while (!read()) std::this_thread::sleep_for(milliseconds(1));
     detail::write_whole(answer, &seen, sizeof seen, nullptr, 0);
     while (!read() || !seen.is_complete) std::this_thread::sleep_for(milliseconds(1));
-    detail::write_whole(answer, nullptr, 0, nullptr, 0);
+    detail::write_whole(answer, "", 0, nullptr, 0);
     // Still there, but nothing can be read from it.
     std::this_thread::sleep_for(milliseconds(100));
     CHECK_FALSE(returned);
