@@ -77,6 +77,19 @@ void leave_part(const fm::mpi& world, fm::host_executor& ex)
 
 int stop_after = 0; ///< large messages; 0: never
 
+/// Throws in its n-th large loop: what `mpi` copies to itself while its messages are on their way.
+struct faltering : fm::host_executor {
+    int large_loops;
+
+    explicit faltering(int n) : fm::host_executor({.threads = 1}), large_loops(n) {}
+    template <class F>
+    void for_each(int64_t n, const F& f)
+    {
+        if (n > (1 << 16) && --large_loops == 0) throw std::domain_error("of its own");
+        fm::host_executor::for_each(n, f);
+    }
+};
+
 clock_type::time_point last_call; ///< of a collective, if do_it says when
 
 /// What a rank is told in do_it(c, ex), when, and by the next call. Its exit status.
@@ -146,7 +159,7 @@ int main(int argc, char** argv)
     const std::string what = split ? how.substr(6) : how;
     const bool in_exchange = what.find("exchange_") != std::string::npos;
     std::thread killer;
-    if (what == "exchange_stopped") stop_after = me == lost ? 3 : 0;
+    if (what == "exchange_stopped" || what == "exchange_falters") stop_after = me == lost ? 3 : 0;
     else if (in_exchange && me == lost)
         killer = std::thread([&] {
             std::this_thread::sleep_for(std::chrono::milliseconds(100));
@@ -157,6 +170,9 @@ int main(int argc, char** argv)
         fm::host_memory heap;
         support::queued device;
         status = listen(me, fm::staged(c, 1 << 16, heap), device, [&](const auto& s, auto& on) { exchange_for_ever(s, on, 30000); });
+    } else if (what == "exchange_falters" && me != lost) {
+        faltering on(3);
+        status = listen(me, c, on, [](const fm::mpi& all, faltering& here) { exchange_for_ever(all, here, 300000); });
     } else {
         status = listen(me, c, ex, [&](const fm::mpi&, fm::host_executor&) {
             if (in_exchange) exchange_for_ever(c, ex, what == "exchange_small" ? 8 : 300000);

@@ -160,6 +160,18 @@ TEST_CASE("who waited for a rank that stopped in the middle of a message is told
     is_told("throws", 2, named("barrier", 1, 2, "has left"), 0, at_once, {}, "no message is pending");
 }
 
+TEST_CASE("who fails while messages are on their way throws a comm_error that says so, and what its own failure was")
+{
+    // Rank 1 stops in its third message; rank 0 throws beside its own, and does not wait for anybody.
+    const outcome o = run_doomed("exchange_falters", 2, {"--mca", "btl_vader_single_copy_mechanism", "none"});
+    INFO(o.all);
+    CHECK(support::has(o.of[0], "comm_error: fastmoe: all_to_all_v: this rank failed: of its own"));
+    CHECK(support::has(o.of[0], "messages are pending"));
+    CHECK(support::has(o.of[0], "comes to its end"));
+    CHECK(support::has(o.of[1], "comm_error: fastmoe: all_to_all_v: rank 0 of 2 failed"));
+    for (int id : o.processes) CHECK_FALSE(lives(id));
+}
+
 TEST_CASE("a rank that is killed in the middle of an exchange whose rows are staged in parts is named when the deadline has passed")
 {
     const auto run = [](int ranks) { // in whichever of its steps the rank was lost

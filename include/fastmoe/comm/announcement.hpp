@@ -245,7 +245,8 @@ public:
     {
         const int64_t needed = bytes<T>(first, second);
         const bool lent = workspace_.bytes.extent(0) > 0;
-        if (lent && workspace_.is_lost) raise<comm_error>("the workspace may still be written to, by a rank that another communicator has lost");
+        if (lent && workspace_.is_lost)
+            raise<comm_error>("the workspace may still be written to, by a rank that another communicator has lost");
         if (!lent) owned_ = buffer<std::byte, Executor>(ex_, needed);
         arena memory(lent ? workspace_.bytes : owned_.view());
         memory.require(needed);

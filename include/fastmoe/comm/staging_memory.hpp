@@ -53,7 +53,8 @@ public:
     void renew()
     {
         if (!pending_) return;
-        if (!from_) raise<comm_error>("the staging memory may still be written to, by a rank that another communicator has lost");
+        if (!from_)
+            raise<comm_error>("the staging memory may still be written to, by a rank that another communicator has lost");
         data_ = static_cast<std::byte*>(from_->allocate(bytes_));
         lost_ = pending_ = false;
     }

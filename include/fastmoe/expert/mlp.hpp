@@ -224,7 +224,8 @@ private:
     void run_forward(Executor& ex, const expert_input<T>& in, const weights<const T>& w, const mlp_saved<T>& saved, bool keeps_pre,
                      matrix_view<T> y, arena& scratch) const
     {
-        static_assert(fastmoe::activation<Activation, accumulate_t<T>>, "the activation serves float, and not the sums' type; see activate.hpp");
+        static_assert(fastmoe::activation<Activation, accumulate_t<T>>,
+                      "the activation serves float, and not the sums' type; see activate.hpp");
         static_assert(multiplies_rows<Gemm, Executor, T>, "the GEMM lacks what an expert asks; see grouped_gemm.hpp");
         if (!scratch.measuring()) {
             expects_rows(in, saved);

@@ -269,6 +269,7 @@ private:
 /// leaves that was cut short, the next one removes, and the old parts go when the new manifest stands.
 /// Collective. The data is read on the host; the executor serves the communicator alone, whose deadline has to allow for
 /// what the slowest rank needs to write its part.
+/// Ranks that are replicas read the new manifest before it stands, so that no expert is left to a writer that there is not.
 /// @param entries  this rank's; each tensor of an expert is of one writer, which may be any rank that has it
 /// @throws error on all ranks if one cannot write, invalid_argument on one whose entries make no sense (and error on the
 ///         others), comm_error if a peer is gone: the checkpoint that stood there is then unchanged, unless the text says

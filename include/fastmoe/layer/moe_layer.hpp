@@ -55,7 +55,8 @@ struct moe_layer {
     /// @param x        tokens                                                     // (T,D)
     /// @param y        overwritten; zero for a token without choices. May be x     // (T,D)
     /// @param scratch  infer_bytes() of it are taken and given back
-    /// @throws invalid_argument if shapes disagree or y overlaps x without being x, out_of_memory if scratch is too small: both before y is written
+    /// @throws invalid_argument if shapes disagree or y overlaps x without being x, out_of_memory if scratch is too small: both
+    ///         before y is written
     template <executor Executor, class T>
     void infer(Executor& ex, type_identity_t<matrix_view<const T>> x, const type_identity_t<weights<const T>>& w,
                matrix_view<T> y, arena& scratch, const gate_options& options = {}) const

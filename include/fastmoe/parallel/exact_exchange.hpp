@@ -292,7 +292,10 @@ private:
         host_memory heap;
         buffer<int64_t, host_memory> sent(heap, 2 * ranks), came(heap, 2 * ranks);
         if constexpr (exchanges_known_blocks<C, Executor, int64_t>) {
-            call_on([&] { c.all_to_all_known(ex, vector_view<const int64_t>(n.sent), n.received, sent.view(), came.view()); }, sent, came);
+            const auto known = [&] {
+                c.all_to_all_known(ex, vector_view<const int64_t>(n.sent), n.received, sent.view(), came.view());
+            };
+            call_on(known, sent, came);
         } else {
             c.all_to_all(ex, vector_view<const int64_t>(n.sent), n.received);
             detail::read_back(ex, vector_view<const int64_t>(n.sent), sent.data());

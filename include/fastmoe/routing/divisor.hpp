@@ -57,7 +57,8 @@ FASTMOE_HOST_DEVICE division<Real> division_of(Team& team, const Weigh& weigh, c
         if constexpr (has_norm_power<Weigh>) {
             const Real power = d.power = static_cast<Real>(weigh.power);
             // By the greatest, whose power may be too small, or too great, for a number.
-            const Real unit = power == Real(1) ? Real(1) : team.reduce(n, Real(0), greater_of{}, [=](int64_t j) { return values[j]; });
+            const auto value = [=](int64_t j) { return values[j]; };
+            const Real unit = power == Real(1) ? Real(1) : team.reduce(n, Real(0), greater_of{}, value);
             const Real sum = team.reduce(n, Real(0), adds{}, [=](int64_t j) {
                 return values[j] > Real(0) ? std::pow(values[j] / unit, power) : Real(0);
             });

@@ -184,7 +184,10 @@ struct divide_by_norm : renormalize {
     double power = 2; ///< 0.3 or more: below that, the gradient of the least float would be too great for one
 
     /// @throws invalid_argument
-    void validate(int64_t, int64_t) const { expects(power >= 0.3 && power - power == 0, "weigh.power", power, "0.3 or more, finite"); }
+    void validate(int64_t, int64_t) const
+    {
+        expects(power >= 0.3 && power - power == 0, "weigh.power", power, "0.3 or more, finite");
+    }
 };
 
 /// Weights are the scores as they are (Switch, GShard, DeepSeek-V2): after softmax_score, probabilities over all.
