@@ -16,6 +16,11 @@
 #include <thread>
 #include <type_traits>
 
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
 namespace support {
 
 using std::int64_t;
@@ -79,7 +84,7 @@ public:
     {
         const bool quiet = how == meeting::quiet;
         note(lane, what);
-        const int64_t round = generation_.load(relaxed);
+        const std::uint32_t round = generation_.load(relaxed);
         if (arrived_.fetch_add(1, quiet ? quiet_both : std::memory_order_acq_rel) == lane_count - 1) {
             for (int64_t other = 1; other < lane_count; ++other)
                 if (seen_[other].history.load(relaxed) != seen_[0].history.load(relaxed)) fail(disagreement());
@@ -89,6 +94,7 @@ public:
             }
             arrived_.store(0, relaxed);
             generation_.store(round + 1, quiet ? quiet_release : std::memory_order_release);
+            wake();
         } else {
             wait(lane, round, quiet ? quiet_acquire : std::memory_order_acquire);
         }
@@ -104,6 +110,7 @@ public:
     {
         seen_[lane].name.store(how, relaxed);
         gone_.store(true, std::memory_order_release);
+        wake();
     }
 
     /// Gives every lane the values of all, by meeting quietly. The words carry their round, so that a relaxed load can
@@ -153,24 +160,22 @@ private:
         std::uint32_t exchanges = 0; // the lane's own
     };
 
-    void wait(int64_t lane, int64_t round, std::memory_order order)
+    /// Lanes sleep, not yield: where something else wants the cores, every yield of a lane gives it a slice of
+    /// milliseconds, and a team meets thousands of times. A lane may go to sleep just as another leaves; it looks again soon.
+    void wait(int64_t lane, std::uint32_t round, std::memory_order order)
     {
         using clock = std::chrono::steady_clock;
-        // Yield first: the machine may have fewer cores than a team has lanes. Then sleep, not to slow a long row.
-        for (int tries = 0; tries < 2000; ++tries) {
-            if (generation_.load(order) != round) return;
-            if (gone_.load(std::memory_order_acquire) && generation_.load(order) == round) return fail(disagreement());
-            std::this_thread::yield();
-        }
         for (auto start = clock::now();;) {
             if (generation_.load(order) != round) return;
             if (gone_.load(std::memory_order_acquire) && generation_.load(order) == round) return fail(disagreement());
-            std::this_thread::sleep_for(std::chrono::microseconds(100));
+            const timespec moment{0, 5'000'000};
+            ::syscall(SYS_futex, &generation_, FUTEX_WAIT_PRIVATE, round, &moment, nullptr, 0);
             if (clock::now() - start < patience_) continue;
             give_up_(("lane " + std::to_string(lane) + " waits in vain: " + disagreement()).c_str());
             start = clock::now();
         }
     }
+    void wake() noexcept { ::syscall(SYS_futex, &generation_, FUTEX_WAKE_PRIVATE, lane_count, nullptr, nullptr, 0); }
 
     std::string disagreement() const
     {
@@ -206,7 +211,9 @@ private:
     void (*give_up_)(const char*);
     record seen_[lane_count];
     std::atomic<std::uint64_t> slot_[2][lane_count][words] = {};
-    std::atomic<int64_t> arrived_{0}, generation_{0};
+    std::atomic<int64_t> arrived_{0};
+    std::atomic<std::uint32_t> generation_{0}; // lanes sleep on it
+    static_assert(sizeof(generation_) == sizeof(std::uint32_t));
     std::atomic<bool> failed_{false}, gone_{false};
     std::mutex text_mutex_;
     std::string text_;
