@@ -414,6 +414,8 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t what
     const void* const addresses[] = {a, b, c, d};
     for (int i = 0; i < 4; ++i)
         if (!is_aligned(addresses[i], algorithm.alignment[i])) return CUBLAS_STATUS_INVALID_VALUE;
+    // Nobody says so, but kernels read a bias in lines of 16 bytes.
+    if (p.what.epilogue == CUBLASLT_EPILOGUE_BIAS && !is_aligned(p.what.bias, 16)) return CUBLAS_STATUS_INVALID_VALUE;
     const double times = read(alpha, p.what.scale, 0), plus = read(beta, p.what.scale, 0);
     fake().enqueue([=] {
         multiply(p.m(), p.n(), p.k(), times, {const_cast<void*>(a), p.a.type, p.a.line, p.what.turn_a == CUBLAS_OP_T},

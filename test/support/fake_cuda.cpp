@@ -174,5 +174,28 @@ cudaError_t cudaStreamSynchronize(cudaStream_t)
     fake().run();
     return cudaSuccess;
 }
+/// Events are all of them everything that was queued.
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned)
+{
+    FASTMOE_ENTER("cudaEventCreateWithFlags");
+    *event = reinterpret_cast<cudaEvent_t>(new int(0));
+    return cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t)
+{
+    FASTMOE_ENTER("cudaEventRecord");
+    return cudaSuccess;
+}
+cudaError_t cudaEventSynchronize(cudaEvent_t)
+{
+    FASTMOE_ENTER("cudaEventSynchronize");
+    fake().run();
+    return cudaSuccess;
+}
+cudaError_t cudaEventDestroy(cudaEvent_t event)
+{
+    delete reinterpret_cast<int*>(event);
+    return cudaSuccess;
+}
 
 } // extern "C"

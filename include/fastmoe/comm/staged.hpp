@@ -19,7 +19,9 @@ namespace fastmoe::inline FASTMOE_ABI {
 
 /// Whether all_gather, all_to_all, all_to_all_v and broadcast send and receive where the data lie, and stage nothing: if the
 /// communicator says that it reaches devices (mpi asks the MPI library), always, which is for those who know better than the
-/// library, or never. Sums are staged in any case. All ranks must be able and willing, else all stage.
+/// library, or never. Sums are staged in any case. All ranks must be able and willing, else all stage. Memory of a CUDA pool, as
+/// cuda_executor takes it if it is given none, is not reached by MPI libraries that open other processes' memory by the older
+/// handles of CUDA: there never, or memory of cudaMalloc.
 enum class direct_rows : std::uint8_t { if_reached, always, never };
 
 struct staged_options {

@@ -85,7 +85,7 @@ private:
             if (a.measuring()) return (void)detail::rows_in_order(ex, groups, x, a);
             const auto lock = context->read_groups(ex, groups, w.pointers);
             const auto from = detail::rows_in_order(ex, groups, x, a);
-            const bool lays_bias = bias.data_handle() && context->calls() == group_calls::one_for_all;
+            const bool lays_bias = bias.data_handle() && (context->calls() == group_calls::one_for_all || !detail::are_lines(bias));
             if (lays_bias) detail::begin_with_bias(ex, groups, bias, y);
             for (int64_t e = 0; e < groups.experts(); ++e) {
                 const int64_t n = context->count(e), first = context->offset(e);

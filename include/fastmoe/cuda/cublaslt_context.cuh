@@ -42,7 +42,7 @@ public:
         expects(options.experts >= 1 && options.experts <= 1 << 20, "options.experts", options.experts, "1 to ", 1 << 20);
         expects(options.algorithms >= 1, "options.algorithms", options.algorithms, "1 or more");
         void* pinned = nullptr;
-        detail::cuda_check(cudaMallocHost(&pinned, static_cast<std::size_t>(options.experts * 20)), "cudaMallocHost");
+        detail::cuda_check(cudaMallocHost(&pinned, static_cast<std::size_t>(options.experts * 48)), "cudaMallocHost");
         groups_.reset(static_cast<std::byte*>(pinned));
         cublasLtHandle_t handle = nullptr;
         detail::lt_check(cublasLtCreate(&handle), "cublasLtCreate");
@@ -51,6 +51,9 @@ public:
         cublasHandle_t blas = nullptr;
         detail::lt_check(cublasCreate(&blas), "cublasCreate");
         blas_.reset(blas);
+        cudaEvent_t copied = nullptr;
+        detail::cuda_check(cudaEventCreateWithFlags(&copied, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+        copied_.reset(copied);
         // Sums of parts of a depth are float as well.
         const int mode = static_cast<int>(CUBLAS_DEFAULT_MATH) | static_cast<int>(CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION);
         detail::lt_check(cublasSetMathMode(blas, static_cast<cublasMath_t>(mode)), "cublasSetMathMode");
@@ -82,7 +85,7 @@ public:
         ex.copy(offsets(), groups.offsets.data_handle(), experts * 8);
         ex.copy(counts(), groups.counts.data_handle(), experts * 4);
         if (pointers) ex.copy(addresses(), pointers, experts * 8);
-        detail::cuda_check(cudaStreamSynchronize(ex.stream()), "cudaStreamSynchronize");
+        ex.wait();
         detail::expects_groups_inside(vector_view<const int32_t>(counts(), experts), vector_view<const int64_t>(offsets(), experts + 1),
                                       groups.slots);
         return lock;
@@ -177,8 +180,7 @@ private:
         }
         auto a = layout(p.a, p.m, p.k), b = layout(p.b, p.k, p.n), d = layout(p.d, p.m, p.n);
         const shape key{p.m, p.n, p.k, p.a.line, p.b.line, p.d.line, p.a.type, p.d.type, int64_t(p.a.order), int64_t(p.b.order),
-                        p.a.alignment(), p.b.alignment(), p.d.alignment(), p.bias != nullptr, p.adds,
-                        p.bias ? int64_t(reinterpret_cast<std::uintptr_t>(p.bias) % 16) : 0, 0};
+                        p.a.alignment(), p.b.alignment(), p.d.alignment(), p.bias != nullptr, p.adds, 0, 0};
         const cublasLtMatmulAlgo_t& algorithm = find(key, p.text(), what, a, b, d, [&p](const auto& wish) {
             wish(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, p.a.alignment());
             wish(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, p.b.alignment());
@@ -211,19 +213,20 @@ private:
         const auto& all = together_;
         const auto n = static_cast<int64_t>(all.size());
         const cudaDataType_t type = all.front().a.type;
-        // Memory that is not pinned: the copy has read it when it returns, and the next call may write there.
-        std::vector<void*> from(static_cast<std::size_t>(3 * n));
+        void** const from = products_of_groups();
+        detail::cuda_check(cudaEventSynchronize(copied_.get()), "cudaEventSynchronize"); // what another stream may still be reading
         call_arrays to(static_cast<std::size_t>(n));
         for (std::size_t i = 0; i < all.size(); ++i) {
             const detail::lt_product& p = all[i];
-            from[i] = p.a.data, from[all.size() + i] = p.b.data, from[2 * all.size() + i] = p.d.data;
+            from[i] = p.a.data, from[static_cast<std::size_t>(n) + i] = p.b.data, from[static_cast<std::size_t>(2 * n) + i] = p.d.data;
             to.turn_a[i] = detail::lt_operation(p.a.order), to.turn_b[i] = detail::lt_operation(p.b.order);
             to.m[i] = p.m, to.n[i] = p.n, to.k[i] = p.k;
             to.line_a[i] = p.a.line, to.line_b[i] = p.b.line, to.line_d[i] = p.d.line;
             to.set_scalars(i, type, p.adds ? 1 : 0);
         }
         void** const a = addresses.data_handle();
-        ex.copy(a, from.data(), 3 * n * static_cast<int64_t>(sizeof(void*)));
+        ex.copy(a, from, 3 * n * static_cast<int64_t>(sizeof(void*)));
+        detail::cuda_check(cudaEventRecord(copied_.get(), ex.stream()), "cudaEventRecord");
         // In this order: a new stream takes the workspace away.
         detail::lt_check(cublasSetStream(blas_.get(), ex.stream()), "cublasSetStream");
         detail::lt_check(cublasSetWorkspace(blas_.get(), workspace.data_handle(), static_cast<std::size_t>(workspace.extent(0))),
@@ -267,13 +270,17 @@ private:
         return out;
     }
 
-    // The pinned memory: offsets (E), addresses (E), counts (E).
+    // The pinned memory: offsets (E+1), addresses (E), counts (E), and three addresses for the product of each group.
     int64_t* offsets() const noexcept { return reinterpret_cast<int64_t*>(groups_.get()); }
     void** addresses() const noexcept { return reinterpret_cast<void**>(groups_.get() + options_.experts * 8); }
-    int32_t* counts() const noexcept { return reinterpret_cast<int32_t*>(groups_.get() + options_.experts * 16); }
+    void** products_of_groups() const noexcept { return addresses() + options_.experts; }
+    int32_t* counts() const noexcept { return reinterpret_cast<int32_t*>(groups_.get() + options_.experts * 40); }
 
     struct free_pinned {
         void operator()(std::byte* p) const noexcept { (void)cudaFreeHost(p); }
+    };
+    struct destroy_event {
+        void operator()(cudaEvent_t e) const noexcept { (void)cudaEventDestroy(e); }
     };
     struct destroy_handle {
         void operator()(cublasLtHandle_t h) const noexcept { (void)cublasLtDestroy(h); }
@@ -284,6 +291,7 @@ private:
     std::unique_ptr<std::byte, free_pinned> groups_;
     std::unique_ptr<std::remove_pointer_t<cublasLtHandle_t>, destroy_handle> handle_;
     std::unique_ptr<std::remove_pointer_t<cublasHandle_t>, destroy_handle> blas_;
+    std::unique_ptr<std::remove_pointer_t<cudaEvent_t>, destroy_event> copied_; ///< after the last copy out of products_of_groups()
     mutable std::mutex mutex_;
     std::map<shape, cublasLtMatmulAlgo_t> found_;
     std::vector<detail::lt_product> products_, together_;

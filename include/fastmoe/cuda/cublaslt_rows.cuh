@@ -78,6 +78,13 @@ void begin_with_bias(cuda_executor& ex, const row_groups& groups, matrix_view<co
     fastmoe::for_each(ex, row_part::tasks(groups.slots, y.extent(1)), lay_bias<Y>{groups, bias, y});
 }
 
+/// Whether every row begins at a multiple of 16 bytes, as cuBLASLt's kernels take for granted of a bias. No preference tells them.
+template <class T>
+bool are_lines(matrix_view<T> m) noexcept
+{
+    return reinterpret_cast<std::uintptr_t>(m.data_handle()) % 16 == 0 && m.extent(1) * static_cast<int64_t>(sizeof(T)) % 16 == 0;
+}
+
 template <class Epilogue>
 void end_rows(cuda_executor& ex, const row_groups& groups, const Epilogue& epilogue, int64_t width)
 {

@@ -35,7 +35,8 @@ struct cuda_options {
 /// share a stream: their work is queued in the order in which they call, and the faults of all are in one record.
 class cuda_executor {
 public:
-    /// @param stream  the caller's, and of the current device; outlives the executor. Null: the default stream
+    /// @param stream  the caller's, and of the current device; outlives the executor. Null: the default stream of that device.
+    ///                cudaStreamPerThread is another one for each thread that calls: such an executor is one thread's
     /// @param memory  null: a pool of the executor's own (cuda_memory). Must give memory of the device in the order of the
     ///                stream, and outlive the executor
     /// @throws cuda_error, out_of_memory
@@ -46,6 +47,7 @@ public:
         int major = 0;
         detail::cuda_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_), "cudaDeviceGetAttribute");
         detail::cuda_check(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device_), "cudaDeviceGetAttribute");
+        detail::cuda_check(cudaDeviceGetAttribute(&most_shared_bytes_, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_), "cudaDeviceGetAttribute");
         has_blocks_ = major >= 8;
         has_warpgroups_ = major == 9;
         overlaps_ = options.programmatic_launch && detail::compiled_for(900);
@@ -93,8 +95,25 @@ public:
     void copy_to_host(void* to, const void* from, int64_t bytes)
     {
         copy(to, from, bytes);
-        const detail::on_device here(device_);
+        wait();
+    }
+    /// Waits for all that was queued, and asks for no fault. Not during a capture.
+    void wait() const
+    {
+        const detail::on_device here(device_); // whose default stream is meant, if it is that one
         detail::cuda_check(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
+    }
+    /// Whether nothing is left to do of what was queued. @throws cuda_error for what the device reports
+    bool idle() const
+    {
+        const detail::on_device here(device_);
+        const cudaError_t status = cudaStreamQuery(stream_);
+        if (status == cudaErrorNotReady) {
+            (void)cudaGetLastError();
+            return false;
+        }
+        detail::cuda_check(status, "cudaStreamQuery");
+        return true;
     }
 
     template <class F>
@@ -161,7 +180,7 @@ public:
     {
         const std::lock_guard lock(mutex_);
         copy(seen_.get(), record_.data(), sizeof(fault_words));
-        detail::cuda_check(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
+        wait();
         fastmoe::fault found;
         if (!detail::first_fault(*seen_, found)) return std::nullopt;
         clear();
@@ -188,8 +207,10 @@ private:
         static_assert(std::is_trivially_copyable_v<F>, "a functor is copied to the device byte by byte");
         if (blocks <= 0) return;
         const detail::on_device here(device_);
-        if (shared > team_scratch_bytes) // more than a kernel has without asking
-            detail::cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+        // More than a kernel has without asking. It is asked for all that the device has: another thread may launch the same
+        // kernel with more in between.
+        if (shared > team_scratch_bytes)
+            detail::cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared_bytes_),
                                "cudaFuncSetAttribute");
         cudaLaunchConfig_t how{};
         how.gridDim = dim3(static_cast<unsigned>(blocks < INT32_MAX ? blocks : INT32_MAX));
@@ -213,7 +234,7 @@ private:
 
     cudaStream_t stream_;
     memory_resource* memory_;
-    int device_ = 0, multiprocessors_ = 0;
+    int device_ = 0, multiprocessors_ = 0, most_shared_bytes_ = 0;
     bool has_blocks_ = false, has_warpgroups_ = false, overlaps_ = false;
     detail::tensor_map_encoder* encoder_ = nullptr; ///< where there are warpgroups
     std::optional<cuda_memory> pool_;

@@ -102,13 +102,7 @@ struct nccl_api {
     /// Whether the stream has nothing left to do. @throws cuda_error for what the device reports
     static bool idle(cuda_executor& ex)
     {
-        const cudaError_t status = cudaStreamQuery(ex.stream());
-        if (status == cudaErrorNotReady) {
-            (void)cudaGetLastError();
-            return false;
-        }
-        detail::cuda_check(status, "cudaStreamQuery");
-        return true;
+        return ex.idle();
     }
 
 private:
