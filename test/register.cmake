@@ -3,10 +3,10 @@
 #
 # How tests are told to ctest. What a machine cannot run is reported as skipped, with the reason, and never as passed:
 #
-#   fastmoe_add_unit_test(name target [DEVICES device executor ...])   a program of test/main.cpp
-#   fastmoe_add_skipped_test(name reason label)                        a test that cannot be built here
+#   fastmoe_add_unit_test(name target [DEVICES device filter ...])   a program of test/main.cpp
+#   fastmoe_add_skipped_test(name reason label)                      a test that cannot be built here
 
-# With DEVICES, test cases over each of these executors are a test of their own, `name.device`: where there is no such
+# With DEVICES, the test cases that doctest's filter names are a test of their own, `name.device`: where there is no such
 # device that one is skipped, and the others still pass. CONFIGURATIONS is add_test's.
 function(fastmoe_add_unit_test name target)
   cmake_parse_arguments(PARSE_ARGV 2 arg "" "" "DEVICES;CONFIGURATIONS")
@@ -17,10 +17,10 @@ function(fastmoe_add_unit_test name target)
   set(tests ${name})
   set(without "")
   while(arg_DEVICES)
-    list(POP_FRONT arg_DEVICES device executor)
-    add_test(NAME ${name}.${device} ${configurations} COMMAND ${target} "--test-case=*${executor}*")
+    list(POP_FRONT arg_DEVICES device filter)
+    add_test(NAME ${name}.${device} ${configurations} COMMAND ${target} "--test-case=${filter}")
     list(APPEND tests ${name}.${device})
-    list(APPEND without "*${executor}*")
+    list(APPEND without "${filter}")
   endwhile()
   list(JOIN without "," without)
   if(without)
@@ -30,6 +30,9 @@ function(fastmoe_add_unit_test name target)
   endif()
   set_tests_properties(${tests} PROPERTIES TIMEOUT ${FASTMOE_TEST_TIMEOUT} LABELS unit SKIP_RETURN_CODE 77
     FIXTURES_SETUP unit_tests)
+  if("${name}.cuda" IN_LIST tests) # a kernel that never ends is not to hold up the others
+    set_tests_properties(${name}.cuda PROPERTIES TIMEOUT 90)
+  endif()
   foreach(test IN LISTS tests) # see test/functors
     set_tests_properties(${test} PROPERTIES ENVIRONMENT "FASTMOE_LANES_LOG=${CMAKE_BINARY_DIR}/lanes/${test}")
   endforeach()

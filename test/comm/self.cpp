@@ -76,6 +76,7 @@ TEST_CASE_TEMPLATE("all_to_all_v of one rank copies the counted rows and leaves 
     const fm::vector_view<const int64_t> counts(two, 1);
     const fm::matrix_view<const float> from(sent.data(), 3, 2);
     c.all_to_all_v(ex, from, counts, received.view(), counts);
+    ex.synchronize();
     for (int i = 0; i < 4; ++i) CHECK_EQ(received.data()[i], values[i]);
     for (int i = 4; i < 8; ++i) CHECK(support::is_poison(received.data()[i]));
     CHECK_EQ(received.damage(), "");

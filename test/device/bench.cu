@@ -4,7 +4,8 @@
 /// file that is named. Ends with 77, skipped, where there is no GPU; a claim that falls short is no failure.
 ///
 ///     device_bench figures.json                   everything, what matters most first
-///     device_bench figures.json layers decode     these parts: layers verbs decode products skew policies
+///     device_bench figures.json layers decode     these parts: layers verbs decode skew
+///     device_bench_cublas products.json           what needs cuBLAS: products policies
 #include <cstdio>
 #include <cstring>
 
@@ -21,13 +22,20 @@ int main(int count, char** arguments)
     const struct {
         const char* name;
         void (*run)(fm::cuda_executor&, figures&);
-    } parts[] = {{"layers", bench_layers},     {"verbs", bench_verbs}, {"decode", bench_decode},
-                 {"products", bench_products}, {"skew", bench_skew},   {"policies", bench_policies}};
+    } parts[] = {
+#if defined(FASTMOE_BENCH_CUBLAS)
+        {"products", bench_products}, {"policies", bench_policies}
+#else
+        {"layers", bench_layers}, {"verbs", bench_verbs}, {"decode", bench_decode}, {"skew", bench_skew}
+#endif
+    };
     for (int i = 2; i < count; ++i) {
         bool known = false;
         for (const auto& part : parts) known = known || std::strcmp(part.name, arguments[i]) == 0;
         if (!known) {
-            std::fprintf(stderr, "there is no part '%s': layers verbs decode products skew policies\n", arguments[i]);
+            std::fprintf(stderr, "there is no part '%s':", arguments[i]);
+            for (const auto& part : parts) std::fprintf(stderr, " %s", part.name);
+            std::fprintf(stderr, "\n");
             return 2;
         }
     }

@@ -120,6 +120,7 @@ int main()
         std::printf("skipped: no GPU\n");
         return 77;
     }
+    std::setvbuf(stdout, nullptr, _IOLBF, 0); // what is stopped has said how far it came
     const bool launched = std::getenv("RANK") != nullptr;
     if (launched) fm::detail::cuda_check(cudaSetDevice(fm::launched_process::from_environment().rank % devices), "cudaSetDevice");
     fm::cuda_executor ex;

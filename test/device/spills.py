@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The FastMoE authors
 # SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-"""spills.py [--hot=name,name] report...: a table of the kernels by registers, from what ptxas -v said; fails if a hot kernel spills, or if one
+"""spills.py [--hot=name,name] [--most=bytes] report...: a table of the kernels by registers, from what ptxas -v said; fails if a hot kernel spills (more than --most), or if one
 of the hot names has no kernel at all, or if the assembler says that warpgroups' products wait for each other. A kernel is hot if its time grows with tokens times width or tokens times choices, unless
 it is of double, which nobody trains in."""
 import re
@@ -39,7 +39,8 @@ def read(text):
 
 
 def main():
-    paths = [a for a in sys.argv[1:] if not a.startswith("--hot=")]
+    paths = [a for a in sys.argv[1:] if not a.startswith("--")]
+    most = max([int(a[7:]) for a in sys.argv[1:] if a.startswith("--most=")], default=0)
     hot = {name for a in sys.argv[1:] if a.startswith("--hot=") for name in a[6:].split(",")} or HOT
     texts = [open(path).read() for path in paths]
     kernels = [k for text in texts for k in read(text)]
@@ -52,7 +53,7 @@ def main():
         print(f"{name:32} {arch:8} {row[0]:7} {row[1]:9} {row[2]:5} {row[3]:7}{'  hot' if name in hot else ''}")
     wrong = [
         f"{name} spills {spilled} bytes for {arch}: {k}"
-        for name, k, arch, _, spilled, _ in kernels if name in hot and not is_double(k) and spilled > 0
+        for name, k, arch, _, spilled, _ in kernels if name in hot and not is_double(k) and spilled > most
     ]
     wrong += [line for text in texts for line in text.splitlines() if "wgmma" in line]
     wrong += [f"there is no kernel of {name}" for name in sorted(hot) if not any(k[0] == name for k in kernels)]

@@ -4,9 +4,11 @@
 /// Prints a table a product, fastest first, and at the end what hopper_default() would hold. Ends with 77, skipped, where
 /// gemm::hopper does not run; with 1 if a result is unlike gemm::portable's.
 ///
-///     tune_hopper [figures.json]
+///     tune_hopper [figures.json [seconds]]    nothing is begun after so many
+#include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <exception>
 #include <map>
 #include <stdexcept>
@@ -113,7 +115,7 @@ bool write_json(const char* path, const std::vector<comparison>& all)
     return std::fclose(file) == 0;
 }
 
-int run(const char* path)
+int run(const char* path, double seconds)
 {
     fm::cuda_executor ex;
     if (!timing::runs_hopper(ex)) {
@@ -125,17 +127,24 @@ int run(const char* path)
     const shape decoding[] = {{8, 4096, 14336, 8, 2}, {64, 4096, 14336, 8, 2}};
     session to(ex, 8 * static_cast<int>(std::size(layers)) + 4 * static_cast<int>(std::size(decoding)));
     bool is_whole = true;
+    const auto begun = std::chrono::steady_clock::now();
+    // What has been measured is in the file before the next begins.
+    const auto next = [&](const auto& tune, layer& l) {
+        if (std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count() > seconds) return;
+        tune(to, l);
+        if (path && !write_json(path, to.all())) throw std::runtime_error(std::string(path) + " cannot be written");
+    };
     try {
         for (const shape& s : layers) {
             layer l(ex, s);
-            tune_rows(to, l);
-            tune_gradients(to, l);
-            tune_codes(to, l);
+            next(tune_rows, l);
+            next(tune_gradients, l);
+            next(tune_codes, l);
         }
         for (const shape& s : decoding) {
             layer l(ex, s);
-            tune_few_rows(to, l);
-            tune_few_codes(to, l);
+            next(tune_few_rows, l);
+            next(tune_few_codes, l);
         }
     } catch (const std::exception& e) { // after most of them the device takes no more
         std::printf("stopped: %s\n", e.what());
@@ -143,10 +152,6 @@ int run(const char* path)
     }
     for (const char* slot : {"wide rows", "narrow rows", "few rows", "wide gradients", "narrow gradients", "rows of codes", "few rows of codes"})
         print_choice(slot, to.all());
-    if (path && !write_json(path, to.all())) {
-        std::printf("%s cannot be written\n", path);
-        return 1;
-    }
     for (const comparison& c : to.all())
         for (const candidate& t : c.tried)
             if (t.wrong > 0) return 1;
@@ -262,7 +267,7 @@ int main(int count, char** arguments)
         return 77;
     }
     try {
-        return tune::run(count > 1 ? arguments[1] : nullptr);
+        return tune::run(count > 1 ? arguments[1] : nullptr, count > 2 ? std::atof(arguments[2]) : INFINITY);
     } catch (const std::exception& e) {
         std::printf("%s\n", e.what());
         return 1;

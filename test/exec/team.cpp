@@ -185,6 +185,7 @@ TEST_CASE_TEMPLATE("for_each visits every element exactly once, for any count", 
     for (const int64_t n : {0, 1, 2, 3, 4, 5, 63, 64, 65, 1000, 2047, 2048, 2049, 131072, 200003}) {
         std::vector<int32_t> seen(n, 0);
         fm::for_each(ex, n, visit{fm::as_vector(seen)});
+        ex.synchronize();
         CHECK(seen == std::vector<int32_t>(n, 1));
     }
     fm::for_each(ex, -5, visit{});
@@ -197,6 +198,7 @@ TEST_CASE_TEMPLATE("a team's for_each visits every element of every row exactly 
         for (const int64_t n : {0, 1, 3, 4, 5, 33}) {
             std::vector<int32_t> seen(rows * n, 0);
             fm::for_each_row(ex, rows, visit_rows{fm::as_matrix(seen, rows, n)}, {.width = n});
+            ex.synchronize();
             CHECK(seen == std::vector<int32_t>(rows * n, 1));
         }
 }
@@ -214,6 +216,7 @@ TEST_CASE_TEMPLATE("every lane of a team gets the reduction of the whole row", C
         grid<int32_t> where(rows, 8);
         fm::for_each_row(ex, rows, summarize{fm::as_matrix(x, rows, n), sums.view(), tops.view(), where.view()},
                          {.width = n});
+        ex.synchronize();
         for (int64_t i = 0; i < rows; ++i) {
             int64_t sum = 0, top = INT64_MIN;
             int32_t at = std::numeric_limits<int32_t>::max();
@@ -243,6 +246,7 @@ TEST_CASE_TEMPLATE("a reduction calls its function once for each element, on the
         const int64_t rows = 5;
         grid<int32_t> owner(rows, n), calls(rows, n), strangers(rows, n);
         fm::for_each_row(ex, rows, note_lanes{owner.view(), calls.view(), strangers.view()}, {.width = n});
+        ex.synchronize();
         int64_t wrong = 0;
         for (int64_t i = 0; i < rows; ++i)
             for (int64_t j = 0; j < n; ++j) wrong += calls.view()(i, j) != 1 || strangers.view()(i, j) != 0;
@@ -262,6 +266,7 @@ TEST_CASE_TEMPLATE("a scan gives every element the sum of those before it and ev
         for (int64_t& v : x) v = r.integer(1, 9);
         grid<int64_t> before(rows, n), totals(rows, 256);
         fm::for_each_row(ex, rows, scan_rows{fm::as_matrix(x, rows, n), before.view(), totals.view()}, {.width = n});
+        ex.synchronize();
         for (int64_t i = 0; i < rows; ++i) {
             int64_t sum = 0;
             for (int64_t j = 0; j < n; ++j) {
@@ -291,6 +296,7 @@ TEST_CASE_TEMPLATE("a tally ranks keys in their order and counts them, from what
             const auto bytes = shared ? kinds * static_cast<int64_t>(sizeof(int32_t)) : 0;
             fm::for_each_row(ex, rows, tally_rows{fm::as_matrix(keys, rows, n), ranks.view(), counts.view(), shared},
                              {.width = n, .scratch_bytes = bytes, .in_turn = r.coin(0.5)});
+            ex.synchronize();
             for (int64_t i = 0; i < rows; ++i) {
                 std::vector<int32_t> next(begin.begin() + i * kinds, begin.begin() + (i + 1) * kinds);
                 for (int64_t j = 0; j < n; ++j) {
@@ -313,6 +319,7 @@ TEST_CASE_TEMPLATE("what lanes write to scratch is there for all of them after s
             expected[i * n + n - 1 - j] = x[i * n + j];
         }
     fm::for_each_row(ex, rows, reverse{fm::as_matrix(x, rows, n)}, {.width = n, .scratch_bytes = n * 4});
+    ex.synchronize();
     CHECK(x == expected);
 }
 
@@ -324,6 +331,7 @@ TEST_CASE_TEMPLATE("scratch is the same memory for all lanes of a row, aligned, 
         grid<int64_t> first(3, 8), second(3, 8);
         fm::for_each_row(ex, 3, take_scratch{first.view(), second.view(), n},
                          {.scratch_bytes = (n + 63) / 64 * 64 + n * 8});
+        ex.synchronize();
         for (int64_t i = 0; i < 3; ++i) {
             CHECK(first.view()(i, 0) % 64 == 0);
             CHECK(second.view()(i, 0) % 64 == 0);
@@ -341,6 +349,7 @@ TEST_CASE_TEMPLATE("a hint beyond what every executor can give is refused", Cell
     const count_lanes f{fm::as_matrix(memory, 2, 8)};
     CHECK_THROWS_AS(fm::for_each_row(ex, 2, f, {.scratch_bytes = fm::team_scratch_bytes + 1}), fm::invalid_argument);
     CHECK_NOTHROW(fm::for_each_row(ex, 2, f, {.scratch_bytes = fm::team_scratch_bytes}));
+    ex.synchronize();
 }
 
 TEST_CASE_TEMPLATE("lanes are numbered from zero and know how many they are", Cell, FASTMOE_EXECUTORS)
@@ -348,6 +357,7 @@ TEST_CASE_TEMPLATE("lanes are numbered from zero and know how many they are", Ce
     FASTMOE_EXECUTOR(ex, Cell);
     std::vector<int64_t> memory(5 * 8, 0);
     fm::for_each_row(ex, 5, count_lanes{fm::as_matrix(memory, 5, 8)}, {});
+    ex.synchronize();
     const int64_t lanes = memory[0];
     CHECK(lanes >= 1);
     for (int64_t i = 0; i < 5; ++i)

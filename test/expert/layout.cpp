@@ -2,6 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 #include <doctest/doctest.h>
 
+#include <vector>
+
 #include <fastmoe/expert/initialize.hpp>
 #include <fastmoe/expert/layout.hpp>
 
@@ -92,5 +94,49 @@ TEST_CASE("layouts that do not fit are refused by name")
     CHECK_THROWS_WITH_AS(copy_weights(ex, pointed, w(2, 3, 4)), doctest::Contains("memory for expert 1"), invalid_argument);
     CHECK_THROWS_WITH_AS(fill_uniform(ex, lost, 1, 0), doctest::Contains("w (E,out,in) is a null pointer"), invalid_argument);
     CHECK_THROWS_WITH_AS(fill_uniform(ex, flat, 1, 0), doctest::Contains("matrices that do not overlap"), invalid_argument);
-    CHECK_NOTHROW(copy_weights(ex, flat, w(2, 3, 4)));
+    std::vector<float> other(24);
+    CHECK_NOTHROW(copy_weights(ex, flat, stacked(tensor_view<float, 3>(other.data(), 2, 3, 4))));
+}
+
+TEST_CASE("a copy over what it reads is refused, unless every element stays where it is")
+{
+    host_executor ex({.threads = 1});
+    std::vector<float> memory(400);
+    for (std::size_t i = 0; i < memory.size(); ++i) memory[i] = float(i);
+    const std::vector<float> before = memory;
+    const auto at = [&](int64_t first, int64_t e, int64_t o, int64_t i) { return stacked(tensor_view<float, 3>(memory.data() + first, e, o, i)); };
+    const auto refuses = [&](auto call) {
+        CHECK_THROWS_WITH_AS(call(), doctest::Contains("to (E,out,in) is memory that is shared; expected none in common with from"), invalid_argument);
+        CHECK(memory == before);
+    };
+    const auto w = at(0, 2, 4, 4);
+    const auto turned = stacked_transposed(tensor_view<float, 3>(memory.data(), 2, 4, 4));
+    refuses([&] { copy_gated_weights(ex, w, gated_layout::concatenated, w, gated_layout::interleaved); });
+    refuses([&] { copy_weights(ex, w, turned); });
+    refuses([&] { copy_weights(ex, w, at(1, 2, 4, 4)); });
+    refuses([&] { copy_weights(ex, at(31, 2, 4, 4), w); });
+    // The same bytes by another type.
+    const weight_view<bfloat16> narrow{reinterpret_cast<bfloat16*>(memory.data()), nullptr, 2, 4, 4, 16, 4, 1};
+    refuses([&] { copy_weights(ex, w, narrow); });
+    CHECK_NOTHROW(copy_weights(ex, w, w));
+    CHECK_NOTHROW(copy_gated_weights(ex, w, gated_layout::interleaved, w, gated_layout::interleaved));
+    CHECK(memory == before);
+    // Beside each other: behind, and in the same lines.
+    CHECK_NOTHROW(copy_weights(ex, w, at(32, 2, 4, 4)));
+    weight_view<float> left{memory.data() + 100, nullptr, 2, 4, 4, 40, 10, 1}, right = left;
+    right.data += 6;
+    CHECK_NOTHROW(copy_weights(ex, left, right));
+    CHECK(memory[106] == memory[100]);
+    CHECK(memory[106 + 40 + 33] == memory[100 + 40 + 33]);
+    memory = before;
+    right.data -= 3; // and columns 3 to 6 of the lines
+    refuses([&] { copy_weights(ex, left, right); });
+    right.data += 5; // 8 and 9, then 0 and 1 of the next lines
+    refuses([&] { copy_weights(ex, left, right); });
+    weight_view<float> above{memory.data() + 100, nullptr, 1, 4, 10, 100, 1, 10}, below = above; // the same, transposed
+    below.data += 5;
+    CHECK_NOTHROW(copy_weights(ex, above, below));
+    memory = before;
+    below.data -= 2;
+    refuses([&] { copy_weights(ex, above, below); });
 }

@@ -19,7 +19,7 @@ static_assert(fm::executor<lane_blocks> && fm::runs_blocks<lane_blocks>);
 
 #if defined(FASTMOE_TEST_CUDA) // nvcc takes no fibers: the GPU alone
 
-TEST_CASE_TEMPLATE("the GPU does what the fibers do", T, FASTMOE_DTYPES_OF_16_BITS, float)
+TEST_CASE_TEMPLATE("forward, dgrad and wgrad of blocks are their sums on the GPU", T, FASTMOE_DTYPES_OF_16_BITS, float)
 {
     using Cell = support::cell<fm::cuda_executor, T>;
     FASTMOE_EXECUTOR(ex, Cell);

@@ -14,8 +14,10 @@ namespace {
 
 #if defined(FASTMOE_TEST_CUDA) // nvcc takes no fibers: the GPU alone
 using clusters = fm::cuda_executor;
+#define ON_CLUSTERS ", on the GPU"
 #else
 using clusters = support::fiber_clusters<support::warps>;
+#define ON_CLUSTERS ""
 #endif
 static_assert(fm::executor<clusters> && fm::runs_clusters<clusters>);
 
@@ -64,7 +66,7 @@ void check_whole(unsigned seed, const Gemm& gemm, std::size_t each = 3)
     std::size_t turn = 0;
     for (const weight_storage storage : {weight_storage::stacked, weight_storage::padded, weight_storage::transposed, weight_storage::pointers}) {
 #if defined(FASTMOE_TEST_CUDA)
-        clusters ex;
+        auto ex = support::column<clusters>::make();
         if (!ex.has_clusters<first_kernel>()) FASTMOE_SKIP("the device is not of compute capability 9.0, or the code not for sm_90a");
 #else
         clusters ex(r.integer(1, 4), static_cast<unsigned>(r.integer(1, 1000)));
@@ -91,32 +93,42 @@ struct counting_teams : support::warps {
     }
 };
 
-/// An epilogue by pairs that keeps an account of its calls: results beside y are the half difference or the negated values, and
-/// a row's sum is that of its values.
+/// An epilogue by pairs that keeps an account of what it reads: results beside y are the half difference, the negated values or
+/// those and what was read, and a row's sum is that of its values.
 template <class T, int more_, bool summed>
 struct counting_pairs {
     static constexpr int more = more_;
     static constexpr bool has_sums = summed;
     int64_t slots, width;
     int* begun; // rows that are none
-    int* calls; // (S,N / 2)
-    T* more_to; // (S,N / 2) or (S,N)
+    int* reads; // (S,N / 2)
+    T* more_to; // (S,N / 2), (S,N) or (S,2 N)
     bool writes;
 
     bool writes_y() const { return writes; }
-    fm::matrix_view<T> result() const { return fm::matrix_view<T>(more_to, slots, more == 1 ? width / 2 : width); }
+    fm::matrix_view<T> result() const { return fm::matrix_view<T>(more_to, slots, width * more / 2); }
     int begin(int64_t s) const
     {
         if (s < 0 || s >= slots) ++*begun;
         return static_cast<int>(s);
     }
-    float pair(int row, int64_t s, int64_t n, const float (&sums)[2], T (&y)[2], T (&out)[2]) const
+    struct place {
+        bool is;
+        int row, column;
+    };
+    place read(int64_t s, int64_t n) const
     {
-        if (row != s || n % 2 != 0) ++*begun;
-        ++calls[(s * width + n) / 2];
+        if (n % 2 != 0 || n >= width || s >= slots) return ++*begun, place{};
+        ++reads[(s * width + n) / 2];
+        return {true, static_cast<int>(s), static_cast<int>(n)};
+    }
+    float pair(int row, const place& at, const float (&sums)[2], T (&y)[2], T (&out)[more]) const
+    {
+        if (at.is && row != at.row) ++*begun;
         y[0] = T(sums[0]), y[1] = T(sums[1]);
-        if (more == 1) out[0] = T((float(y[0]) - float(y[1])) / 2);
+        if constexpr (more == 1) out[0] = T((float(y[0]) - float(y[1])) / 2);
         else out[0] = T(-float(y[0])), out[1] = T(-float(y[1]));
+        if constexpr (more == 4) out[2] = T(float(at.row % 128)), out[3] = T(float(at.column % 128));
         return float(y[0]) + float(y[1]);
     }
 };
@@ -153,12 +165,12 @@ void check_pairs(support::random& r, const std::vector<int32_t>& counts, bool wr
     for (T& each : bias) each = T(static_cast<float>(r.normal()));
     const fm::matrix_view<const T> biases(bias.data(), g.experts(), out);
     int begun = 0;
-    std::vector<int> calls(static_cast<std::size_t>(g.slots * out / 2));
-    support::guarded<T> y(g.slots, out), plain(g.slots, out), results(g.slots, more == 1 ? out / 2 : out);
+    std::vector<int> reads(static_cast<std::size_t>(g.slots * out / 2));
+    support::guarded<T> y(g.slots, out), plain(g.slots, out), results(g.slots, out * more / 2);
     std::vector<float> totals(static_cast<std::size_t>(g.slots));
     clusters ex(2, 3);
     support::in_workspace(ex, [&](fm::arena& memory) {
-        const counting_epilogue<T, more, sums> epilogue{{g.slots, out, &begun, calls.data(), results.data(), writes}, totals.data()};
+        const counting_epilogue<T, more, sums> epilogue{{g.slots, out, &begun, reads.data(), results.data(), writes}, totals.data()};
         fm::gemm::hopper{}.forward(ex, g.view(), x.indexed(), weights, biases, y.view(), epilogue, memory);
         fm::gemm::hopper{}.forward(ex, g.view(), x.indexed(), weights, biases, plain.view(), fm::no_epilogue{}, memory);
         ex.synchronize();
@@ -172,13 +184,16 @@ void check_pairs(support::random& r, const std::vector<int32_t>& counts, bool wr
         double total = 0;
         for (int64_t n = 0; n < out; n += 2) {
             const T* of = plain.data() + s * out + n;
-            CHECK_EQ(calls[static_cast<std::size_t>((s * out + n) / 2)], int{is_row});
+            CHECK_EQ(reads[static_cast<std::size_t>((s * out + n) / 2)], int{is_row});
             if (!is_row) continue;
             for (int64_t v = 0; v < 2 && writes; ++v) CHECK_EQ(float(y.data()[s * out + n + v]), float(of[v]));
             total += double(float(of[0])) + double(float(of[1]));
             if (more == 1) CHECK_EQ(float(results.data()[(s * out + n) / 2]), float(T((float(of[0]) - float(of[1])) / 2)));
-            if (more == 2) CHECK_EQ(float(results.data()[s * out + n]), -float(of[0]));
-            if (more == 2) CHECK_EQ(float(results.data()[s * out + n + 1]), -float(of[1]));
+            const T* const beside = results.data() + (s * out + n) * more / 2;
+            if (more >= 2) CHECK_EQ(float(beside[0]), -float(of[0]));
+            if (more >= 2) CHECK_EQ(float(beside[1]), -float(of[1]));
+            if (more == 4) CHECK_EQ(float(beside[2]), float(s % 128));
+            if (more == 4) CHECK_EQ(float(beside[3]), float(n % 128));
         }
         CHECK(std::fabs(totals[static_cast<std::size_t>(s)] - (sums ? total : 0)) < 1e-3);
     }
@@ -187,23 +202,25 @@ void check_pairs(support::random& r, const std::vector<int32_t>& counts, bool wr
 
 } // namespace
 
-TEST_CASE_TEMPLATE("forward, dgrad and wgrad are their sums, whatever lies how", T, FASTMOE_DTYPES_OF_16_BITS)
+TEST_CASE_TEMPLATE("forward, dgrad and wgrad are their sums, whatever lies how" ON_CLUSTERS, T, FASTMOE_DTYPES_OF_16_BITS)
 {
     FASTMOE_SEEDED(r, 51);
 #if defined(FASTMOE_TEST_CUDA)
-    if (!support::cell<fm::cuda_executor, T>::available()) FASTMOE_SKIP("no device");
-#endif
+    using Cell = support::cell<clusters, T>;
+    FASTMOE_EXECUTOR(ex, Cell);
+#else
     clusters ex;
+#endif
     for (const shape& c : block_shapes(r)) check_products<T, T, T>(r, c, ex, fm::gemm::hopper{});
     for (const shape& c : whole_shapes(r)) check_products<T, T, T>(r, c, ex, fm::gemm::hopper{});
     check_whole<T, T>(52, fm::gemm::hopper{}, 1);
     check_whole<T, float>(53, fm::gemm::hopper{});
 }
 
-TEST_CASE("every way of cutting gives the sums")
+TEST_CASE("every way of cutting gives the sums" ON_CLUSTERS)
 {
 #if defined(FASTMOE_TEST_CUDA)
-    if (!support::cell<fm::cuda_executor, float>::available()) FASTMOE_SKIP("no device");
+    FASTMOE_NEEDS(support::column<clusters>);
 #endif
     using enum hopper_schedule;
     using fm::gemm::hopper_with;
@@ -381,6 +398,8 @@ TEST_CASE_TEMPLATE("an epilogue by pairs is called once for each pair, and begun
     check_pairs<T, 1, false>(r, few, false);
     check_pairs<T, 2, false>(r, few, true);
     check_pairs<T, 2, false>(r, few, false);
+    check_pairs<T, 4, true>(r, many, true);
+    check_pairs<T, 4, false>(r, few, true);
 }
 
 TEST_CASE("tiles are counted by each block, or by a team before it where the experts are too many for that")

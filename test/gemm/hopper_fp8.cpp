@@ -19,8 +19,10 @@ using fm::gemm::hopper_tuning;
 
 #if defined(FASTMOE_TEST_CUDA) // nvcc takes no fibers: the GPU alone
 using clusters = fm::cuda_executor;
+#define ON_CLUSTERS ", on the GPU"
 #else
 using clusters = support::fiber_clusters<support::warps>;
+#define ON_CLUSTERS ""
 #endif
 
 template <hopper_tuning of_rows>
@@ -169,7 +171,7 @@ void check_whole(unsigned seed, const Gemm& gemm, std::size_t each)
     std::size_t turn = 0;
     for (const auto storage : {weight_storage::stacked, weight_storage::padded, weight_storage::transposed, weight_storage::pointers}) {
 #if defined(FASTMOE_TEST_CUDA)
-        clusters ex;
+        auto ex = support::column<clusters>::make();
 #else
         clusters ex(r.integer(1, 4), static_cast<unsigned>(r.integer(1, 1000)));
 #endif
@@ -183,19 +185,19 @@ void check_whole(unsigned seed, const Gemm& gemm, std::size_t each)
 
 } // namespace
 
-TEST_CASE_TEMPLATE("forward and dgrad are the sums of what codes stand for, wgrad of the numbers", T, FASTMOE_DTYPES_OF_16_BITS)
+TEST_CASE_TEMPLATE("forward and dgrad are the sums of what codes stand for, wgrad of the numbers" ON_CLUSTERS, T, FASTMOE_DTYPES_OF_16_BITS)
 {
 #if defined(FASTMOE_TEST_CUDA)
-    if (!support::cell<fm::cuda_executor, T>::available()) FASTMOE_SKIP("no device");
+    FASTMOE_NEEDS(support::column<clusters>);
 #endif
     check_whole<T, T>(91, fm::gemm::hopper_fp8{}, 1);
     check_whole<T, float>(92, fm::gemm::hopper_fp8{}, 3);
 }
 
-TEST_CASE("every way of cutting gives the sums")
+TEST_CASE("every way of cutting gives the sums" ON_CLUSTERS)
 {
 #if defined(FASTMOE_TEST_CUDA)
-    if (!support::cell<fm::cuda_executor, float>::available()) FASTMOE_SKIP("no device");
+    FASTMOE_NEEDS(support::column<clusters>);
 #endif
     using enum hopper_schedule;
     using fm::gemm::hopper_fp8_with;

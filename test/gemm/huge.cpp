@@ -45,7 +45,7 @@ void forward(Executor& ex, const row_groups& groups, const Rows& x, const weight
 TEST_CASE_TEMPLATE("forward and wgrad read the last of rows that are huge, in place and through an index", Cell, FASTMOE_EXECUTORS)
 {
     FASTMOE_EXECUTOR(ex, Cell);
-    FASTMOE_HUGE(float, x);
+    FASTMOE_HUGE(Cell, float, x);
     x(last, 0) = 2, x(last, huge_cols - 1) = 3;
     std::vector<float> w(huge_cols, 0.0f), y(huge_rows, -1.0f), dw(huge_cols, -1.0f), dy(huge_rows, 0.0f);
     w[0] = 10, w[huge_cols - 1] = 100, dy[last] = 5;
@@ -81,7 +81,7 @@ TEST_CASE_TEMPLATE("forward and wgrad read the last of rows that are huge, in pl
 TEST_CASE_TEMPLATE("forward and dgrad write the last of outputs that are huge", Cell, FASTMOE_EXECUTORS)
 {
     FASTMOE_EXECUTOR(ex, Cell);
-    FASTMOE_HUGE(float, y);
+    FASTMOE_HUGE(Cell, float, y);
     std::vector<float> x(huge_rows, 0.0f), w(huge_cols, 0.0f);
     x[last] = 3, w[0] = 1, w[huge_cols - 1] = 2;
     const last_row groups;
@@ -102,17 +102,18 @@ TEST_CASE_TEMPLATE("the matrices of experts may lie further apart than 32 bits c
                    FASTMOE_EXECUTORS)
 {
     FASTMOE_EXECUTOR(ex, Cell);
-    FASTMOE_HUGE(float, far);
+    FASTMOE_HUGE(Cell, float, far);
     const std::vector<int32_t> counts{1, 1, 1};
     const std::vector<int64_t> offsets{0, 1, 2, 3};
     const row_groups groups{as_vector(counts), as_vector(offsets), 3};
     const std::vector<float> x{1, 1, 1}, dy{1, 0, 0, 2, 0, 4};
     // (3,2,1): experts, or the two rows of each, at both ends of the memory; and the same through pointers.
     const int64_t half = last * huge_cols / 2, whole = last * huge_cols;
-    float* pointers[] = {far.data(), far.data() + half, far.data() + whole};
+    const std::vector<float*> pointers{far.data(), far.data() + half, far.data() + whole};
     for (const weight_view<float>& w :
          {weight_view<float>{far.data(), nullptr, 3, 2, 1, half, 1, 1}, weight_view<float>{far.data(), nullptr, 3, 2, 1, 1, whole, 1},
-          weight_view<float>{far.data(), pointers, 3, 2, 1, 0, 5, 1}, weight_view<float>{far.data() + whole, nullptr, 3, 2, 1, -half, 1, 1}}) {
+          weight_view<float>{far.data(), pointers.data(), 3, 2, 1, 0, 5, 1},
+          weight_view<float>{far.data() + whole, nullptr, 3, 2, 1, -half, 1, 1}}) {
         support::in_workspace(ex, [&](arena& memory) {
             gemm::portable{}.wgrad(ex, groups, plain_rows<float>{as_matrix(dy, 3, 2)}, plain_rows<float>{as_matrix(x, 3, 1)}, w,
                                    write_mode::overwrite, memory);

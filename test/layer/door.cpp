@@ -396,3 +396,52 @@ TEST_CASE("a gate's own parameters and their gradients are refused before any ou
         noisy_gate{.experts = 4, .k = 2}, [](auto& own) { own.noise = matrix_view<float>(own.noise.data_handle(), 3, 8); },
         "noise matrix (E,D) is of shape (3,8); expected (4,8)", "gradient of the noise matrix (E,D) is of shape (3,8); expected (4,8)");
 }
+
+TEST_CASE("a gate that is not the one of forward is refused before dx is written")
+{
+    host_executor ex({.threads = 1});
+    const auto refuses = [&](const auto& of_forward, const auto& of_backward, const char* expected) {
+        const moe_layer forward{of_forward, expert_type{.width = 8, .hidden = 16}, self{}};
+        const moe_layer backward{of_backward, expert_type{.width = 8, .hidden = 16}, self{}};
+        const auto w = random_weights<float>(ex, forward, 3);
+        const auto grads = zero_weights<float>(ex, forward);
+        support::guarded<float> x(5, 8), y(5, 8), dy(5, 8), dx(5, 8); // poisoned
+        for (int64_t i = 0; i < 40; ++i) x.data()[i] = dy.data()[i] = float(i % 7) - 3;
+        const std::uint64_t numbers[] = {1, 2};
+        const auto state = forward.forward(ex, x.view(), w.view(), y.view(), {.random = numbers});
+        CHECK_THROWS_WITH_AS(backward.backward(ex, state, dy.view(), w.view(), dx.view(), grads.view()), doctest::Contains(expected),
+                             invalid_argument);
+        CHECK(support::poisoned(dx.view()) == 40);
+    };
+    refuses(top_k_gate<>{.experts = 4, .k = 2}, top_k_gate<>{.experts = 4, .k = 3}, "state.routing.k is 2; expected the gate's K = 3");
+    const noisy_gate noisy{.experts = 4, .k = 2};
+    noisy_gate other = noisy;
+    other.k = 3;
+    refuses(noisy, other, "state.routing.k is 2; expected the gate's K = 3");
+    other = noisy;
+    other.balance.coefficient = 1;
+    refuses(noisy, other, "state.slopes is of shape (0); expected (5)");
+    other = noisy;
+    other.load.coefficient = 1;
+    refuses(noisy, other, "state.load.slopes (E) is of shape (0); expected (4)");
+    other = noisy;
+    other.importance.coefficient = 1;
+    refuses(noisy, other, "state.importance.slopes (E) is of shape (0); expected (4)");
+    const cosine_gate<> cosine{.experts = 4, .k = 2};
+    cosine_gate<> more = cosine;
+    more.k = 3;
+    refuses(cosine, more, "state.routing.k is 2; expected the gate's K = 3");
+}
+
+TEST_CASE("widths whose products are no numbers of 64 bits are refused by name")
+{
+    arena measure;
+    const int64_t most = int64_t{1} << 30;
+    const auto says = [&](const auto& expert, const char* expected) {
+        CHECK_THROWS_WITH_AS((void)expert.template reserve_weights<float>(measure, 8), doctest::Contains(expected), invalid_argument);
+    };
+    says(linear{.width = int64_t{1} << 32}, "linear.width is 4294967296; expected 0 to 1073741824");
+    says(linear{.width = -1}, "linear.width is -1");
+    says(expert_type{.width = 2 * most, .hidden = 16}, "mlp.width is 2147483648; expected 0 to 1073741824");
+    says(expert_type{.width = 16, .hidden = INT64_MAX}, "mlp.hidden is 9223372036854775807; expected 0 to 1073741824");
+}

@@ -154,7 +154,7 @@ void has_the_same_bits(memory_resource& memory, const Exchange& exchange, int ch
 TEST_CASE_TEMPLATE("staged, every exchange on the GPU has the bits that it has where streams read each other's memory", Executor,
                    cuda_executor)
 {
-    if (!support::column<Executor>::available()) FASTMOE_SKIP("no device for ", support::column<Executor>::name);
+    FASTMOE_NEEDS(support::column<Executor>);
     pinned_memory pinned;
     has_the_same_bits<Executor, Executor>(pinned, exact_exchange<>{});
     has_the_same_bits<Executor, Executor>(pinned, exact_exchange<>{}, 3);

@@ -86,6 +86,7 @@ TEST_CASE_TEMPLATE("a sum over rows that are not there is refused by name, and t
         const std::string text = support::message_of<invalid_argument>([&] {
             sum_groups(ex, plain_rows<float>{as_matrix(rows, 4, 70)}, as_vector(counts), as_vector(offsets), unit_scale<float>{},
                        out.view(), write_mode::overwrite);
+            ex.synchronize();
         });
         INFO(text);
         CHECK(support::has(text, host ? "expert 1" : "counts(1) is "));

@@ -349,6 +349,16 @@ TEST_CASE("gates keep what sequences and accumulated counts need")
     CHECK_EQ(counts[0] + counts[1] + counts[2] + counts[3] + counts[4], 24);
     support::gate_run(ex, gate, 12, logits, dweights, fm::gate_mode::inference); // counts in training alone
     CHECK_EQ(counts[5], 12);
+    // A pass that is run again counts in a copy of what there was before it, and gives what it gave.
+    const auto later = rng.normals(12 * 5);
+    std::vector<int64_t> copy = counts;
+    const support::gate_run once(ex, gate, 12, later, dweights);
+    gate.balance.accumulated = fm::as_vector(copy);
+    const support::gate_run again(ex, gate, 12, later, dweights);
+    CHECK_EQ(copy, counts);
+    CHECK_EQ(counts[5], 24);
+    CHECK_EQ(again.losses[0], once.losses[0]);
+    CHECK_EQ(again.dlogits, once.dlogits);
 }
 
 TEST_CASE("sequences and counts that make no sense are refused by name")

@@ -325,6 +325,7 @@ std::string bounded(Executor& ex, const fm::capacity& bound, written<Real>& w)
         fm::apply_capacity(ex, bound, w.view(), query);
         support::workspace memory(ex, query.bytes());
         fm::apply_capacity(ex, bound, w.view(), memory);
+        ex.synchronize();
     });
 }
 
@@ -389,6 +390,7 @@ TEST_CASE_TEMPLATE("losses take ids out of range for none, and name the first", 
         const std::string text = support::message_of<fm::invalid_argument>([&] {
             fm::arena& scratch = memory;
             fm::router_losses_forward(ex, fm::softmax_score{}, in, ids.view(), 2, {1}, {1}, fm::self{}, to, scratch);
+            ex.synchronize();
         });
         out = support::download(ex, to.losses);
         return text;

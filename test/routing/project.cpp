@@ -224,13 +224,13 @@ TEST_CASE_TEMPLATE("jitter multiplies: zero stays zero, and the factor lies in [
     FASTMOE_EXECUTOR(ex, Cell);
     const bool small = support::takes_turns<typename Cell::executor>;
     const int64_t tokens = small ? 50 : 500, width = 64, n = tokens * width;
-    const std::uint64_t random[] = {5, 9}, next_step[] = {5, 10};
+    const std::vector<std::uint64_t> random{5, 9}, next_step{5, 10}; // a GPU does not reach the stack
     std::vector<T> x, y(n), again(n), later(n), tail(n / 2);
     for (int64_t i = 0; i < n; ++i) x.push_back(support::narrow<T>(i % 3 == 0 ? 0.0 : i % 3 == 1 ? 1.0 : -256.0));
     const double eps = 0.25;
-    const auto jitter = [&](const std::vector<T>& from, const std::uint64_t* r, std::vector<T>& to, int64_t first) {
+    const auto jitter = [&](const std::vector<T>& from, const std::vector<std::uint64_t>& r, std::vector<T>& to, int64_t first) {
         const int64_t rows = static_cast<int64_t>(to.size()) / width;
-        fm::jitter(ex, fm::matrix_view<const T>(from.data(), rows, width), r, eps, fm::as_matrix(to, rows, width), first);
+        fm::jitter(ex, fm::matrix_view<const T>(from.data(), rows, width), r.data(), eps, fm::as_matrix(to, rows, width), first);
         ex.synchronize();
     };
     jitter(x, random, y, 0);
@@ -246,13 +246,13 @@ TEST_CASE_TEMPLATE("jitter multiplies: zero stays zero, and the factor lies in [
     // The same step draws the same: on another executor, in place, and on a rank that holds the second half.
     again = x;
     fm::host_executor host({.threads = 2});
-    fm::jitter(host, fm::as_matrix(again, tokens, width), random, eps, fm::as_matrix(again, tokens, width));
+    fm::jitter(host, fm::as_matrix(again, tokens, width), random.data(), eps, fm::as_matrix(again, tokens, width));
     CHECK(support::same_bits(again, y));
     jitter(std::vector<T>(x.begin() + n / 2, x.end()), random, tail, tokens / 2);
     CHECK(support::same_bits(tail, std::vector<T>(y.begin() + n / 2, y.end())));
     jitter(x, next_step, later, 0);
     CHECK_FALSE(support::same_bits(later, y));
-    CHECK_THROWS_AS(fm::jitter(host, fm::as_matrix(x, tokens, width), random, 1.0, fm::as_matrix(y, tokens, width)),
+    CHECK_THROWS_AS(fm::jitter(host, fm::as_matrix(x, tokens, width), random.data(), 1.0, fm::as_matrix(y, tokens, width)),
                     fm::invalid_argument);
     CHECK_THROWS_AS(fm::jitter(host, fm::as_matrix(x, tokens, width), nullptr, 0.1, fm::as_matrix(y, tokens, width)),
                     fm::invalid_argument);

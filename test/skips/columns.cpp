@@ -25,3 +25,9 @@ TEST_CASE_TEMPLATE("a column runs or is skipped", Cell, support::cell<fastmoe::h
     ex.for_each_row(1, [&](auto&, fastmoe::int64_t) { ++ran; }, {});
     CHECK(ran == (std::getenv("FASTMOE_SKIPS_FAIL") ? 2 : 1));
 }
+
+TEST_CASE("a case that says so is on no machine")
+{
+    FASTMOE_NEEDS(support::cell<absent_executor, float>);
+    CHECK(false);
+}

@@ -152,7 +152,7 @@ void draw(support::random& r, int rounds)
     TEST_CASE_TEMPLATE("an mlp with " label ", alone and in a layer, gives the oracle's values and gradients on the GPU", T, FASTMOE_DTYPES) \
     {                                                                                                                 \
         using Cell = ::support::cell<::fastmoe::cuda_executor, T>;                                                    \
-        if (!Cell::available()) FASTMOE_SKIP("no device for ", Cell::name);                                           \
+        FASTMOE_NEEDS(Cell);                                                                                          \
         FASTMOE_SEEDED(r, 34);                                                                                        \
         ::compare_mlp::enumerate<Cell, policy>(r, 30);                                                                \
         ::compare_mlp::draw<Cell, policy>(r, 10);                                                                     \

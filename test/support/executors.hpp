@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cstring>
+#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -23,6 +24,8 @@
 #include "skip.hpp"
 #if defined(FASTMOE_TEST_CUDA)
 #include "cuda_column.cuh"
+#else
+#include "late.hpp"
 #endif
 
 namespace support {
@@ -32,6 +35,17 @@ template <class Executor>
 inline constexpr bool takes_turns = false;
 template <>
 inline constexpr bool takes_turns<lanes> = true;
+
+/// Whether calls queue work that somebody has to wait for, and one record has the faults of all threads.
+template <class Executor>
+inline constexpr bool is_stream = false;
+#if defined(FASTMOE_TEST_CUDA)
+template <>
+inline constexpr bool is_stream<fastmoe::cuda_executor> = true;
+#else
+template <>
+inline constexpr bool is_stream<late> = true;
+#endif
 
 /// How the tests make an executor, and whether this machine can.
 template <class Executor>
@@ -54,6 +68,13 @@ struct column<lanes> {
 #if defined(FASTMOE_TEST_CUDA)
 template <>
 struct column<fastmoe::cuda_executor> : cuda_column {};
+#else
+template <>
+struct column<late> {
+    static constexpr const char* name = "late";
+    static bool available() { return true; }
+    static late make() { return late(); }
+};
 #endif
 
 template <class Executor, class T>
@@ -61,6 +82,15 @@ struct cell : column<Executor> {
     using executor = Executor;
     using type = T;
 };
+
+/// What a column that is not available lacks.
+template <class Column>
+std::string missing()
+{
+    std::string what = "no device";
+    if constexpr (requires { Column::missing(); }) what = Column::missing();
+    return what + " for " + Column::name;
+}
 
 /// The executor of a rank that is a thread.
 template <class Executor>
@@ -101,13 +131,13 @@ std::vector<std::remove_const_t<T>> download(Executor& ex, ::cuda::std::mdspan<T
 } // namespace support
 
 /// An executor with every dtype. A further executor is a column<> above and one line in each of the next two lists; one that
-/// needs a device, and nvcc, joins them with FASTMOE_TEST_CUDA.
+/// needs a device, and nvcc, joins them with FASTMOE_TEST_CUDA. Elsewhere one with its ways stands for it.
 #if defined(FASTMOE_TEST_CUDA)
-#define FASTMOE_CUDA_COLUMN , FASTMOE_COLUMN(::fastmoe::cuda_executor)
-#define FASTMOE_CUDA_EXECUTOR , ::support::cell<::fastmoe::cuda_executor, float>
+#define FASTMOE_STREAM_COLUMN FASTMOE_COLUMN(::fastmoe::cuda_executor)
+#define FASTMOE_STREAM_EXECUTOR ::support::cell<::fastmoe::cuda_executor, float>
 #else
-#define FASTMOE_CUDA_COLUMN
-#define FASTMOE_CUDA_EXECUTOR
+#define FASTMOE_STREAM_COLUMN ::support::cell<::support::late, float>
+#define FASTMOE_STREAM_EXECUTOR ::support::cell<::support::late, float>
 #endif
 
 /// Sanitizers look at accesses, which are those of the other dtypes, too; they would take longest to compile all.
@@ -127,16 +157,16 @@ std::vector<std::remove_const_t<T>> download(Executor& ex, ::cuda::std::mdspan<T
 
 #define FASTMOE_CELLS                                                                                                 \
     FASTMOE_COLUMN(::fastmoe::host_executor),                                                                         \
-    FASTMOE_COLUMN(::support::lanes) FASTMOE_CUDA_COLUMN
+    FASTMOE_COLUMN(::support::lanes), FASTMOE_STREAM_COLUMN
 
 /// The executors alone, each in a cell with float.
 #define FASTMOE_EXECUTORS                                                                                             \
     ::support::cell<::fastmoe::host_executor, float>,                                                                 \
-    ::support::cell<::support::lanes, float> FASTMOE_CUDA_EXECUTOR
+    ::support::cell<::support::lanes, float>, FASTMOE_STREAM_EXECUTOR
 
 /// Without the cell's device the test case ends here and counts as skipped.
 #define FASTMOE_NEEDS(...)                                                                                            \
-    if (!__VA_ARGS__::available()) FASTMOE_SKIP("no device for ", __VA_ARGS__::name)
+    if (!__VA_ARGS__::available()) FASTMOE_SKIP(::support::missing<__VA_ARGS__>())
 
 /// The same, and declares the cell's executor.
 #define FASTMOE_EXECUTOR(ex, ...)                                                                                     \

@@ -48,6 +48,7 @@ public:
         memory_ = fastmoe::buffer<std::byte, Executor>(ex, measure.bytes());
         fastmoe::arena memory(memory_.view());
         build(ex, s, choices, memory);
+        ex.synchronize(); // tests read the plan
     }
 
     fastmoe::routing<real> route;

@@ -22,7 +22,8 @@
 #else
 #define FASTMOE_LOGIT_CELLS                                                                                           \
     ::support::cell<::fastmoe::host_executor, double>, ::support::cell<::fastmoe::host_executor, float>,              \
-        ::support::cell<::support::lanes, double>, ::support::cell<::support::warps_or_lanes, float>
+        ::support::cell<::support::lanes, double>, ::support::cell<::support::warps_or_lanes, float>,                 \
+        ::support::cell<::support::late, float>
 #endif
 
 namespace support {

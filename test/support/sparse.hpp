@@ -11,29 +11,41 @@
 #include <fastmoe/core/tensor.hpp>
 #include <fastmoe/exec/executor.hpp>
 
+#include "skip.hpp"
+
 namespace support {
 
 /// A matrix of zeros in address space alone, with as much before it that may not be touched: an offset that turned negative
-/// ends the test.
-template <class T>
+/// ends the test. A column whose loops do not reach that has zeros of its own.
+template <class Column, class T>
 class sparse {
+    static constexpr bool of_column = requires { Column::take_zeros(std::size_t{}); };
+
 public:
     sparse(std::int64_t rows, std::int64_t cols) : rows_(rows), cols_(cols)
     {
-        const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-        void* all = ::mmap(nullptr, 2 * bytes(), PROT_NONE, flags, -1, 0);
-        if (all == MAP_FAILED) return;
-        memory_ = static_cast<std::byte*>(all);
-        if (::mprotect(memory_ + bytes(), bytes(), PROT_READ | PROT_WRITE) == 0) data_ = reinterpret_cast<T*>(memory_ + bytes());
+        if constexpr (of_column) {
+            data_ = static_cast<T*>(Column::take_zeros(bytes()));
+        } else {
+            const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+            void* all = ::mmap(nullptr, 2 * bytes(), PROT_NONE, flags, -1, 0);
+            if (all == MAP_FAILED) return;
+            memory_ = static_cast<std::byte*>(all);
+            if (::mprotect(memory_ + bytes(), bytes(), PROT_READ | PROT_WRITE) == 0) data_ = reinterpret_cast<T*>(memory_ + bytes());
+        }
     }
     sparse(const sparse&) = delete;
     sparse& operator=(const sparse&) = delete;
     ~sparse()
     {
-        if (memory_) ::munmap(memory_, 2 * bytes());
+        if constexpr (of_column) {
+            if (data_) Column::give_zeros(data_);
+        } else if (memory_) {
+            ::munmap(memory_, 2 * bytes());
+        }
     }
 
-    /// Whether the system gave the address space.
+    /// Whether there was room.
     explicit operator bool() const { return data_ != nullptr; }
     T* data() { return data_; }
     fastmoe::matrix_view<T> view() { return fastmoe::matrix_view<T>(data_, rows_, cols_); }
@@ -71,10 +83,7 @@ void run_row(Executor& ex, const F& f, std::int64_t row)
 
 } // namespace support
 
-/// Declares a huge matrix of T by the name, or reports the test as skipped.
-#define FASTMOE_HUGE(T, name)                                                                                         \
-    support::sparse<T> name(support::huge_rows, support::huge_cols);                                                  \
-    if (!name) {                                                                                                      \
-        MESSAGE("skipped: no address space for a huge matrix");                                                       \
-        return;                                                                                                       \
-    }
+/// Declares a huge matrix of T by the name, for a column, or reports the test as skipped.
+#define FASTMOE_HUGE(Column, T, name)                                                                                 \
+    support::sparse<Column, T> name(support::huge_rows, support::huge_cols);                                          \
+    if (!name) FASTMOE_SKIP("no room for a huge matrix")

@@ -25,7 +25,7 @@ constexpr int64_t last = huge_rows - 1;
 TEST_CASE_TEMPLATE("combine and its weights' gradient read the last of huge rows", Cell, FASTMOE_EXECUTORS)
 {
     FASTMOE_EXECUTOR(ex, Cell);
-    FASTMOE_HUGE(float, rows);
+    FASTMOE_HUGE(Cell, float, rows);
     rows(last, 0) = 2, rows(last, huge_cols - 1) = 3, rows(0, 0) = 100;
     // One token, two choices: the last slot, and the first.
     std::vector<int32_t> experts{1, 0}, slot_of{static_cast<int32_t>(last), 0};
@@ -48,8 +48,8 @@ TEST_CASE_TEMPLATE("combine and its weights' gradient read the last of huge rows
 TEST_CASE_TEMPLATE("dispatch and combine write the last of huge rows and outputs", Cell, FASTMOE_EXECUTORS)
 {
     FASTMOE_EXECUTOR(ex, Cell);
-    FASTMOE_HUGE(float, from);
-    FASTMOE_HUGE(float, to);
+    FASTMOE_HUGE(Cell, float, from);
+    FASTMOE_HUGE(Cell, float, to);
     from(last, 0) = 2, from(last, huge_cols - 1) = 3;
     std::vector<int32_t> token_of(huge_rows, 0), slot_of(huge_rows, 0);
     token_of[last] = slot_of[last] = static_cast<int32_t>(last);
@@ -74,7 +74,7 @@ TEST_CASE_TEMPLATE("a sum over the rows of a group reads the last of huge rows, 
                    FASTMOE_EXECUTORS)
 {
     FASTMOE_EXECUTOR(ex, Cell);
-    FASTMOE_HUGE(float, rows);
+    FASTMOE_HUGE(Cell, float, rows);
     rows(last, 0) = 2, rows(last, huge_cols - 1) = 3, rows(last - 1, 0) = 5;
     const std::vector<int32_t> counts{2};
     const std::vector<int64_t> offsets{last - 1, huge_rows};

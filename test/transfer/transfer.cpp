@@ -231,6 +231,16 @@ TEST_CASE("views that do not fit the plan are refused by name")
     cut = in.plan;
     cut.choice_of = slice(cut.choice_of, 0, 15);
     CHECK(support::has(text([&] { dispatch(ex, x.view(), in.route.weights, cut, rows.view()); }), "plan.choice_of (S) is of shape (15)"));
+    // Rows that lie over the tokens would be read after they were written.
+    support::guarded<float> both(24, 6);
+    const matrix_view<float> of_tokens(both.data(), 8, 6), of_rows(both.data() + 6 * 7, 16, 6), behind(both.data() + 6 * 8, 16, 6);
+    CHECK(support::has(text([&] { dispatch(ex, of_tokens, in.plan, of_rows); }), "rows (S,D) is memory that is shared; expected none in common with x"));
+    CHECK(support::has(text([&] { dispatch(ex, of_tokens, in.route.weights, in.plan, of_rows); }), "rows (S,D) is memory that is shared"));
+    CHECK(support::has(text([&] { combine(ex, of_rows, in.route, in.plan, of_tokens); }), "y (T,D) is memory that is shared; expected none in common with rows"));
+    CHECK(support::has(text([&] { combine_unweighted(ex, of_rows, in.route, in.plan, of_tokens); }), "y (T,D) is memory that is shared"));
+    CHECK(support::poisoned(both.view()) == 24 * 6);
+    for (int64_t i = 0; i < 8 * 6; ++i) both.data()[i] = 1;
+    CHECK_NOTHROW(dispatch(ex, of_tokens, in.plan, behind));
     CHECK(support::poisoned(rows.view()) == 16 * 6);
     CHECK(gathered(matrix_view<const float>(x.view()), in.plan).row(0) == x.data() + 6 * in.plan.token_of(0));
 }

@@ -131,4 +131,20 @@ void expects_shape(::cuda::std::mdspan<T, Shape> v, const char* name, Extents...
             static_cast<const void*>(v.data_handle()), "a pointer aligned to ", alignof(T), " bytes");
 }
 
+namespace detail {
+
+/// Throws unless two views have no byte in common.
+template <class A, class B>
+void expects_apart(matrix_view<A> a, const char* name, matrix_view<B> b, const char* other)
+{
+    const auto begin = [](auto v) { return reinterpret_cast<std::uintptr_t>(v.data_handle()); };
+    const auto bytes = [](auto v) {
+        return static_cast<std::uintptr_t>(v.extent(0) * v.extent(1)) * sizeof(*v.data_handle());
+    };
+    const bool apart = bytes(a) == 0 || bytes(b) == 0 || begin(a) + bytes(a) <= begin(b) || begin(b) + bytes(b) <= begin(a);
+    expects(apart, name, "memory that is shared", "none in common with ", other);
+}
+
+} // namespace detail
+
 } // namespace fastmoe::inline FASTMOE_ABI

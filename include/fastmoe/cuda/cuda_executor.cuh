@@ -56,7 +56,7 @@ public:
         void* pinned = nullptr;
         detail::cuda_check(cudaMallocHost(&pinned, sizeof(fault_words)), "cudaMallocHost");
         seen_.reset(static_cast<fault_words*>(pinned));
-        record_ = buffer<fault_words, cuda_executor>(*this, 1);
+        record_ = buffer<fault_words, cuda_executor>(*this, 2);
         clear();
     }
     /// Waits for nothing: what was queued still runs. Faults that nobody asked for are lost.
@@ -179,11 +179,12 @@ public:
     std::optional<fastmoe::fault> fault()
     {
         const std::lock_guard lock(mutex_);
-        copy(seen_.get(), record_.data(), sizeof(fault_words));
+        // Between a copy and a memset the work of another thread could record what the memset would wipe.
+        this->for_each(static_cast<int64_t>(fault_kind::count_), detail::take_faults{record_.data(), record_.data() + 1});
+        copy(seen_.get(), record_.data() + 1, sizeof(fault_words));
         wait();
         fastmoe::fault found;
         if (!detail::first_fault(*seen_, found)) return std::nullopt;
-        clear();
         return found;
     }
 
@@ -238,7 +239,7 @@ private:
     bool has_blocks_ = false, has_warpgroups_ = false, overlaps_ = false;
     detail::tensor_map_encoder* encoder_ = nullptr; ///< where there are warpgroups
     std::optional<cuda_memory> pool_;
-    buffer<fault_words, cuda_executor> record_;
+    buffer<fault_words, cuda_executor> record_; ///< and what fault() took of it
     std::mutex mutex_; // guards seen_
     struct free_pinned {
         void operator()(fault_words* words) const noexcept { (void)cudaFreeHost(words); }

@@ -58,6 +58,18 @@ inline void clear(fault_words& words) noexcept
     for (auto& w : words.word) w = ~std::uint64_t{0};
 }
 
+/// Takes what was recorded, and forgets it, at one place in the order of a stream.
+struct take_faults {
+    fault_words* record;
+    fault_words* taken;
+
+    FASTMOE_HOST_DEVICE void operator()(int64_t kind) const noexcept
+    {
+        taken->word[kind] = record->word[kind];
+        record->word[kind] = ~std::uint64_t{0};
+    }
+};
+
 /// The first kind that was recorded, if any.
 inline bool first_fault(const fault_words& words, fault& out) noexcept
 {

@@ -106,6 +106,8 @@ concept checks_pointers = requires(const Expert& e, const Views& w) { e.template
 
 namespace detail {
 
+inline constexpr int64_t most_width = int64_t{1} << 30; ///< of D and H: their products with E are numbers of 64 bits
+
 template <class Executor, class Expert, class Views>
 void check_pointers(const Expert& expert, const Views& gradients)
 {

@@ -41,8 +41,8 @@ struct linear {
     template <class T>
     linear_weights<T> reserve_weights(arena& memory, int64_t experts) const
     {
-        expects(width >= 0, "linear.width", width, "zero or more");
-        auto* w = memory.vector<T>(experts * width * width).data_handle();
+        expects(width >= 0 && width <= detail::most_width, "linear.width", width, "0 to ", detail::most_width);
+        auto* w = memory.matrix<T>(experts * width, width).data_handle();
         return {stacked(tensor_view<T, 3>(w, experts, width, width)),
                 biases ? memory.matrix<T>(experts, width) : matrix_view<T>{}};
     }

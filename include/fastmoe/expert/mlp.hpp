@@ -69,8 +69,8 @@ struct mlp {
     template <class T>
     weights<T> reserve_weights(arena& memory, int64_t experts) const
     {
-        expects(width >= 0, "mlp.width", width, "zero or more");
-        expects(hidden >= 0, "mlp.hidden", hidden, "zero or more");
+        expects(width >= 0 && width <= detail::most_width, "mlp.width", width, "0 to ", detail::most_width);
+        expects(hidden >= 0 && hidden <= detail::most_width, "mlp.hidden", hidden, "0 to ", detail::most_width);
         weights<T> w{};
         w.up = reserve_matrices<T>(memory, experts, up_width(), width);
         w.down = reserve_matrices<T>(memory, experts, width, hidden);

@@ -37,7 +37,9 @@ struct activate_pairs {
     FASTMOE_HOST_DEVICE const matrix_view<T>& result() const noexcept { return a; }
     FASTMOE_HOST_DEVICE bool writes_y() const noexcept { return keeps_pre; }
     FASTMOE_HOST_DEVICE float begin(int64_t s) const { return weighted ? in.weight(s) : 1.0f; }
-    FASTMOE_HOST_DEVICE float pair(float w, int64_t, int64_t, const float (&sums)[2], T (&y)[2], T (&out)[2]) const
+    struct nothing {};
+    FASTMOE_HOST_DEVICE nothing read(int64_t, int64_t) const noexcept { return {}; }
+    FASTMOE_HOST_DEVICE float pair(float w, nothing, const float (&sums)[2], T (&y)[2], T (&out)[more]) const
     {
         y[0] = T(sums[0]), y[1] = T(sums[1]);
         if constexpr (Activation::gated) {
@@ -53,7 +55,7 @@ struct activate_pairs {
 /// activate_backward, by pairs of hidden units.
 template <class Activation, class T>
 struct activate_backward_pairs {
-    static constexpr int more = 0;
+    static constexpr int each = Activation::gated ? 2 : 1, more = 2 * each;
     static constexpr bool has_sums = true;
     matrix_view<const T> pre; // (S,H')
     matrix_view<T> dpre;      // (S,H')
@@ -61,17 +63,18 @@ struct activate_backward_pairs {
     bool weighted;
     Activation activation;
 
+    FASTMOE_HOST_DEVICE const matrix_view<T>& result() const noexcept { return dpre; }
     FASTMOE_HOST_DEVICE static constexpr bool writes_y() noexcept { return true; }
     FASTMOE_HOST_DEVICE float begin(int64_t s) const { return weighted ? in.weight(s) : 1.0f; }
-    FASTMOE_HOST_DEVICE float pair(float w, int64_t s, int64_t n, const float (&sums)[2], T (&y)[2], T (&)[2]) const
+    struct alignas(2 * each * sizeof(T)) units {
+        T of[2][each];
+    };
+    FASTMOE_HOST_DEVICE units read(int64_t s, int64_t n) const
     {
-        constexpr int each = Activation::gated ? 2 : 1;
-        struct alignas(2 * each * sizeof(T)) units {
-            T of[2][each];
-        };
-        const int64_t at = s * pre.extent(1) + each * n;
-        const units x = *reinterpret_cast<const units*>(pre.data_handle() + at);
-        units dx;
+        return *reinterpret_cast<const units*>(pre.data_handle() + s * pre.extent(1) + each * n);
+    }
+    FASTMOE_HOST_DEVICE float pair(float w, const units& x, const float (&sums)[2], T (&y)[2], T (&dx)[more]) const
+    {
         float product = 0;
         FASTMOE_UNROLL
         for (int v = 0; v < 2; ++v) {
@@ -80,15 +83,14 @@ struct activate_backward_pairs {
             if constexpr (Activation::gated) {
                 const auto back = activation.gradient(float(x.of[v][0]), float(x.of[v][1]), w * d);
                 value = activation.value(float(x.of[v][0]), float(x.of[v][1]));
-                dx.of[v][0] = T(back.gate), dx.of[v][1] = T(back.up);
+                dx[2 * v] = T(back.gate), dx[2 * v + 1] = T(back.up);
             } else {
                 value = activation.value(float(x.of[v][0]));
-                dx.of[v][0] = T(w * d * activation.derivative(float(x.of[v][0])));
+                dx[v] = T(w * d * activation.derivative(float(x.of[v][0])));
             }
             product += d * value;
             y[v] = T(w * value);
         }
-        *reinterpret_cast<units*>(dpre.data_handle() + at) = dx;
         return product;
     }
 };

@@ -50,7 +50,7 @@ struct multiply_row_tiles {
     {
         const int64_t across = ceil_div(w.out, tile_columns), down = rows_of.count();
         for (int64_t t = block.index(); t < across * down; t += block.count()) {
-            const banded at = banded::of(t, down, across, 8);
+            const banded at = banded::of(t, down, across, int64_t{8});
             tile(block, at.row, at.column * tile_columns);
         }
     }

@@ -128,12 +128,15 @@ struct no_epilogue {
 ///
 ///     e.takes_pairs()                         for the layouts and memory that e was made with; rows of result() are then
 ///                                             whole lines of 16 bytes
-///     P::more                                 results beside y, in columns n / 2 (1), or n and n + 1 (2) of result(); or 0
+///     P::more                                 results beside y, in columns n / 2 (1), n and n + 1 (2), or 2 n to 2 n + 3 (4) of
+///                                             result(); or 0
 ///     P::has_sums                             whether e.finish(team, expert, s, sum of all that pair() returned for row s) follows
 ///     p.writes_y()                            whether y is to be written: the same for all of it. A policy that calls the row
 ///                                             form writes it in any case, so it has to have memory
 ///     p.begin(s)                              what is the same for all of a row
-///     p.pair(row, s, n, sums, y, more)        rounds or replaces y[2], sets more[2], returns what is to be summed
+///     p.read(s, n)                            what the pair needs of memory, besides: several are read ahead of their pairs
+///     p.pair(row, read, sums, y, more)        rounds or replaces y[2], sets more[P::more], returns what is to be summed. It has no
+///                                             other effect: it may be called, for what is outside, with a row or read of zeros
 ///
 /// Pairs of one row may be given by different threads; their order in the sum is fixed by the product's shape.
 template <class Epilogue>
@@ -152,8 +155,9 @@ struct rounded_pairs {
 
     FASTMOE_HOST_DEVICE static constexpr bool writes_y() noexcept { return true; }
     FASTMOE_HOST_DEVICE nothing begin(int64_t) const noexcept { return {}; }
-    template <class Y>
-    FASTMOE_HOST_DEVICE float pair(nothing, int64_t, int64_t, const float (&sums)[2], Y (&y)[2], Y (&)[2]) const
+    FASTMOE_HOST_DEVICE nothing read(int64_t, int64_t) const noexcept { return {}; }
+    template <class Y, int n>
+    FASTMOE_HOST_DEVICE float pair(nothing, nothing, const float (&sums)[2], Y (&y)[2], Y (&)[n]) const
     {
         y[0] = static_cast<Y>(sums[0]), y[1] = static_cast<Y>(sums[1]);
         return 0;

@@ -67,7 +67,7 @@ struct hopper_with {
             else if (fits(w) && are_lines<Executor>(w) && is_whole(dy) && is_whole(dx)) {
                 const auto turned = detail::portable::transposed(weight_view<const std::remove_const_t<W>>(w));
                 detail::expects_row_product<Executor>(groups, dy, turned, dx);
-                if (calls::run(ex, groups, dy, turned, matrix_view<const float>{}, dx, epilogue, memory)) return;
+                if (calls::run(ex, groups, dy, turned, matrix_view<const no_bias>{}, dx, epilogue, memory)) return;
             }
         }
         portable{}.dgrad(ex, groups, dy, w, dx, epilogue, memory);

@@ -96,7 +96,9 @@ struct paired_lines {
     template <class Block>
     FASTMOE_HOST_DEVICE void bring(Block& block, std::byte* to, int64_t first)
     {
-        const std::int32_t now[2] = {next[0], next[1]};
+        // Compared here, not where they are read: nobody is to wait for the next ones yet.
+        const bool is = next[0] >= 0 && next[1] >= 0;
+        const std::int32_t now[2] = {is ? next[0] : -1, is ? next[1] : -1};
         look_up(block, first + depth);
         bring<rows>(block, to, now[0], down.data, row);
         bring<columns>(block, to + rows * line_bytes, now[1], across.data, column);
@@ -116,7 +118,6 @@ private:
         const bool inside = s < count;
         next[0] = inside ? source(down, begin + s) : -1;
         next[1] = inside ? source(across, begin + s) : -1;
-        if (next[0] < 0 || next[1] < 0) next[0] = next[1] = -1;
     }
     template <int width, class Block, class T>
     static FASTMOE_HOST_DEVICE void bring(Block& block, std::byte* to, std::int32_t mine, const matrix_view<const T>& from, int64_t column)
@@ -126,13 +127,15 @@ private:
         static_assert(at_once * chunks == warp_threads);
         const int lane = block.thread() % warp_threads, c = lane % chunks, above = block.thread() / warp_threads * steps_of_warp;
         const bool inside = column + c * chunk < from.extent(1);
-        const T* const line = from.data_handle() + (inside ? column + c * chunk : 0);
+        // Rows are shorter than 2^31, so that one multiplication of 32 bits finds one.
+        const auto line = reinterpret_cast<const std::byte*>(from.data_handle() + (inside ? column + c * chunk : 0));
+        const std::uint32_t row_bytes = static_cast<std::uint32_t>(from.extent(1)) * std::uint32_t{sizeof(T)};
         FASTMOE_UNROLL_4
         for (int i = 0; i < steps_of_warp; i += at_once) {
             const int k = i + lane / chunks;
             const std::int32_t r = static_cast<std::int32_t>(block.broadcast(static_cast<std::uint32_t>(mine), k));
             const bool is = inside && r >= 0;
-            block.copy_line(to + chunk_at<lie::wide>(above + k, c), is ? line + r * from.extent(1) : from.data_handle(), is ? chunk_bytes : 0);
+            block.copy_line(to + chunk_at<lie::wide>(above + k, c), line + std::uint64_t{is ? static_cast<std::uint32_t>(r) : 0} * row_bytes, is ? chunk_bytes : 0);
         }
     }
 };

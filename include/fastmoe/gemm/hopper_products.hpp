@@ -25,6 +25,8 @@ FASTMOE_HOST_DEVICE constexpr const auto& data_of(const Rows& x) noexcept
     else return x.data;
 }
 
+struct nothing {};
+
 /// What a thread's sums of a stage are multiplied by: scales of rows, each times the one of the tile's weights.
 template <hopper_tuning how>
 struct stage_scales {
@@ -86,9 +88,9 @@ struct row_product {
     fault_recorder faults;
 
     struct place {
-        int64_t expert, first, count; ///< rows of Y from the tile's first on: count may be more than a tile has, or negative
-        int64_t feature;              ///< the tile's first
-        int steps, box_bytes;
+        int64_t first; ///< row of Y
+        std::int32_t expert, count, feature; ///< count of rows, at most a tile's, 0 or less: none; feature: the tile's first
+        std::int32_t steps, box_bytes;
         bool has_lines;
     };
     template <class OfWeights>
@@ -128,13 +130,16 @@ struct row_product {
     FASTMOE_HOST_DEVICE place tile(const std::byte* list, int64_t t, int rank) const noexcept
     {
         const row_tiles all = rows_of(list);
-        const banded at = banded::of(t, all.count(), ceil_div(out, weight_rows), how.band);
+        const auto narrow = [](int64_t n) { return static_cast<std::uint32_t>(n); };
+        const banded at = banded::of(narrow(t), narrow(all.count()), (narrow(out) + weight_rows - 1) / weight_rows, static_cast<std::uint32_t>(how.band));
         const auto [e, number] = all.find(at.row);
         const row_range group = row_range::of(groups, e);
         const int64_t above = (number * how.cluster + rank) * tokens;
         const int64_t first = group.first + above, count = group.count - above;
         const bool is_box = boxes_rows && count >= tokens && first + tokens <= mapped;
-        return {e, first, count, at.column * weight_rows, static_cast<int>(ceil_div(x.extent(1), depth_of<element>)),
+        const auto whole = [](int64_t n) { return static_cast<std::int32_t>(n); };
+        return {first, whole(e), whole(count < tokens ? count : tokens), whole(at.column * weight_rows),
+                (whole(x.extent(1)) + depth_of<element> - 1) / depth_of<element>,
                 (has_map ? weight_bytes : 0) + (is_box ? how.row_bytes() : 0), !is_box};
     }
     template <class Block, class Brings>
@@ -171,13 +176,23 @@ struct row_product {
         return stage;
     }
     template <class Block>
-    FASTMOE_HOST_DEVICE void store(Block& block, const place& p, int first_row, const sums<how>& c) const
+    FASTMOE_HOST_DEVICE auto before_store([[maybe_unused]] Block& block, [[maybe_unused]] const place& p, [[maybe_unused]] int first_row) const
     {
-        const auto is_zero = [&](int64_t s) { return !x.row(s); };
+        if constexpr (how.turned) return nothing{};
+        else return start_rows<how>(block, to.end, p, first_row, [this](int64_t s) { return !x.row(s); });
+    }
+    template <class Block, class Known>
+    FASTMOE_HOST_DEVICE void store(Block& block, const place& p, int first_row, const Known& known, const sums<how>& c) const
+    {
+        [[maybe_unused]] const auto is_zero = [this](int64_t s) { return !x.row(s); };
         if constexpr (how.turned && !std::is_same_v<decltype(Store::end), rounded_pairs>)
             store_turned_pairs(block, to, p, first_row, out, is_zero, c);
         else if constexpr (how.turned) store_turned(block, to, p, first_row, out, is_zero, c);
-        else store_rows(block, to, p, first_row, out, is_zero, c);
+        else {
+            if constexpr (!std::is_same_v<decltype(to.bias), matrix_view<const no_bias>>)
+                if (to.has_bias()) return store_rows<true>(block, to, p, first_row, out, known, c);
+            store_rows<false>(block, to, p, first_row, out, known, c);
+        }
     }
 };
 
@@ -218,9 +233,9 @@ struct gradient_product {
     }
     FASTMOE_HOST_DEVICE place tile(const std::byte*, int64_t t, int) const noexcept
     {
-        const int64_t high = ceil_div(dw.out, how.rows), wide = ceil_div(dw.in, how.columns);
-        const int64_t e = t / (high * wide);
-        const banded at = banded::of(t % (high * wide), high, wide, how.band);
+        const auto high = static_cast<std::uint32_t>(ceil_div(dw.out, how.rows)), wide = static_cast<std::uint32_t>(ceil_div(dw.in, how.columns));
+        const int64_t e = t / (int64_t{high} * wide);
+        const banded at = banded::of(static_cast<std::uint32_t>(t - e * high * wide), high, wide, static_cast<std::uint32_t>(how.band));
         const bool inside = is_group_inside(groups.counts, groups.offsets, e, groups.slots);
         const int64_t count = inside ? groups.counts(e) : 0;
         const auto narrow = [](int64_t n) { return static_cast<std::int32_t>(n); };
@@ -242,7 +257,12 @@ struct gradient_product {
         brings(both);
     }
     template <class Block>
-    FASTMOE_HOST_DEVICE void store(Block& block, const place& p, int first_row, const sums<how>& c) const
+    FASTMOE_HOST_DEVICE nothing before_store(Block&, const place&, int) const noexcept
+    {
+        return {};
+    }
+    template <class Block>
+    FASTMOE_HOST_DEVICE void store(Block& block, const place& p, int first_row, nothing, const sums<how>& c) const
     {
         if (p.writes) return store_gradient(block, dw, mode, p.expert, p.row + first_row, p.column, c);
         if (block.thread() % warpgroup_threads == 0 && first_row == 0 && !is_group_inside(groups.counts, groups.offsets, p.expert, groups.slots))

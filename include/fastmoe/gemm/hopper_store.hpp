@@ -38,6 +38,16 @@ FASTMOE_HOST_DEVICE line turn_quad(Block& block, const std::uint32_t (&v)[4])
 }
 
 FASTMOE_HOST_DEVICE inline std::uint32_t as_word(float x) noexcept { return ::cuda::std::bit_cast<std::uint32_t>(x); }
+/// Four neighbours of 16 bits, put together by hand: a compiler that stores an array of them stores each.
+template <class T>
+FASTMOE_HOST_DEVICE std::uint64_t as_word(const T (&four)[4]) noexcept
+{
+    static_assert(sizeof(T) == 2);
+    std::uint64_t word = 0;
+    FASTMOE_UNROLL
+    for (int i = 0; i < 4; ++i) word |= std::uint64_t{::cuda::std::bit_cast<std::uint16_t>(four[i])} << (16 * i);
+    return word;
+}
 FASTMOE_HOST_DEVICE inline float as_float(std::uint32_t x) noexcept { return ::cuda::std::bit_cast<float>(x); }
 
 template <class Block, class T>
@@ -65,6 +75,9 @@ FASTMOE_HOST_DEVICE line turn_quad(Block& block, const T (&v)[8])
     return {{mixed.words[0], mixed.words[2], mixed.words[1], mixed.words[3]}};
 }
 
+/// In place of a bias's type: there is never one.
+struct no_bias {};
+
 /// Where a row product goes: y, and what is added to each row.
 template <class B, class Y, class End>
 struct to_rows {
@@ -73,67 +86,112 @@ struct to_rows {
     End end;                      ///< by pairs; see grouped_gemm.hpp
     matrix_view<float> sums = {}; // (S,tiles across), if the end has sums
 
+    FASTMOE_HOST_DEVICE bool has_bias() const noexcept { return bias.data_handle(); }
     FASTMOE_HOST_DEVICE float plus(int64_t e, int64_t n) const
     {
-        return bias.data_handle() ? static_cast<float>(bias.data_handle()[e * bias.extent(1) + n]) : 0.0f;
+        if constexpr (std::is_same_v<B, no_bias>) return 0.0f;
+        else return has_bias() ? static_cast<float>(bias.data_handle()[e * bias.extent(1) + n]) : 0.0f;
     }
 };
 
-/// Rows of tokens down, features across. Features are whole chunks of 8, and y is aligned to 16 bytes.
-template <class Block, class B, class Y, class End, class Place, class IsZero, hopper_tuning how>
-FASTMOE_HOST_DEVICE void store_rows(Block& block, const to_rows<B, Y, End>& to, const Place& p, int first_row, int64_t out,
-                                    const IsZero& is_zero, const sums<how>& c)
+/// What a thread has to know of its rows of a tile, read before the products are done.
+template <class End, hopper_tuning how>
+struct row_starts {
+    bool zero[how.blocks()][2];
+    decltype(std::declval<const End&>().begin(0)) of_row[how.blocks()][2];
+};
+/// @param first_row  of the warpgroup, in the tile
+FASTMOE_HOST_DEVICE constexpr int row_of(int thread, int first_row, int b, int half) noexcept
 {
-    constexpr int groups = how.columns / 8, at_once = End::more == 1 ? 8 : 4;
-    static_assert(End::more != 1 || groups % 8 == 0, "an end with one result a pair: a hopper_tuning with columns of whole 64");
-    const int thread = block.thread() % warpgroup_threads, t = thread % 4;
-    const int across = static_cast<int>(out - p.feature < how.columns ? out - p.feature : how.columns);
-    const bool writes = to.end.writes_y();
+    return first_row + 64 * b + thread % warpgroup_threads / warp_threads * 16 + thread % warp_threads / 4 + 8 * half;
+}
+template <hopper_tuning how, class Block, class End, class Place, class IsZero>
+FASTMOE_HOST_DEVICE row_starts<End, how> start_rows(Block& block, const End& end, const Place& p, int first_row, const IsZero& is_zero)
+{
+    row_starts<End, how> out{};
     FASTMOE_UNROLL
     for (int b = 0; b < how.blocks(); ++b)
         FASTMOE_UNROLL
         for (int half = 0; half < 2; ++half) {
-            const int r = first_row + 64 * b + thread / warp_threads * 16 + thread % warp_threads / 4 + 8 * half;
-            const bool inside = r < p.count;
+            const int r = row_of(block.thread(), first_row, b, half);
+            if (r >= p.count) continue;
+            out.zero[b][half] = is_zero(p.first + r);
+            out.of_row[b][half] = end.begin(p.first + r);
+        }
+    return out;
+}
+
+/// Rows of tokens down, features across. Features are whole chunks of 8, and y is aligned to 16 bytes. What an end reads is under
+/// way while the pairs before it are ended; outside of the tile nothing is read, and what is made of zeros is not written.
+template <bool has_bias, class Block, class B, class Y, class End, class Place, hopper_tuning how>
+FASTMOE_HOST_DEVICE void store_rows(Block& block, const to_rows<B, Y, End>& to, const Place& p, int first_row, int64_t out,
+                                    const row_starts<End, how>& starts, const sums<how>& c)
+{
+    constexpr int groups = how.columns / 8, at_once = End::more == 1 ? 8 : 4;
+    static_assert(End::more != 1 || groups % 8 == 0, "an end with one result a pair: a hopper_tuning with columns of whole 64");
+    using read = decltype(to.end.read(0, 0));
+    const int thread = block.thread() % warpgroup_threads, t = thread % 4;
+    const int across = static_cast<int>(out - p.feature < how.columns ? out - p.feature : how.columns);
+    const bool writes = to.end.writes_y();
+    const B* const bias = has_bias ? to.bias.data_handle() + p.expert * to.bias.extent(1) + p.feature + 2 * t : nullptr;
+    FASTMOE_UNROLL
+    for (int b = 0; b < how.blocks(); ++b)
+        FASTMOE_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            const int r = row_of(thread, first_row, b, half);
+            const bool inside = r < p.count, zero = starts.zero[b][half];
+            const int width = inside ? across : 0; // chunks of 8 are inside as a whole
             const int64_t s = inside ? p.first + r : 0; // p.first may lie beyond all rows
-            const bool zero = inside && is_zero(s);
-            const auto of_row = inside ? to.end.begin(s) : decltype(to.end.begin(s)){};
             Y* const row = to.y.data_handle() + s * out + p.feature;
+            Y* const more_to = [&]() -> Y* {
+                if constexpr (End::more != 0) return to.end.result().data_handle() + (s * out + p.feature) * End::more / 2;
+                else return nullptr;
+            }();
+            read next[at_once] = {};
+            FASTMOE_UNROLL
+            for (int g = 0; g < at_once; ++g)
+                if (8 * g < width) next[g] = to.end.read(s, p.feature + 8 * g + 2 * t);
             float sum = 0;
             FASTMOE_UNROLL
             for (int i = 0; i < groups; i += at_once) {
                 pair<Y> two[at_once / 4][4] = {}, second[4] = {};
-                Y more[8] = {};
+                Y single[8] = {};
                 FASTMOE_UNROLL
-                for (int g = 0; g < at_once && i + g < groups; ++g) {
-                    const int n = 8 * (i + g) + 2 * t;
-                    if (!inside || 8 * (i + g) >= across) continue; // chunks of 8 are inside as a whole
+                for (int g = 0; g < at_once; ++g) {
+                    const int n = 8 * (i + g);
+                    const read now = next[g];
+                    if (const int later = n + 8 * at_once; later < 8 * groups && later < width)
+                        next[g] = to.end.read(s, p.feature + later + 2 * t);
                     float value[2];
-                    Y others[2] = {};
+                    Y others[End::more == 0 ? 1 : End::more] = {};
                     FASTMOE_UNROLL
-                    for (int v = 0; v < 2; ++v)
-                        value[v] = (zero ? 0.0f : c.of[b][4 * (i + g) + 2 * half + v]) + to.plus(p.expert, p.feature + n + v);
-                    sum += to.end.pair(of_row, s, p.feature + n, value, two[g / 4][g % 4].values, others);
+                    for (int v = 0; v < 2; ++v) {
+                        value[v] = zero ? 0.0f : c.of[b][4 * (i + g) + 2 * half + v];
+                        if constexpr (has_bias)
+                            if (n < width) value[v] += static_cast<float>(bias[n + v]);
+                    }
+                    const float part = to.end.pair(starts.of_row[b][half], now, value, two[g / 4][g % 4].values, others);
+                    if (End::has_sums && n < width) sum += part;
+                    if constexpr (End::more == 1) single[g] = others[0];
                     if constexpr (End::more == 2) second[g] = {{others[0], others[1]}};
-                    else more[g] = others[0];
+                    if constexpr (End::more == 4)
+                        if (n < width) *reinterpret_cast<std::uint64_t*>(more_to + 2 * (n + 2 * t)) = as_word(others);
                     if constexpr (sizeof(Y) == 4)
-                        if (writes) *reinterpret_cast<pair<Y>*>(row + n) = two[g / 4][g % 4];
+                        if (writes && n < width) *reinterpret_cast<pair<Y>*>(row + n + 2 * t) = two[g / 4][g % 4];
                 }
                 if constexpr (sizeof(Y) == 2) {
                     FASTMOE_UNROLL
                     for (int q = 0; q < at_once / 4 && writes; ++q) {
                         const line whole = turn_quad(block, two[q]);
-                        const int n = 8 * (i + 4 * q + t);
-                        if (inside && n < across) *reinterpret_cast<line*>(row + n) = whole;
+                        const int n = 8 * (i + 4 * q);
+                        if (n < width - 8 * t) *reinterpret_cast<line*>(row + n + 8 * t) = whole;
                     }
                     if constexpr (End::more == 2) {
                         const line whole = turn_quad(block, second);
-                        const int n = 8 * (i + t);
-                        if (inside && n < across) *reinterpret_cast<line*>(to.end.result().data_handle() + s * out + p.feature + n) = whole;
+                        if (8 * i < width - 8 * t) *reinterpret_cast<line*>(more_to + 8 * (i + t)) = whole;
                     } else if constexpr (End::more == 1) {
-                        const line whole = turn_quad(block, more);
-                        const int n = 8 * i + 16 * t;
-                        if (inside && n < across) *reinterpret_cast<line*>(to.end.result().data_handle() + (s * out + p.feature + n) / 2) = whole;
+                        const line whole = turn_quad(block, single);
+                        if (8 * i < width - 16 * t) *reinterpret_cast<line*>(more_to + 4 * i + 8 * t) = whole;
                     }
                 }
             }
@@ -199,10 +257,11 @@ FASTMOE_HOST_DEVICE void store_turned_pairs(Block& block, const to_rows<B, Y, En
                 if (!inside || first >= out) continue; // features are whole chunks of 8
                 const float two[2] = {odd ? other : value[0], odd ? value[1] : other};
                 pair<Y> y{};
-                Y more[2] = {};
-                to.end.pair(of_row, s, first, two, y.values, more);
+                Y more[End::more == 0 ? 1 : End::more] = {};
+                to.end.pair(of_row, to.end.read(s, first), two, y.values, more);
                 if (writes) *reinterpret_cast<pair<Y>*>(to.y.data_handle() + s * out + first) = y;
-                if constexpr (End::more == 2) *reinterpret_cast<pair<Y>*>(to.end.result().data_handle() + s * out + first) = {{more[0], more[1]}};
+                if constexpr (End::more == 4) *reinterpret_cast<std::uint64_t*>(to.end.result().data_handle() + 2 * (s * out + first)) = as_word(more);
+                else if constexpr (End::more == 2) *reinterpret_cast<pair<Y>*>(to.end.result().data_handle() + s * out + first) = {{more[0], more[1]}};
                 else if constexpr (End::more == 1) to.end.result().data_handle()[(s * out + first) / 2] = more[0];
             }
     }

@@ -37,7 +37,8 @@ struct sums {
 ///                                      t.has_lines: whether there are lines in them
 ///     p.bring(block, tile, f)          f(o): o.bring_lines(block, stage, first) by all who bring, o.bring_boxes(block, stage, full,
 ///                                      first) by the first of them
-///     p.store(block, tile, first_row, sums)
+///     p.before_store(block, tile, first_row)  what store() is handed as `known`: what can be read before the sums are there
+///     p.store(block, tile, first_row, known, sums)
 template <class Product>
 struct multiply_tiles {
     static constexpr hopper_tuning how = Product::tuning;
@@ -112,21 +113,32 @@ private:
         position at;
         bool mine = !ping_pong || group == 0;
         unsigned done = 0; // tiles of this warpgroup
-        for (int64_t t = block.cluster(), end = product.tiles(list); t < end; t += block.clusters()) {
-            const auto tile = product.tile(list, t, block.rank());
+        const int64_t end = product.tiles(list);
+        if (block.cluster() >= end) return;
+        auto tile = product.tile(list, block.cluster(), block.rank());
+        for (int64_t t = block.cluster(); t < end; t += block.clusters()) {
+            auto next = tile;
+            const auto look = [&] { // for the next one, while the last products of this one are under way
+                if (t + block.clusters() < end) next = product.tile(list, t + block.clusters(), block.rank());
+            };
             if (mine) {
+                const auto known = product.before_store(block, tile, first_row);
                 // Products take turns: epilogues lie under the other's, and nobody is so far ahead of a barrier that the parity of
                 // its phase comes round.
                 if constexpr (ping_pong) block.wait(turns + group, (done++ & 1) ^ (group == 0 ? 1 : 0));
                 sums<how> c;
                 const auto last = [&] {
                     if (ping_pong && block.thread() % warp_threads == 0) block.arrive(turns + (1 - group), block.rank());
+                    look();
                 };
                 if constexpr (Product::is_scaled) sum_scaled(block, full, empty, first_row, tile, at, c, last);
                 else sum(block, full, empty, first_row, tile, at, c, last);
-                product.store(block, tile, first_row, c);
+                product.store(block, tile, first_row, known, c);
+            } else {
+                look();
             }
             at.count += static_cast<unsigned>(tile.steps);
+            tile = next;
             if (ping_pong) mine = !mine;
         }
     }

@@ -89,10 +89,12 @@ struct row_tiles {
 struct banded {
     int64_t row, column;
 
-    static FASTMOE_HOST_DEVICE constexpr banded of(int64_t t, int64_t down, int64_t across, int64_t band) noexcept
+    /// @tparam Int  holds down * across; divisions by 64 bits take a GPU long
+    template <class Int>
+    static FASTMOE_HOST_DEVICE constexpr banded of(Int t, Int down, Int across, Int band) noexcept
     {
-        const int64_t left = t / (down * band) * band, width = across - left < band ? across - left : band;
-        const int64_t inside = t - left * down;
+        const Int left = t / (down * band) * band, width = across - left < band ? across - left : band;
+        const Int inside = t - left * down;
         return {inside / width, left + inside % width};
     }
 };

@@ -184,6 +184,8 @@ void run_gate_backward(const Layer& layer, Executor& ex, const Parts& p, const W
     const bool live = !scratch.measuring();
     const auto& ranks = gate_ranks(layer.communicator);
     if constexpr (owns) {
+        if constexpr (requires { layer.gate.expects_state(p.gate); })
+            if (live) layer.gate.expects_state(p.gate); // while dx is still as it was
         if (live) fastmoe::for_each(ex, dx.extent(0) * dx.extent(1), fill<T>{dx.data_handle(), T(real(0))});
         layer.gate.backward(ex, p.gate_view(gate_mode::training), w.own, ranks, p.gate, dweights, loss_scale,
                             pending.dlogits, dx, scratch);

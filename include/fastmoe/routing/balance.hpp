@@ -29,7 +29,8 @@ struct balance_loss {
     /// (DeepSeek-V3, eq. 17-20). No sequence lies on two ranks. 0: the loss of the batch.
     int64_t sequence = 0;
     /// The loss of the global batch (Qwen3): every training route adds its counts c and, last, its tokens, of all ranks, and
-    /// f is that of the sums. Memory of the executor, set to zero before the first microbatch; empty: f of this batch.
+    /// f is that of the sums. Memory of the executor, set to zero before the first microbatch; empty: f of this batch. To run
+    /// a pass again, hand it a copy of the counts as they were before it.
     vector_view<int64_t> accumulated{}; // (E+1)
 
     counted_choices counts = counted_choices::all;

@@ -230,7 +230,7 @@ struct cosine_gate {
         expects(projection_width > 0, "projection_width", projection_width, "1 or more");
     }
 
-private:
+    /// Refuses the state of another gate. @throws invalid_argument that names what does not fit
     template <class Real>
     void expects_state(const cosine_state<Real>& s) const
     {
@@ -247,6 +247,7 @@ private:
         expects_shape(s.dprojected, "state.dprojected (T,N)", tokens, inner);
     }
 
+private:
     top_k_gate<softmax_score, Select, Weigh> choice() const
     {
         return {.experts = experts, .k = k, .scale = scale, .capacity = capacity, .balance = balance, .z = z,

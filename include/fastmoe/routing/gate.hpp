@@ -32,6 +32,7 @@
 ///     backward(ex, in, own, c, state, dweights, loss_scale, dlogits, dx, scratch);    // adds to dx (T,D)
 ///     parameter_gradients(ex, in, state, gradients, mode, scratch);   // later; reads what backward left in state
 ///     check_parameters(own, width, weight_role) const;                // optional: throws if the views do not fit
+///     expects_state(state) const;                                     // optional: throws for another gate's, before dx is written
 ///
 /// The layer asks the last of the parameters and of their gradients before it writes anything.
 #pragma once
@@ -58,8 +59,8 @@ struct gate_input {
     vector_view<const int32_t> token_ids;      // (T), or empty
     vector_view<const std::uint8_t> mask;      // (T), or empty: a token with 0 takes no part, in losses neither
     gate_mode mode = gate_mode::training;
-    const std::uint64_t* random = nullptr;     // (2) seed and step, memory of the executor; or null
-    int64_t first_token = 0;                   ///< number of token 0 among all ranks' tokens: draws depend on it
+    const std::uint64_t* random = nullptr;     // (2) seed and step, memory of the executor; or null. A seed for each layer
+    int64_t first_token = 0;                   ///< number of token 0 among all ranks' and microbatches' tokens: draws depend on it
 };
 
 /// Multiplies the router's input, and nothing else, by u in [1 - epsilon, 1 + epsilon), drawn for every element in

@@ -94,8 +94,9 @@ struct noisy_gate {
             return vector_view<Real>(memory.measuring() ? nullptr : s.losses.data_handle() + at, n);
         };
         s.choice.losses = part(0, 2);
-        s.importance = {part(2, 1), memory.vector<Real>(experts)};
-        s.load = {part(3, 1), memory.vector<Real>(experts)};
+        // A loss that forward does not take leaves backward nothing: a gate that asks for it later is refused.
+        s.importance = {part(2, 1), memory.vector<Real>(importance.coefficient != 0 ? experts : 0)};
+        s.load = {part(3, 1), memory.vector<Real>(load.coefficient != 0 ? experts : 0)};
         for (auto* m : {&s.raw, &s.draws, &s.noisy, &s.dnoise}) *m = memory.matrix<Real>(tokens, experts);
         return s;
     }
@@ -204,7 +205,7 @@ struct noisy_gate {
         detail::expects_coefficient(load.coefficient, "load.coefficient");
     }
 
-private:
+    /// Refuses the state of another gate. @throws invalid_argument that names what does not fit
     template <class Real>
     void expects_state(const noisy_state<Real>& s) const
     {
@@ -212,14 +213,15 @@ private:
         const int64_t tokens = s.choice.routing.tokens;
         expects(s.routing.tokens == tokens, "state.routing.tokens", s.routing.tokens, "those of the choice, ", tokens);
         expects_shape(s.losses, "state.losses (4)", 4);
-        expects_shape(s.importance.slopes, "state.importance.slopes (E)", experts);
-        expects_shape(s.load.slopes, "state.load.slopes (E)", experts);
+        if (importance.coefficient != 0) expects_shape(s.importance.slopes, "state.importance.slopes (E)", experts);
+        if (load.coefficient != 0) expects_shape(s.load.slopes, "state.load.slopes (E)", experts);
         expects_shape(s.raw, "state.raw (T,E)", tokens, experts);
         expects_shape(s.draws, "state.draws (T,E)", tokens, experts);
         expects_shape(s.noisy, "state.noisy (T,E)", tokens, experts);
         expects_shape(s.dnoise, "state.dnoise (T,E)", tokens, experts);
     }
 
+private:
     top_k_gate<> choice() const
     {
         return {.experts = experts, .k = k, .scale = scale, .capacity = capacity, .balance = balance, .z = z};

@@ -50,7 +50,7 @@ struct implementation<verbs::combine, Executor> {
 /// @param rows   expert outputs                                // (S,D)
 /// @param route  choices and weights; dropped choices add 0     // (C)
 /// @param y      overwritten, or added to                       // (T,D)
-/// @throws invalid_argument if shapes disagree with the plan
+/// @throws invalid_argument if shapes disagree with the plan, or y and rows overlap
 template <executor Executor, class T, class Real, class Y>
 void combine(Executor& ex, matrix_view<T> rows, const routing<Real>& route, const plan& p, matrix_view<Y> y,
              write_mode mode = write_mode::overwrite)
@@ -58,6 +58,7 @@ void combine(Executor& ex, matrix_view<T> rows, const routing<Real>& route, cons
     detail::expects_same_plan(route, p);
     expects_shape(rows, "rows (S,D)", p.slots, y.extent(1));
     expects_shape(y, "y (T,D)", p.tokens, rows.extent(1));
+    detail::expects_apart(y, "y (T,D)", rows, "rows (S,D)");
     implementation<verbs::combine, Executor>::run(ex, matrix_view<const T>(rows), route, p, y,
                                                   detail::choice_weight<Real>{route.weights}, mode);
 }
@@ -71,6 +72,7 @@ void combine_unweighted(Executor& ex, matrix_view<T> rows, const routing<Real>& 
     detail::expects_same_plan(route, p);
     expects_shape(rows, "rows (S,D)", p.slots, y.extent(1));
     expects_shape(y, "y (T,D)", p.tokens, rows.extent(1));
+    detail::expects_apart(y, "y (T,D)", rows, "rows (S,D)");
     implementation<verbs::combine, Executor>::run(ex, matrix_view<const T>(rows), route, p, y, unit_scale<Real>{}, mode);
 }
 

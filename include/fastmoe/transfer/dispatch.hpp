@@ -33,6 +33,7 @@ void expects_dispatch(matrix_view<const T> x, const plan& p, matrix_view<T> rows
     expects_shape(x, "x (T,D)", p.tokens, rows.extent(1));
     expects_shape(rows, "rows (S,D)", p.slots, x.extent(1));
     expects_shape(p.token_of, "plan.token_of (S)", p.slots);
+    expects_apart(rows, "rows (S,D)", x, "x (T,D)");
 }
 
 } // namespace detail
@@ -62,7 +63,7 @@ struct implementation<verbs::dispatch, Executor> {
 /// rows[s] = x[token_of[s]], and zeros for padding slots. Its adjoint is combine() without weights.
 /// @param x     tokens                                  // (T,D)
 /// @param rows  overwritten                             // (S,D)
-/// @throws invalid_argument if shapes disagree with the plan
+/// @throws invalid_argument if shapes disagree with the plan, or rows and x overlap
 template <executor Executor, class T>
 void dispatch(Executor& ex, type_identity_t<matrix_view<const T>> x, const plan& p, matrix_view<T> rows)
 {
