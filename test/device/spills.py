@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The FastMoE authors
 # SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-"""spills.py [--hot=name,name] [--most=bytes] report...: a table of the kernels by registers, from what ptxas -v said; fails if a hot kernel spills (more than --most), or if one
+"""spills.py [--hot=name,name] [--most=bytes] report...: a table of the kernels by registers, from what ptxas -v said; fails if a hot kernel spills (writes and reads more than --most), or if one
 of the hot names has no kernel at all, or if the assembler says that warpgroups' products wait for each other. A kernel is hot if its time grows with tokens times width or tokens times choices, unless
 it is of double, which nobody trains in."""
 import re

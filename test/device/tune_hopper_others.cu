@@ -19,8 +19,11 @@ using few_rows_candidates = candidates<hopper_tuning{.rows = 128, .columns = 16,
                                        hopper_tuning{.rows = 128, .columns = 64, .stages = 8, .band = 1, .turned = true}>;
 
 using gradients_candidates = candidates<hopper_tuning{.rows = 128, .columns = 256, .stages = 4},
+                                        hopper_tuning{.rows = 128, .columns = 256, .stages = 4, .cluster = 2},
+                                        hopper_tuning{.rows = 128, .columns = 256, .stages = 4, .cluster = 2, .band = 4},
                                         hopper_tuning{.rows = 128, .columns = 256, .stages = 4, .band = 4},
                                         hopper_tuning{.rows = 64, .columns = 256, .stages = 5, .schedule = ping_pong},
+                                        hopper_tuning{.rows = 128, .columns = 128, .stages = 6, .cluster = 2, .schedule = ping_pong},
                                         hopper_tuning{.rows = 128, .columns = 128, .stages = 6},
                                         hopper_tuning{.rows = 128, .columns = 128, .stages = 6, .schedule = ping_pong},
                                         hopper_tuning{.rows = 64, .columns = 128, .stages = 9, .schedule = ping_pong},

@@ -1,6 +1,9 @@
 // SPDX-FileCopyrightText: The FastMoE authors
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// The products of gemm::hopper, run an instruction at a time without a GPU, against sums in double.
+#include <cmath>
+#include <numeric>
+
 #include <fastmoe/gemm/hopper.hpp>
 
 #include "block_cases.hpp"
@@ -335,6 +338,73 @@ TEST_CASE("rows that lie in order come in boxes where a tile has all of its rows
     CHECK(lines_of({128, 256}, true) > 0);
     CHECK(lines_of({128, 257}, false) == 2 * 9); // a row of 72 is nine lines, for two tiles of columns
     CHECK(lines_of({127, 0}, false) == 2 * 9 * 127);
+}
+
+TEST_CASE_TEMPLATE("of a gradient's operands the one that lies in order comes in boxes for two blocks, where all rows of a stage count", Gradients,
+                   std::integral_constant<int, 0>, std::integral_constant<int, 1>, std::integral_constant<int, 2>)
+{
+    constexpr hopper_tuning cuts[] = {{.columns = 128, .stages = 3, .cluster = 2},
+                                      {.columns = 256, .stages = 2, .cluster = 2},
+                                      {.columns = 128, .stages = 3, .cluster = 2, .schedule = hopper_schedule::ping_pong}};
+    constexpr hopper_tuning cut = cuts[Gradients::value];
+    const fm::gemm::hopper_with<always<hopper_tuning{.columns = 128, .stages = 2}, cut>> gemm;
+    FASTMOE_SEEDED(r, 71);
+    const ragged g = ragged::of(r, {130, 64, 63, 0, 200}, 5);
+    const int64_t tokens = 50, out = 264, in = 136, experts = g.experts(), boxed = 1 + 1 + 0 + 0 + 3; // stages: one of 130 has a row that is none
+    const auto numbers = [&](int64_t n) {
+        std::vector<bfloat16> v(static_cast<std::size_t>(n));
+        for (bfloat16& each : v) each = bfloat16(static_cast<float>(r.normal()));
+        return v;
+    };
+    const std::vector<bfloat16> left = numbers(tokens * out);
+    std::vector<bfloat16> right = numbers(g.slots * in), rows_of_left(static_cast<std::size_t>(g.slots * out));
+    std::vector<int32_t> index(static_cast<std::size_t>(g.slots), -1);
+    for (int64_t s = 0; s < g.slots; ++s) {
+        const bool is = g.expert_of(s) >= 0 && s != g.offsets[0] + 70;
+        if (is) index[static_cast<std::size_t>(s)] = static_cast<int32_t>(r.integer(0, tokens - 1));
+        for (int64_t i = 0; i < in && !is; ++i) right[static_cast<std::size_t>(s * in + i)] = bfloat16(NAN); // 0 times that is none
+        for (int64_t o = 0; o < out; ++o)
+            rows_of_left[static_cast<std::size_t>(s * out + o)] = is ? left[static_cast<std::size_t>(index[static_cast<std::size_t>(s)] * out + o)] : bfloat16(0.0f);
+    }
+    const fm::indexed_rows<bfloat16> listed{fm::matrix_view<const bfloat16>(left.data(), tokens, out), fm::as_vector(index)};
+    const fm::plain_rows<bfloat16> ordered{fm::matrix_view<const bfloat16>(right.data(), g.slots, in)};
+    const auto check = [&](bool transposed, const auto& dy, const auto& x, int64_t stages, int64_t width) {
+        clusters ex(3, static_cast<unsigned>(r.integer(1, 1000)));
+        std::vector<float> dw(static_cast<std::size_t>(experts * out * in), NAN);
+        const fm::weight_view<float> to = transposed ? fm::stacked_transposed(fm::tensor_view<float, 3>(dw.data(), experts, in, out))
+                                                     : fm::stacked(fm::tensor_view<float, 3>(dw.data(), experts, out, in));
+        support::in_workspace(ex, [&](fm::arena& memory) {
+            gemm.wgrad(ex, g.view(), dy, x, to, fm::write_mode::overwrite, memory);
+            ex.synchronize();
+        });
+        CHECK_EQ(ex.box_bytes, stages * width * 128);
+        CHECK(ex.lines > 0);
+        int64_t wrong = 0;
+        for (int64_t e = 0; e < experts; ++e)
+            for (int64_t o = 0; o < out; ++o)
+                for (int64_t i = 0; i < in; ++i) {
+                    double sum = 0, size = 1e-30;
+                    for (int64_t s = g.offsets[static_cast<std::size_t>(e)]; s < g.offsets[static_cast<std::size_t>(e)] + g.counts[static_cast<std::size_t>(e)]; ++s) {
+                        if (index[static_cast<std::size_t>(s)] < 0) continue;
+                        const double each = double(float(rows_of_left[static_cast<std::size_t>(s * out + o)])) * double(float(right[static_cast<std::size_t>(s * in + i)]));
+                        sum += each, size += std::fabs(each);
+                    }
+                    wrong += !(std::fabs(double(to(e, o, i)) - sum) <= 256 * 0x1p-24 * size);
+                }
+        CHECK_EQ(wrong, 0);
+    };
+    const auto tiles = [](int64_t n, int64_t each) { return (n + each - 1) / each; };
+    const int64_t shared_across = tiles(out, 2 * cut.rows) * tiles(in, cut.columns), shared_down = tiles(in, cut.rows) * tiles(out, 2 * cut.columns);
+    check(false, listed, ordered, boxed * shared_across, cut.columns);
+    check(true, listed, ordered, boxed * shared_down, cut.rows); // which multiplies the other way round
+    // Both in order: rows that are none are the caller's then. Both listed: no boxes, and no block shares.
+    for (bfloat16& each : right)
+        if (!(float(each) == float(each))) each = bfloat16(1.0f);
+    const fm::plain_rows<bfloat16> both{fm::matrix_view<const bfloat16>(rows_of_left.data(), g.slots, out)};
+    check(false, both, ordered, (boxed + 1) * shared_across, cut.columns);
+    std::vector<int32_t> itself(static_cast<std::size_t>(g.slots));
+    std::iota(itself.begin(), itself.end(), 0);
+    check(false, listed, fm::indexed_rows<bfloat16>{ordered.data, fm::as_vector(itself)}, 0, 0);
 }
 
 TEST_CASE("without the fence lines are not shown to the products, which the fibers notice")

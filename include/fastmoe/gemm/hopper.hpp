@@ -91,6 +91,12 @@ struct hopper_with {
 
 private:
     using calls = detail::hopper::row_calls<Tunings>;
+    /// The same with nothing to share.
+    static constexpr hopper_tuning alone(hopper_tuning how) noexcept
+    {
+        how.cluster = 1;
+        return how;
+    }
     template <class Rows>
     using element = detail::portable::row_element_t<Rows>;
 
@@ -103,10 +109,27 @@ private:
                           const weight_view<G>& dw, write_mode mode)
     {
         using namespace detail::hopper;
-        const auto run = [&]<hopper_tuning how>() {
-            using multiply = multiply_tiles<gradient_product<how, DownRows, AcrossRows, G>>;
+        const auto run = [&]<hopper_tuning asked>() {
+            constexpr hopper_tuning how = has_order<DownRows, AcrossRows> ? asked : alone(asked);
+            using map = std::conditional_t<how.cluster == 1, no_map, typename Executor::box_map>;
+            using product = gradient_product<how, DownRows, AcrossRows, G, map>;
+            using multiply = multiply_tiles<product>;
             if (!ex.template has_clusters<multiply>()) return false;
-            const multiply f{{groups, down, across, dw, mode, ex.faults()}};
+            const auto make = [&](const map& of_order, int64_t mapped) -> multiply {
+                return {{of_order, mapped, groups, down, across, dw, mode, ex.faults()}};
+            };
+            const multiply f = [&] {
+                if constexpr (!product::has_map) {
+                    return make({}, 0);
+                } else {
+                    const matrix_view<const typename product::element> rows = [&] {
+                        if constexpr (product::shares_across) return across.data;
+                        else return down.data;
+                    }();
+                    const int64_t mapped = rows_of_map(rows.extent(0), rows.extent(1) * static_cast<int64_t>(sizeof(typename product::element)));
+                    return make(ex.describe(box_of_rows(rows, mapped, ex.faults().words, depth)), mapped);
+                }
+            }();
             ex.for_each_cluster(f.product.tiles(), f, multiply::shared_bytes);
             ex.deliver_faults();
             return true;

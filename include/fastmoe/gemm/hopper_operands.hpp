@@ -76,6 +76,36 @@ struct deep_lines {
     }
 };
 
+/// Rows of memory that are steps of the depth, for the 16 steps of a warp.
+/// @param mine    of a lane from lane0 on: which row is its step, -1 for zeros
+/// @param column  the tile's first
+template <int width, class Block, class T>
+FASTMOE_HOST_DEVICE void bring_steps(Block& block, std::byte* to, std::int32_t mine, int lane0, const matrix_view<const T>& from, int64_t column)
+{
+    constexpr int steps_of_warp = depth / 4, chunks = width / chunk, at_once = warp_threads / chunks; // steps
+    static_assert(at_once * chunks == warp_threads);
+    const int lane = block.thread() % warp_threads, c = lane % chunks, above = block.thread() / warp_threads * steps_of_warp;
+    const bool inside = column + c * chunk < from.extent(1);
+    // Rows are shorter than 2^31, so that one multiplication of 32 bits finds one.
+    const auto line = reinterpret_cast<const std::byte*>(from.data_handle() + (inside ? column + c * chunk : 0));
+    const std::uint32_t row_bytes = static_cast<std::uint32_t>(from.extent(1)) * std::uint32_t{sizeof(T)};
+    FASTMOE_UNROLL_4
+    for (int i = 0; i < steps_of_warp; i += at_once) {
+        const int k = i + lane / chunks;
+        const auto r = static_cast<std::int32_t>(block.broadcast(static_cast<std::uint32_t>(mine), lane0 + k));
+        const bool is = inside && r >= 0;
+        block.copy_line(to + chunk_at<lie::wide>(above + k, c), line + std::uint64_t{is ? static_cast<std::uint32_t>(r) : 0} * row_bytes,
+                        is ? chunk_bytes : 0);
+    }
+}
+/// The row of memory that is row s of x.
+template <class Rows>
+FASTMOE_HOST_DEVICE std::int32_t source_row(const Rows& x, int64_t s)
+{
+    if constexpr (requires { x.index; }) return x.index(s);
+    else return static_cast<std::int32_t>(s);
+}
+
 /// Two operands whose rows in memory are the steps of the depth. Each warp brings 16 steps of a stage; its lanes look up
 /// the rows of the next stage while the copies of one are under way. A row of zeros on either side is one on both, so that it adds
 /// nothing, whatever the other holds.
@@ -100,43 +130,18 @@ struct paired_lines {
         const bool is = next[0] >= 0 && next[1] >= 0;
         const std::int32_t now[2] = {is ? next[0] : -1, is ? next[1] : -1};
         look_up(block, first + depth);
-        bring<rows>(block, to, now[0], down.data, row);
-        bring<columns>(block, to + rows * line_bytes, now[1], across.data, column);
+        bring_steps<rows>(block, to, now[0], 0, down.data, row);
+        bring_steps<columns>(block, to + rows * line_bytes, now[1], 0, across.data, column);
     }
 
 private:
-    template <class Rows>
-    static FASTMOE_HOST_DEVICE std::int32_t source(const Rows& from, int64_t s)
-    {
-        if constexpr (requires { from.index; }) return from.index(s);
-        else return static_cast<std::int32_t>(s);
-    }
     template <class Block>
     FASTMOE_HOST_DEVICE void look_up(Block& block, int64_t first)
     {
         const int64_t s = first + block.thread() / warp_threads * steps_of_warp + block.thread() % steps_of_warp;
         const bool inside = s < count;
-        next[0] = inside ? source(down, begin + s) : -1;
-        next[1] = inside ? source(across, begin + s) : -1;
-    }
-    template <int width, class Block, class T>
-    static FASTMOE_HOST_DEVICE void bring(Block& block, std::byte* to, std::int32_t mine, const matrix_view<const T>& from, int64_t column)
-    {
-        constexpr int chunks = width / chunk;
-        constexpr int at_once = warp_threads / chunks; // steps
-        static_assert(at_once * chunks == warp_threads);
-        const int lane = block.thread() % warp_threads, c = lane % chunks, above = block.thread() / warp_threads * steps_of_warp;
-        const bool inside = column + c * chunk < from.extent(1);
-        // Rows are shorter than 2^31, so that one multiplication of 32 bits finds one.
-        const auto line = reinterpret_cast<const std::byte*>(from.data_handle() + (inside ? column + c * chunk : 0));
-        const std::uint32_t row_bytes = static_cast<std::uint32_t>(from.extent(1)) * std::uint32_t{sizeof(T)};
-        FASTMOE_UNROLL_4
-        for (int i = 0; i < steps_of_warp; i += at_once) {
-            const int k = i + lane / chunks;
-            const std::int32_t r = static_cast<std::int32_t>(block.broadcast(static_cast<std::uint32_t>(mine), k));
-            const bool is = inside && r >= 0;
-            block.copy_line(to + chunk_at<lie::wide>(above + k, c), line + std::uint64_t{is ? static_cast<std::uint32_t>(r) : 0} * row_bytes, is ? chunk_bytes : 0);
-        }
+        next[0] = inside ? source_row(down, begin + s) : -1;
+        next[1] = inside ? source_row(across, begin + s) : -1;
     }
 };
 
@@ -161,6 +166,67 @@ struct boxes {
                 const int mine = atom + block.rank();
                 block.copy_box(to + mine * atom_bytes, *map, full, row + mine * 64, first, expert, all);
             }
+        }
+    }
+};
+
+/// The same where one operand's rows lie in order. Of a stage all of whose rows count on both sides, that one comes in boxes, a part of
+/// them from each block of a cluster for both, and the other in lines; of any other stage both do, since 0 times what lies in a row that
+/// does not count may be no number. Every warp looks at all rows of a stage, so that all of them, in both blocks, decide alike.
+template <int listed_width, int ordered_width, int cluster, class Listed, class Ordered, class Map>
+struct boxed_lines {
+    static_assert(ordered_width >= 64 * cluster);
+    const Listed& listed;   // (S,M) or (S,N)
+    const Ordered& ordered; // (S,N) or (S,M)
+    const Map* map;         ///< of ordered
+    int64_t mapped;         ///< rows of it that the map has
+    int64_t begin, count;   ///< rows of memory
+    int listed_column, ordered_column, listed_at, ordered_at; ///< the tile's first, and where its part of a stage begins
+    std::int32_t next[2] = {}; ///< of listed, this lane's steps of the next stage, 32 apart
+    bool boxed = false;
+
+    template <class Block>
+    FASTMOE_HOST_DEVICE void start(Block& block)
+    {
+        look_up(block, 0);
+    }
+    /// How many bytes of the stage come in boxes.
+    template <class Block>
+    FASTMOE_HOST_DEVICE int box_bytes(Block& block, int64_t first)
+    {
+        std::uint32_t missing = (next[0] | next[1]) < 0 ? 1 : 0;
+        FASTMOE_UNROLL
+        for (int mask = 1; mask < warp_threads; mask *= 2) missing |= block.exchange(missing, mask);
+        boxed = missing == 0 && begin + first + depth <= mapped;
+        return boxed ? ordered_width * line_bytes : 0;
+    }
+    template <class Block>
+    FASTMOE_HOST_DEVICE void bring_boxes(Block& block, std::byte* stage, barrier_word* full, int64_t first) const
+    {
+        if (boxed)
+            boxes<lie::wide, ordered_width, cluster, Map>{map, ordered_column, 0}.bring(block, stage + ordered_at, full,
+                                                                                      static_cast<int>(begin + first));
+    }
+    template <class Block>
+    FASTMOE_HOST_DEVICE void bring_lines(Block& block, std::byte* stage, int64_t first)
+    {
+        const int warp = block.thread() / warp_threads, lane = block.thread() % warp_threads, lane0 = warp % 2 * (depth / 4);
+        const std::int32_t now = warp < 2 ? next[0] : next[1];
+        look_up(block, first + depth);
+        bring_steps<listed_width>(block, stage + listed_at, now, lane0, listed.data, listed_column);
+        if (boxed) return;
+        const auto same = static_cast<std::int32_t>(begin + first + warp / 2 * warp_threads + lane);
+        bring_steps<ordered_width>(block, stage + ordered_at, now < 0 ? -1 : same, lane0, ordered.data, ordered_column);
+    }
+
+private:
+    template <class Block>
+    FASTMOE_HOST_DEVICE void look_up(Block& block, int64_t first)
+    {
+        FASTMOE_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            const int64_t s = first + i * warp_threads + block.thread() % warp_threads;
+            next[i] = s < count ? source_row(listed, begin + s) : -1;
         }
     }
 };

@@ -98,9 +98,14 @@ struct row_product {
         deep_lines<tokens, element> of_x;
         OfWeights of_w;
         const std::conditional_t<boxes_rows, Map, no_map>* rows;
-        int first_row;
+        int first_row, boxed_bytes;
         bool has_lines;
 
+        template <class Block>
+        FASTMOE_HOST_DEVICE int box_bytes(Block&, int) const noexcept
+        {
+            return boxed_bytes;
+        }
         template <class Block>
         FASTMOE_HOST_DEVICE void bring_lines(Block& block, std::byte* stage, int64_t first) const
         {
@@ -149,7 +154,7 @@ struct row_product {
                                                [&](int r) { return p.has_lines && r < p.count ? x.row(p.first + r) : nullptr; });
         if constexpr (has_map) {
             using of_w = boxes<how_w, weight_rows, how.cluster, Map>;
-            brings(operands<of_w>{of_x, {&map, static_cast<int>(p.feature), static_cast<int>(p.expert)}, &row_map, static_cast<int>(p.first), p.has_lines});
+            brings(operands<of_w>{of_x, {&map, static_cast<int>(p.feature), static_cast<int>(p.expert)}, &row_map, static_cast<int>(p.first), p.box_bytes, p.has_lines});
         } else {
             using of_w = matrix_lines<how_w, weight_rows, element>;
             const auto& m = matrices_of(w);
@@ -158,7 +163,7 @@ struct row_product {
             const bool is_whole = beyond == 0; // the host has not seen it
             if (!is_whole && block.thread() == 0) faults.record(fault_kind::matrix_misaligned, p.expert, beyond);
             if (!is_whole) base = data_of(x).data_handle();
-            brings(operands<of_w>{of_x, {base, how_w == lie::deep ? m.row_stride : m.col_stride, p.feature, is_whole ? out : 0, x.extent(1)}, &row_map, 0, true});
+            brings(operands<of_w>{of_x, {base, how_w == lie::deep ? m.row_stride : m.col_stride, p.feature, is_whole ? out : 0, x.extent(1)}, &row_map, 0, 0, true});
         }
     }
     template <class Block>
@@ -196,18 +201,30 @@ struct row_product {
     }
 };
 
+/// Whether one of two operands lies in order, so that boxes can bring it.
+template <class DownRows, class AcrossRows>
+inline constexpr bool has_order = !is_gathered<DownRows> || !is_gathered<AcrossRows>;
+
 /// dW[e] (+)= dY_e^T X_e, or its transpose where dW lies so.
-template <hopper_tuning how, class DownRows, class AcrossRows, class G>
+/// @tparam Map  of the operand that lies in order, across if both do; no_map: both are brought in lines
+template <hopper_tuning how, class DownRows, class AcrossRows, class G, class Map = no_map>
 struct gradient_product {
     static constexpr hopper_tuning tuning = how;
-    static_assert(how.cluster == 1 && !how.turned && how.columns != 192,
-                  "gradients are brought in lines: a hopper_tuning with cluster = 1 and 64, 128 or 256 columns");
+    static constexpr bool lines = true, has_map = !std::is_same_v<Map, no_map>;
+    static_assert(!how.turned && how.columns != 192, "gradients: a hopper_tuning with 64, 128 or 256 columns that is not turned");
+    static_assert(how.cluster == 1 || (has_map && has_order<DownRows, AcrossRows>), "blocks share an operand that lies in order");
     static constexpr bool is_scaled = false;
     using element = portable::row_element_t<DownRows>;
     static constexpr lie rows_lie = lie::wide, columns_lie = lie::wide;
-    static constexpr bool lines = true, has_map = false;
     static constexpr int bring_registers = 56;
+    /// Which operand a cluster's blocks share; of the other one they have tiles beside each other.
+    static constexpr bool shares_across = has_map && !is_gathered<AcrossRows>, shares_down = has_map && !shares_across;
+    static constexpr int down_of_cluster = how.rows * (shares_across ? how.cluster : 1),
+                         across_of_cluster = how.columns * (shares_down ? how.cluster : 1);
+    static constexpr int ordered_width = shares_across ? how.columns : how.rows;
 
+    Map map;
+    int64_t mapped; ///< rows that it has
     row_groups groups;
     DownRows down;     // (S,M)
     AcrossRows across; // (S,N)
@@ -220,7 +237,6 @@ struct gradient_product {
         std::int32_t expert, count, row, column;
         int steps;
         bool writes;
-        static constexpr int box_bytes = 0;
         static constexpr bool has_lines = true;
     };
     template <class Block>
@@ -229,17 +245,19 @@ struct gradient_product {
     }
     FASTMOE_HOST_DEVICE int64_t tiles(const std::byte* = nullptr) const noexcept
     {
-        return groups.experts() * ceil_div(dw.out, how.rows) * ceil_div(dw.in, how.columns);
+        return groups.experts() * ceil_div(dw.out, down_of_cluster) * ceil_div(dw.in, across_of_cluster);
     }
-    FASTMOE_HOST_DEVICE place tile(const std::byte*, int64_t t, int) const noexcept
+    FASTMOE_HOST_DEVICE place tile(const std::byte*, int64_t t, int rank) const noexcept
     {
-        const auto high = static_cast<std::uint32_t>(ceil_div(dw.out, how.rows)), wide = static_cast<std::uint32_t>(ceil_div(dw.in, how.columns));
+        const auto high = static_cast<std::uint32_t>(ceil_div(dw.out, down_of_cluster)),
+                   wide = static_cast<std::uint32_t>(ceil_div(dw.in, across_of_cluster));
         const int64_t e = t / (int64_t{high} * wide);
         const banded at = banded::of(static_cast<std::uint32_t>(t - e * high * wide), high, wide, static_cast<std::uint32_t>(how.band));
         const bool inside = is_group_inside(groups.counts, groups.offsets, e, groups.slots);
         const int64_t count = inside ? groups.counts(e) : 0;
         const auto narrow = [](int64_t n) { return static_cast<std::int32_t>(n); };
-        return {inside ? groups.offsets(e) : 0, narrow(e), narrow(count), narrow(at.row * how.rows), narrow(at.column * how.columns),
+        return {inside ? groups.offsets(e) : 0, narrow(e), narrow(count), narrow(at.row * down_of_cluster) + (shares_across ? rank * how.rows : 0),
+                narrow(at.column * across_of_cluster) + (shares_down ? rank * how.columns : 0),
                 narrow(ceil_div(count, depth)), inside && (count > 0 || mode == write_mode::overwrite)};
     }
     struct operands : paired_lines<how.rows, how.columns, DownRows, AcrossRows> {
@@ -252,9 +270,21 @@ struct gradient_product {
     template <class Block, class Brings>
     FASTMOE_HOST_DEVICE void bring(Block& block, const place& p, const Brings& brings) const
     {
-        operands both{{down, across, p.first, p.count, p.row, p.column}};
-        both.start(block);
-        brings(both);
+        if constexpr (shares_across) {
+            using boxed = boxed_lines<how.rows, how.columns, how.cluster, DownRows, AcrossRows, Map>;
+            boxed both{down, across, &map, mapped, p.first, p.count, p.row, p.column, 0, how.row_bytes()};
+            both.start(block);
+            brings(both);
+        } else if constexpr (shares_down) {
+            using boxed = boxed_lines<how.columns, how.rows, how.cluster, AcrossRows, DownRows, Map>;
+            boxed both{across, down, &map, mapped, p.first, p.count, p.column, p.row, how.row_bytes(), 0};
+            both.start(block);
+            brings(both);
+        } else {
+            operands both{{down, across, p.first, p.count, p.row, p.column}};
+            both.start(block);
+            brings(both);
+        }
     }
     template <class Block>
     FASTMOE_HOST_DEVICE nothing before_store(Block&, const place&, int) const noexcept

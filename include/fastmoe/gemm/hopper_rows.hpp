@@ -35,6 +35,26 @@ bool is_whole(const Rows& rows) noexcept
 {
     return is_whole(data_of(rows));
 }
+/// As many of S rows as coordinates and strides of a map can say: all, or none.
+constexpr int64_t rows_of_map(int64_t slots, int64_t line) noexcept
+{
+    constexpr int64_t most = int64_t{1} << 39;
+    return slots <= INT32_MAX && slots < most / (line > 0 ? line : 1) ? slots : 0;
+}
+/// Boxes of the first rows.
+/// @param rows  is_whole(rows)
+/// @param none  any line of memory, in the place of rows if there are none
+template <class T>
+box_source box_of_rows(const matrix_view<T>& rows, int64_t mapped, const void* none, int box_rows) noexcept
+{
+    constexpr int64_t bytes = sizeof(T);
+    const int64_t line = bytes * rows.extent(1), high = mapped > 0 ? mapped : 1;
+    return {mapped > 0 ? static_cast<const void*>(rows.data_handle()) : none,
+            {rows.extent(1), high, 1},
+            {line, line * high},
+            {depth_of<std::remove_const_t<T>>, box_rows},
+            static_cast<int>(bytes)};
+}
 /// Where the host can look at the pointers of matrices that are held apart; elsewhere the kernel does.
 template <class Executor, class W>
 bool are_lines([[maybe_unused]] const weight_view<W>& w) noexcept
@@ -161,18 +181,12 @@ private:
                                  bytes * (m.experts > 1 ? m.expert_stride : deep ? m.row_stride * m.out : m.col_stride * m.in)},
                                 {depth_of<T>, deep ? product::weight_rows / how.cluster : depth},
                                 static_cast<int>(bytes)};
-        // As many rows as coordinates and strides of a map can say.
-        const int64_t line = bytes * x.extent(1), most = int64_t{1} << 39;
-        const int64_t mapped = groups.slots <= INT32_MAX && groups.slots * line < most ? groups.slots : 0;
+        const int64_t mapped = rows_of_map(groups.slots, bytes * x.extent(1));
         const auto describe = [&]<bool is_there>(const box_source& from) {
             if constexpr (is_there) return ex.describe(from);
             else return no_map{};
         };
-        const box_source of_rows{mapped > 0 ? static_cast<const void*>(data_of(x).data_handle()) : m.data,
-                                 {x.extent(1), mapped > 0 ? mapped : 1, 1},
-                                 {line, line * (mapped > 0 ? mapped : 1)},
-                                 {depth_of<T>, product::tokens},
-                                 static_cast<int>(bytes)};
+        const box_source of_rows = box_of_rows(data_of(x), mapped, m.data, product::tokens);
         const multiply f{{describe.template operator()<product::has_map>(source), describe.template operator()<product::boxes_rows>(of_rows),
                           mapped, w, groups, counts_itself ? vector_view<const int64_t>() : before, x, m.out, {bias, y, end, sums}, ex.faults()}};
         ex.for_each_cluster((groups.slots / tokens + groups.experts()) * ceil_div(m.out, product::weight_rows), f,

@@ -33,10 +33,10 @@ struct sums {
 ///     Product::bring_registers         of the 504 that three warpgroups' threads have together
 ///     p.start(block, list)             before all else; where the executor was asked for more memory than shared_bytes, it begins at list
 ///     p.tiles(list)                    of a cluster
-///     p.tile(list, t, rank)            what follows is about; t.steps: the stages of its depth; t.box_bytes: of each in boxes;
-///                                      t.has_lines: whether there are lines in them
-///     p.bring(block, tile, f)          f(o): o.bring_lines(block, stage, first) by all who bring, o.bring_boxes(block, stage, full,
-///                                      first) by the first of them
+///     p.tile(list, t, rank)            what follows is about; t.steps: the stages of its depth; t.has_lines: whether there are lines in them
+///     p.bring(block, tile, f)          f(o): of each stage o.box_bytes(block, first), how many of it come in boxes, by all who bring;
+///                                      then o.bring_boxes(block, stage, full, first) by the first of them, o.bring_lines(block, stage,
+///                                      first) by all. first is where the stage begins in the depth
 ///     p.before_store(block, tile, first_row)  what store() is handed as `known`: what can be read before the sums are there
 ///     p.store(block, tile, first_row, known, sums)
 template <class Product>
@@ -92,13 +92,16 @@ private:
                 FASTMOE_KEEP_LOOP
                 for (int s = 0; s < tile.steps; ++s, ++at.count) {
                     std::byte* const to = block.shared() + at.stage() * how.stage_bytes();
+                    const int first = s * depth_of<typename Product::element>;
+                    [[maybe_unused]] int box_bytes = 0;
+                    if constexpr (Product::has_map) box_bytes = operands.box_bytes(block, first);
                     block.wait(empty + at.stage(), at.parity() ^ 1);
                     if constexpr (Product::has_map)
                         if (block.thread() == 0) {
-                            block.expect(full + at.stage(), tile.box_bytes);
-                            operands.bring_boxes(block, to, full + at.stage(), s * depth_of<typename Product::element>);
+                            block.expect(full + at.stage(), box_bytes);
+                            operands.bring_boxes(block, to, full + at.stage(), first);
                         }
-                    if constexpr (Product::lines) operands.bring_lines(block, to, int64_t{s} * depth_of<typename Product::element>);
+                    if constexpr (Product::lines) operands.bring_lines(block, to, first);
                     if constexpr (Product::lines) block.arrive_with_lines(full + at.stage());
                 }
             });

@@ -16,7 +16,7 @@ struct hopper_tuning {
     int rows = 128;    ///< 128, or with ping_pong 64 or 128
     int columns = 256; ///< 64, 128, 192 or 256, of whole 64 for each block of a cluster; of gradients not 192; turned also 16 or 32
     int stages = 4;    ///< in shared memory
-    int cluster = 1;   ///< blocks that share a tile of weights: 1 or 2
+    int cluster = 1;   ///< blocks that share a tile of weights, or of gradients of the operand whose rows lie in order: 1 or 2
     hopper_schedule schedule = hopper_schedule::cooperative;
     int band = 8;      ///< tiles of columns that run beside each other
     bool turned = false;
