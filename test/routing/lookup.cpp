@@ -213,3 +213,62 @@ TEST_CASE("capacity bounds what an assignment gives, and rescales what is left")
     CHECK_EQ(r.weights, std::vector<double>{1, 1, 0, 2, 0, 0});
     CHECK_EQ(r.dlogits, std::vector<double>(9, 0.0));
 }
+
+namespace {
+
+/// Gives every token one expert.
+struct one_for_all {
+    static constexpr bool reads_logits = false, ragged = false;
+    int32_t id = 0;
+
+    template <class Executor, class T, class Communicator, class Real>
+    void assign(Executor& ex, const fm::gate_input<T>&, const Communicator&, const fm::assignment<Real>& to, fm::arena& scratch) const
+    {
+        if (!scratch.measuring()) fastmoe::for_each(ex, to.tokens, fm::detail::fill<int32_t>{to.experts.data_handle(), id});
+    }
+};
+/// Sums nothing.
+struct lost : fm::self {
+    template <class Executor, class T>
+    void all_reduce(Executor&, fm::vector_view<T>) const
+    {
+        throw fm::comm_error("nobody answers");
+    }
+};
+
+} // namespace
+
+TEST_CASE("an id out of range is a fault of its own call, though the communicator fails in it, and of no later one")
+{
+    fm::host_executor ex({.threads = 1});
+    fm::assigned_gate<one_for_all> gate{.experts = 4, .k = 1, .balance = {.coefficient = 0.1}};
+    const auto route = [&](int32_t id, const auto& communicator) {
+        gate.assignment.id = id;
+        const std::vector<float> logits(12, 1.0f);
+        fm::buffer<std::byte, fm::host_executor> memory(ex, 1 << 16);
+        fm::arena lent(memory.view());
+        const auto state = gate.reserve<float>(lent, 3);
+        fm::gate_input<float> in;
+        in.logits = fm::matrix_view<const float>(logits.data(), 3, 4);
+        gate.route(ex, in, communicator, state, lent);
+    };
+    CHECK_THROWS_WITH_AS(route(99, lost()), doctest::Contains("routing.experts(0) is 99"), fm::invalid_argument);
+    CHECK_NOTHROW(route(2, fm::self()));
+    CHECK_THROWS_AS(route(2, lost()), fm::comm_error);
+    CHECK_NOTHROW(route(2, fm::self()));
+}
+
+TEST_CASE("experts at random are refused for tokens with numbers below zero")
+{
+    fm::host_executor ex({.threads = 1});
+    const fm::random_gate gate{.experts = 4, .k = 2};
+    const std::uint64_t numbers[] = {1, 2};
+    fm::buffer<std::byte, fm::host_executor> memory(ex, 1 << 16);
+    fm::arena arena(memory.view());
+    const auto state = gate.reserve<float>(arena, 3);
+    fm::gate_input<float> in;
+    in.random = numbers, in.first_token = -1;
+    CHECK_THROWS_WITH_AS(gate.route(ex, in, fm::self(), state, arena), doctest::Contains("first_token is -1; expected zero or more"), fm::invalid_argument);
+    in.first_token = 0;
+    CHECK_NOTHROW(gate.route(ex, in, fm::self(), state, arena));
+}

@@ -287,6 +287,7 @@ private:
             if (state.chosen.data_handle() != route.experts.data_handle())
                 fastmoe::for_each(ex, route.choices(),
                                   detail::copy_ids<int32_t>{route.experts.data_handle(), state.chosen.data_handle()});
+            ex.deliver_faults(); // a communicator that fails next would leave them to another call
         }
         if constexpr (detail::score_reads_logits<Score>) {
             if (in.mode == gate_mode::training && has_loss())

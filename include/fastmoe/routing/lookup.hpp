@@ -92,6 +92,7 @@ struct random_experts {
     {
         if (scratch.measuring()) return;
         expects(in.random != nullptr, "random", "a null pointer", "seed and step");
+        expects(in.first_token >= 0, "first_token", in.first_token, "zero or more");
         fastmoe::for_each(ex, to.tokens,
                           detail::draw_experts{{in.random, random_stream::choice},
                                                pointer_or_null(in.mask),
