@@ -270,7 +270,7 @@ private:
         return out;
     }
 
-    // The pinned memory: offsets (E+1), addresses (E), counts (E), and three addresses for the product of each group.
+    // The pinned memory: offsets (E), addresses (E), three addresses for the product of each group, counts (E).
     int64_t* offsets() const noexcept { return reinterpret_cast<int64_t*>(groups_.get()); }
     void** addresses() const noexcept { return reinterpret_cast<void**>(groups_.get() + options_.experts * 8); }
     void** products_of_groups() const noexcept { return addresses() + options_.experts; }
