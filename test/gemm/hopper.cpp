@@ -462,7 +462,7 @@ static_assert(!hopper_tuning{.columns = 32, .stages = 2}.fits() && !hopper_tunin
 static_assert(!hopper_tuning{.columns = 64, .stages = 2, .cluster = 2}.fits() && !hopper_tuning{.columns = 192, .stages = 2, .cluster = 2}.fits());
 static_assert(!hopper_tuning{.rows = 64, .columns = 128, .stages = 2}.fits() && !hopper_tuning{.columns = 256, .stages = 5}.fits());
 
-TEST_CASE_TEMPLATE("an epilogue by pairs is called once for each pair, and begun for rows alone", T, FASTMOE_DTYPES_OF_16_BITS)
+TEST_CASE_TEMPLATE("an epilogue by pairs reads once for each pair, and is begun for rows alone", T, FASTMOE_DTYPES_OF_16_BITS)
 {
     FASTMOE_SEEDED(r, 65);
     const std::vector<int32_t> many{100, 0, 140, 30, 1}, few{9, 0, 1, 17, 16, 2};
