@@ -1,0 +1,77 @@
+// SPDX-FileCopyrightText: The FastMoE authors
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+// Kernels that are wrong, each in one way: what the emulator says of them.
+#include "kernel_text.hpp"
+
+namespace {
+
+using emulated::complaint;
+using emulated::memory;
+using emulated::says;
+
+const emulator::launch_shape two_warps{{1, 1, 1}, {64, 1, 1}, 1, 1024};
+const std::string own_word = "mul.wide.u32 %rd5, %r1, 4;\nadd.s64 %rd5, %rd1, %rd5;\n";
+
+} // namespace
+
+TEST_CASE("memory that is not the kernel's")
+{
+    const memory<std::uint32_t> m(std::vector<std::uint32_t>(32, 7));
+    CHECK(complaint(own_word + "ld.global.u32 %r2, [%rd5];", {m.address()}) == "");
+    CHECK(says(complaint(own_word + "ld.global.u32 %r2, [%rd5+4];", {m.address()}), "is no memory of the device: 0 bytes behind a piece of 128"));
+    CHECK(says(complaint(own_word + "st.global.u32 [%rd5+-4], %r1;", {m.address()}), "is no memory of the device"));
+    CHECK(says(complaint(own_word + "ld.global.u64 %rd6, [%rd5];", {m.address()}), "misaligned address"));
+    CHECK(says(complaint("ld.global.v4.u32 {%r2, %r3, %r4, %r5}, [%rd1+120];", {m.address()}), "misaligned address"));
+    CHECK(says(complaint("atom.global.min.u32 %r2, [%rd1+128], %r1;", {m.address()}), "is no memory of the device"));
+    int here = 0; // of the host
+    CHECK(says(complaint("ld.u32 %r2, [%rd1];", {reinterpret_cast<std::uintptr_t>(&here)}), "is no memory of the device"));
+    std::uint64_t gone = 0;
+    {
+        const memory<std::uint32_t> short_lived(std::vector<std::uint32_t>(100000));
+        gone = short_lived.address();
+    }
+    CHECK(says(complaint("st.global.u32 [%rd1], %r1;", {gone}), "is no memory of the device"));
+    const std::string said = complaint("mov.u32 %r2, dynamic;\nld.shared.u32 %r3, [%r2+1024];", {}, two_warps);
+    CHECK(says(said, "shared address 2048, 4 bytes; the block has 1024 to 2048"));
+    CHECK(says(said, "ld.shared.u32 %r3, [%r2+1024];"));
+    CHECK(says(complaint("cp.async.cg.shared.global [%r1], [%rd1], 16;", {m.address()}, two_warps), "misaligned address"));
+}
+
+TEST_CASE("what never ends")
+{
+    // A barrier at which one warp is missing since it waits at another.
+    CHECK(says(complaint("setp.lt.u32 %p1, %r1, 32;\n@%p1 bra FIRST;\nbar.sync 1, 64;\nbra DONE;\nFIRST:\nbar.sync 2, 64;\nDONE:\n", {}, two_warps), "does not go on"));
+    CHECK(says(complaint("mov.u32 %r2, dynamic;\nsetp.eq.s32 %p1, %r1, 0;\n@%p1 mbarrier.init.shared::cta.b64 [%r2], 2;\nbar.sync 0;\n@%p1 mbarrier.arrive.shared::cta.b64 _, [%r2];\n"
+                         "LOOP:\nmbarrier.try_wait.parity.shared::cta.b64 %p2, [%r2], 0;\n@!%p2 bra LOOP;", {}, two_warps), "does not go on"));
+    // Bytes that are expected and do not come.
+    CHECK(says(complaint("mov.u32 %r2, dynamic;\nsetp.eq.s32 %p1, %r1, 0;\n@%p1 mbarrier.init.shared::cta.b64 [%r2], 1;\nbar.sync 0;\n"
+                         "@%p1 mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%r2], 16;\nLOOP:\nmbarrier.try_wait.parity.shared::cta.b64 %p2, [%r2], 0;\n@!%p2 bra LOOP;", {}, two_warps), "does not go on"));
+}
+
+TEST_CASE("lanes and barriers that do not fit")
+{
+    CHECK(says(complaint("setp.lt.u32 %p1, %r1, 16;\n@%p1 bra HALF;\nbra DONE;\nHALF:\nshfl.sync.bfly.b32 %r2, %r1, 1, 31, -1;\nbra DONE2;\nDONE:\nbar.warp.sync 65535;\nDONE2:\n", {}), "lane"));
+    CHECK(says(complaint("setp.lt.u32 %p1, %r1, 16;\n@%p1 bra HALF;\nret;\nHALF:\nshfl.sync.bfly.b32 %r2, %r1, 16, 31, -1;", {}), "which is not there"));
+    CHECK(says(complaint("setp.lt.u32 %p1, %r1, 16;\n@%p1 bar.sync 0;", {}), "a barrier under a guard"));
+    CHECK(says(complaint("mov.u32 %r2, dynamic;\nmbarrier.arrive.shared::cta.b64 _, [%r2];", {}, two_warps), "there is no barrier"));
+    CHECK(says(complaint("mov.u32 %r2, dynamic;\nsetp.eq.s32 %p1, %r1, 0;\n@%p1 mbarrier.init.shared::cta.b64 [%r2], 3;\nbar.sync 0;\n@%p1 mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%r2], 16;\n"
+                         "@!%p1 mbarrier.arrive.shared::cta.b64 _, [%r2];", {}, two_warps), "more arrivals than the barrier expects"));
+    CHECK(says(complaint("trap;", {}), "trap"));
+}
+
+TEST_CASE("what it does not know is refused where it would run, and only there")
+{
+    const emulator::module text(emulated::text_of("setp.gt.u32 %p1, %r1, 100;\n@%p1 tex.made.up %r2, %r3;"));
+    const emulator::kernel* k = text.find("k");
+    REQUIRE(k != nullptr);
+    REQUIRE(k->unknown.size() == 1);
+    CHECK(k->unknown[0] == "tex.made.up");
+    std::byte parameters[32] = {};
+    emulator::run(text, *k, {{1, 1, 1}, {32, 1, 1}, 1, 0}, parameters, 1);
+    CHECK_THROWS_AS(emulator::run(text, *k, {{1, 1, 1}, {128, 1, 1}, 1, 0}, parameters, 1), emulator::kernel_error);
+    CHECK(text.find("other") == nullptr);
+    const emulator::module broken(emulated::text_of("add.s32 %r2, %r3, %unknown;"));
+    CHECK_THROWS_AS(emulator::run(broken, *broken.find("k"), {{1, 1, 1}, {32, 1, 1}, 1, 0}, parameters, 1), emulator::kernel_error);
+    const emulator::module narrow(emulated::text_of("add.s32 %r2, %r3, %rd3;"));
+    CHECK_THROWS_AS((void)narrow.find("k"), emulator::syntax_error);
+}
