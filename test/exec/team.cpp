@@ -169,6 +169,8 @@ struct count_lanes {
     }
 };
 
+constexpr int64_t most_lanes = 256; ///< of a team, on any executor
+
 template <class T>
 struct grid {
     grid(int64_t rows, int64_t cols) : memory(rows * cols), rows(rows), cols(cols) { support::poison(view()); }
@@ -212,8 +214,8 @@ TEST_CASE_TEMPLATE("every lane of a team gets the reduction of the whole row", C
         const int64_t rows = 9;
         std::vector<int64_t> x(rows * n);
         for (int64_t& v : x) v = r.integer(-50, 50);
-        grid<int64_t> sums(rows, 8), tops(rows, 8);
-        grid<int32_t> where(rows, 8);
+        grid<int64_t> sums(rows, most_lanes), tops(rows, most_lanes);
+        grid<int32_t> where(rows, most_lanes);
         fm::for_each_row(ex, rows, summarize{fm::as_matrix(x, rows, n), sums.view(), tops.view(), where.view()},
                          {.width = n});
         ex.synchronize();
@@ -226,7 +228,7 @@ TEST_CASE_TEMPLATE("every lane of a team gets the reduction of the whole row", C
                 top = std::max(top, x[i * n + j]);
             }
             int64_t lanes = 0;
-            for (int64_t lane = 0; lane < 8; ++lane) {
+            for (int64_t lane = 0; lane < most_lanes; ++lane) {
                 if (sums.view()(i, lane) == -1 && tops.view()(i, lane) == -1 && where.view()(i, lane) == -1) continue;
                 ++lanes;
                 CHECK(sums.view()(i, lane) == sum);
@@ -264,7 +266,7 @@ TEST_CASE_TEMPLATE("a scan gives every element the sum of those before it and ev
         const int64_t rows = 6;
         std::vector<int64_t> x(rows * n);
         for (int64_t& v : x) v = r.integer(1, 9);
-        grid<int64_t> before(rows, n), totals(rows, 256);
+        grid<int64_t> before(rows, n), totals(rows, most_lanes);
         fm::for_each_row(ex, rows, scan_rows{fm::as_matrix(x, rows, n), before.view(), totals.view()}, {.width = n});
         ex.synchronize();
         for (int64_t i = 0; i < rows; ++i) {
@@ -328,7 +330,7 @@ TEST_CASE_TEMPLATE("scratch is the same memory for all lanes of a row, aligned, 
 {
     FASTMOE_EXECUTOR(ex, Cell);
     for (const int64_t n : {1, 5, 64, 100}) {
-        grid<int64_t> first(3, 8), second(3, 8);
+        grid<int64_t> first(3, most_lanes), second(3, most_lanes);
         fm::for_each_row(ex, 3, take_scratch{first.view(), second.view(), n},
                          {.scratch_bytes = (n + 63) / 64 * 64 + n * 8});
         ex.synchronize();
@@ -336,7 +338,7 @@ TEST_CASE_TEMPLATE("scratch is the same memory for all lanes of a row, aligned, 
             CHECK(first.view()(i, 0) % 64 == 0);
             CHECK(second.view()(i, 0) % 64 == 0);
             CHECK(second.view()(i, 0) >= first.view()(i, 0) + n);
-            for (int64_t lane = 1; lane < 8; ++lane)
+            for (int64_t lane = 1; lane < most_lanes; ++lane)
                 if (first.view()(i, lane) != -1) CHECK(first.view()(i, lane) == first.view()(i, 0));
         }
     }
@@ -345,8 +347,8 @@ TEST_CASE_TEMPLATE("scratch is the same memory for all lanes of a row, aligned, 
 TEST_CASE_TEMPLATE("a hint beyond what every executor can give is refused", Cell, FASTMOE_EXECUTORS)
 {
     FASTMOE_EXECUTOR(ex, Cell);
-    std::vector<int64_t> memory(16);
-    const count_lanes f{fm::as_matrix(memory, 2, 8)};
+    std::vector<int64_t> memory(2 * most_lanes);
+    const count_lanes f{fm::as_matrix(memory, 2, most_lanes)};
     CHECK_THROWS_AS(fm::for_each_row(ex, 2, f, {.scratch_bytes = fm::team_scratch_bytes + 1}), fm::invalid_argument);
     CHECK_NOTHROW(fm::for_each_row(ex, 2, f, {.scratch_bytes = fm::team_scratch_bytes}));
     ex.synchronize();
@@ -355,11 +357,11 @@ TEST_CASE_TEMPLATE("a hint beyond what every executor can give is refused", Cell
 TEST_CASE_TEMPLATE("lanes are numbered from zero and know how many they are", Cell, FASTMOE_EXECUTORS)
 {
     FASTMOE_EXECUTOR(ex, Cell);
-    std::vector<int64_t> memory(5 * 8, 0);
-    fm::for_each_row(ex, 5, count_lanes{fm::as_matrix(memory, 5, 8)}, {});
+    std::vector<int64_t> memory(5 * most_lanes, 0);
+    fm::for_each_row(ex, 5, count_lanes{fm::as_matrix(memory, 5, most_lanes)}, {});
     ex.synchronize();
     const int64_t lanes = memory[0];
     CHECK(lanes >= 1);
     for (int64_t i = 0; i < 5; ++i)
-        for (int64_t lane = 0; lane < 8; ++lane) CHECK(memory[i * 8 + lane] == (lane < lanes ? lanes : 0));
+        for (int64_t lane = 0; lane < most_lanes; ++lane) CHECK(memory[i * most_lanes + lane] == (lane < lanes ? lanes : 0));
 }

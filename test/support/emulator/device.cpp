@@ -358,7 +358,8 @@ void fill_specials(warp& w, const cluster& c)
 
 void run(const module& text, const kernel& code, const launch_shape& shape, const std::byte* parameters, unsigned seed)
 {
-    static const bool watched = std::getenv("FASTMOE_EMULATOR_WATCH") != nullptr;
+    static const char* const watch = std::getenv("FASTMOE_EMULATOR_WATCH");
+    const bool watched = watch && *watch;
     const unsigned threads = shape.threads[0] * shape.threads[1] * shape.threads[2], warps = (threads + 31) / 32;
     cluster c;
     c.text = &text;

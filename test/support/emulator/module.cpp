@@ -54,6 +54,7 @@ struct reader final : operand_source {
     kernel& out;
     const std::unordered_map<std::string, std::uint32_t>& dynamic_shared;
     const std::unordered_map<std::string, std::uint64_t>& globals;
+    const std::unordered_map<std::string, std::size_t>& functions;
 
     struct variable {
         slot at;
@@ -63,6 +64,8 @@ struct reader final : operand_source {
         std::unordered_map<std::string, variable> registers;
         std::unordered_map<std::string, int> labels;
         std::vector<std::pair<int, std::string>> jumps;
+        std::unordered_map<std::string, std::uint64_t> call_parameters; ///< in local memory
+        bool is_function = false;
     };
     bool any_width = false; ///< in loads and stores, which look themselves
     std::vector<scope> scopes;
@@ -71,8 +74,8 @@ struct reader final : operand_source {
     std::unordered_map<std::string, slot> names;
 
     reader(std::string_view t, std::size_t from, std::uint32_t l, kernel& k, const std::unordered_map<std::string, std::uint32_t>& d,
-           const std::unordered_map<std::string, std::uint64_t>& g)
-        : text(t), at(from), line(l), out(k), dynamic_shared(d), globals(g)
+           const std::unordered_map<std::string, std::uint64_t>& g, const std::unordered_map<std::string, std::size_t>& f)
+        : text(t), at(from), line(l), out(k), dynamic_shared(d), globals(g), functions(f)
     {
     }
 
@@ -177,6 +180,12 @@ struct reader final : operand_source {
             if (const auto found = s->registers.find(name); found != s->registers.end()) return &found->second;
         return nullptr;
     }
+    const std::uint64_t* find_call_parameter(const std::string& name) const
+    {
+        for (auto s = scopes.rbegin(); s != scopes.rend(); ++s)
+            if (const auto found = s->call_parameters.find(name); found != s->call_parameters.end()) return &found->second;
+        return nullptr;
+    }
     bool is_wide(const std::string& operand) override
     {
         const variable* v = find(operand);
@@ -242,6 +251,10 @@ struct reader final : operand_source {
             i.offset = std::strtoll(base.c_str() + plus + 1, nullptr, 0);
             base = trimmed(std::string_view(base).substr(0, plus));
         }
+        if (const std::uint64_t* parameter = find_call_parameter(base)) {
+            i.where = space::local;
+            return number(*parameter, true);
+        }
         return read(base, !find(base) || find(base)->kind == 'w');
     }
 
@@ -274,6 +287,14 @@ struct reader final : operand_source {
             total += static_cast<std::uint32_t>(bytes);
             return;
         }
+        if (word == ".param") { // of a call
+            std::size_t align = 0, bytes = 0;
+            const std::string name = declared(what.substr(gap), align, bytes);
+            out.local_bytes = static_cast<std::uint32_t>((out.local_bytes + align - 1) / align * align);
+            scopes.back().call_parameters[name] = out.local_bytes;
+            out.local_bytes += static_cast<std::uint32_t>(bytes);
+            return;
+        }
         if (word == ".pragma" || word == ".loc" || word == ".file") return;
         fail("unknown directive " + std::string(word));
     }
@@ -300,7 +321,11 @@ struct reader final : operand_source {
         }
         s.operands = split(std::string_view(body).substr(gap));
         i.number = static_cast<int>(out.code.size());
-        if (s.parts[0] == "bra") {
+        if (s.parts[0] == "call") return call(s);
+        if (s.parts[0] == "ret" && std::any_of(scopes.begin(), scopes.end(), [](const scope& of) { return of.is_function; })) {
+            i.next = flow::branch;
+            scopes.back().jumps.emplace_back(i.number, "return of a function");
+        } else if (s.parts[0] == "bra") {
             i.next = flow::branch;
             scopes.back().jumps.emplace_back(i.number, s.operands.at(0));
         } else if (any_width = s.parts[0] == "ld" || s.parts[0] == "st"; !decode(s, *this, i)) {
@@ -311,14 +336,10 @@ struct reader final : operand_source {
         out.code.push_back(std::move(i));
     }
 
-    void read_body()
+    /// To the brace that closes it; the scope stays.
+    void read_block()
     {
-        // What stands before it: ".maxntid 256, 1, 1" and the like.
-        const std::string before(until('{'));
-        for (const char* word : {".maxntid ", ".reqntid "})
-            if (const std::size_t found = before.find(word); found != std::string::npos)
-                out.most_threads = std::atoi(before.c_str() + found + 9);
-        scopes.emplace_back();
+        const std::size_t depth = scopes.size();
         while (true) {
             skip();
             if (at >= text.size()) fail("the kernel does not end");
@@ -327,7 +348,7 @@ struct reader final : operand_source {
                 scopes.emplace_back();
             } else if (text[at] == '}') {
                 ++at;
-                if (scopes.size() == 1) break;
+                if (scopes.size() == depth) return;
                 close();
             } else if (text[at] == '.') {
                 directive();
@@ -343,6 +364,60 @@ struct reader final : operand_source {
                 instruction_at(until(';'), here);
             }
         }
+    }
+
+    /// The function's instructions stand where it is called; its parameters are the call's, in local memory.
+    void call(const statement& s)
+    {
+        const bool returns = s.operands.at(0).front() == '(';
+        const std::string& name = s.operands.at(returns ? 1 : 0);
+        const auto inside = [](const std::string& list) { return split(std::string_view(list).substr(1, list.size() - 2)); };
+        const auto function = functions.find(name);
+        if (function == functions.end()) { // printf, assert: nothing of ours
+            instruction i;
+            i.next = flow::fault;
+            i.line = line;
+            i.number = static_cast<int>(out.code.size());
+            out.unknown.push_back("call " + name);
+            out.code.push_back(i);
+            return;
+        }
+        std::vector<std::string> actual;
+        if (returns) actual = inside(s.operands[0]);
+        if (const std::size_t n = returns ? 2 : 1; s.operands.size() > n)
+            for (const std::string& one : inside(s.operands[n])) actual.push_back(one);
+        const std::size_t back = at;
+        const std::uint32_t back_line = line;
+        at = function->second;
+        std::string header(until('{'));
+        scope of;
+        of.is_function = true;
+        std::size_t n = 0;
+        for (std::size_t from = header.find(".param"); from != std::string::npos; from = header.find(".param", from + 1)) {
+            std::size_t align = 0, bytes = 0;
+            const std::string formal = declared(std::string_view(header).substr(from + 6, header.find_first_of(",)", from) - from - 6), align, bytes);
+            if (n >= actual.size()) fail("a call of " + name + " with too few arguments");
+            const std::uint64_t* place = find_call_parameter(actual[n++]);
+            if (!place) fail("an argument of " + name + " that is no parameter");
+            of.call_parameters[formal] = *place;
+        }
+        scopes.push_back(std::move(of));
+        read_block();
+        scopes.back().labels["return of a function"] = static_cast<int>(out.code.size());
+        close();
+        at = back;
+        line = back_line;
+    }
+
+    void read_body()
+    {
+        // What stands before it: ".maxntid 256, 1, 1" and the like.
+        const std::string before(until('{'));
+        for (const char* word : {".maxntid ", ".reqntid "})
+            if (const std::size_t found = before.find(word); found != std::string::npos)
+                out.most_threads = std::atoi(before.c_str() + found + 9);
+        scopes.emplace_back();
+        read_block();
         instruction last;
         last.next = flow::exit;
         last.number = static_cast<int>(out.code.size());
@@ -367,6 +442,17 @@ module::module(std::string text) : text_(std::move(text))
             std::size_t from = entry + 7, to = from;
             while (to < one.size() && is_name(one[to])) ++to;
             at_[std::string(one.substr(from, to - from))] = lines_[n];
+        } else if (one.find(".func ") != std::string_view::npos && one.find("//") != 0) {
+            // A declaration ends with a semicolon, a definition has a body.
+            const std::size_t end_of_header = all.find_first_of(";{", lines_[n]);
+            if (end_of_header == std::string_view::npos || all[end_of_header] != '{') continue;
+            const std::string_view header = all.substr(lines_[n], end_of_header - lines_[n]);
+            std::size_t from = header.find(".func ") + 6;
+            if (header[from] == '(') from = header.find(')', from) + 1;
+            while (from < header.size() && !is_name(header[from])) ++from;
+            std::size_t to = from;
+            while (to < header.size() && is_name(header[to])) ++to;
+            functions_[std::string(header.substr(from, to - from))] = lines_[n];
         } else if (one.starts_with(".extern .shared")) {
             std::size_t align = 0, bytes = 0;
             const std::string name = reader::declared(one.substr(15), align, bytes);
@@ -402,7 +488,7 @@ const kernel* module::find(const std::string& name) const
         known = std::make_unique<kernel>();
         known->name = name;
         const auto line = static_cast<std::uint32_t>(std::upper_bound(lines_.begin(), lines_.end(), entry->second) - lines_.begin());
-        reader r(text_, entry->second, line, *known, dynamic_shared_, globals_);
+        reader r(text_, entry->second, line, *known, dynamic_shared_, globals_, functions_);
         r.read_parameters();
         r.read_body();
     }

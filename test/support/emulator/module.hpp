@@ -97,6 +97,7 @@ private:
     std::unordered_map<std::string, std::size_t> at_; ///< where a kernel's `.entry` is
     std::unordered_map<std::string, std::uint32_t> dynamic_shared_; ///< and how it is aligned
     std::unordered_map<std::string, std::uint64_t> globals_;
+    std::unordered_map<std::string, std::size_t> functions_; ///< that kernels call: where each is defined
     std::deque<std::unique_ptr<std::byte[]>> storage_;
     mutable std::unordered_map<std::string, std::unique_ptr<kernel>> read_;
 };
@@ -116,7 +117,8 @@ struct statement {
 /// Where operands come from while a kernel is read.
 struct operand_source {
     virtual slot read(const std::string& operand, bool wide) = 0; ///< a register, or a line of its own for a number or a name
-    virtual slot address(const std::string& operand, instruction& out) = 0; ///< "[base+4]": its base; offset goes to `out`
+    /// "[base+4]": its base; the offset goes to `out`, and that it is local memory where it is a parameter of a call.
+    virtual slot address(const std::string& operand, instruction& out) = 0;
     virtual bool is_wide(const std::string& operand) = 0;
     virtual std::vector<std::string> parts(const std::string& list) = 0; ///< of "{a, b}"
     virtual ~operand_source() = default;

@@ -748,6 +748,7 @@ bool decode_memory(const statement& s, operand_source& from, instruction& i)
     std::string base = address.substr(1, address.find_first_of("+]") - 1);
     while (!base.empty() && base.back() == ' ') base.pop_back();
     i.a = from.address(address, i);
+    const bool of_call = i.where == space::local;
     // Names are of 8 bytes, as read() made them.
     const bool wide_address = base.front() != '%' || from.is_wide(base);
     i.variant = (wide_address ? 1 : 0) | (wide_registers ? 2 : 0);
@@ -758,6 +759,7 @@ bool decode_memory(const statement& s, operand_source& from, instruction& i)
         if (p == "local") where = space::local;
         if (p == "param" || p.starts_with("param:")) where = space::param;
     }
+    if (of_call) where = space::local;
     i.where = where;
     if (loads)
         i.run = where == space::shared ? load_of<space::shared>(t) : where == space::local ? load_of<space::local>(t) : where == space::param ? load_of<space::param>(t) : load_of<space::global>(t);
