@@ -159,7 +159,7 @@ public:
     template <class F>
     void for_each_cluster(int64_t tasks, const F& f, int64_t shared_bytes)
     {
-        const int64_t most = multiprocessors_ / F::cluster;
+        const int64_t most = multiprocessors_ < F::cluster ? 1 : multiprocessors_ / F::cluster; // a device that has no room for one says so
         launch_clusters(F::cluster, detail::run_clusters<F>, F::cluster * (tasks < most ? tasks : most), cluster_block_threads, shared_bytes + 1024, f);
     }
 
