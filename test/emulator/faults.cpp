@@ -18,7 +18,8 @@ TEST_CASE("memory that is not the kernel's")
 {
     const memory<std::uint32_t> m(std::vector<std::uint32_t>(32, 7));
     CHECK(complaint(own_word + "ld.global.u32 %r2, [%rd5];", {m.address()}) == "");
-    CHECK(says(complaint(own_word + "ld.global.u32 %r2, [%rd5+4];", {m.address()}), "is no memory of the device: 0 bytes behind a piece of 128"));
+    CHECK(says(complaint(own_word + "ld.global.u32 %r2, [%rd5+4];", {m.address()}),
+               "is no memory of the device: 0 bytes behind a piece of 128"));
     CHECK(says(complaint(own_word + "st.global.u32 [%rd5+-4], %r1;", {m.address()}), "is no memory of the device"));
     CHECK(says(complaint(own_word + "ld.global.u64 %rd6, [%rd5];", {m.address()}), "misaligned address"));
     CHECK(says(complaint("ld.global.v4.u32 {%r2, %r3, %r4, %r5}, [%rd1+120];", {m.address()}), "misaligned address"));
@@ -40,22 +41,37 @@ TEST_CASE("memory that is not the kernel's")
 TEST_CASE("what never ends")
 {
     // A barrier at which one warp is missing since it waits at another.
-    CHECK(says(complaint("setp.lt.u32 %p1, %r1, 32;\n@%p1 bra FIRST;\nbar.sync 1, 64;\nbra DONE;\nFIRST:\nbar.sync 2, 64;\nDONE:\n", {}, two_warps), "does not go on"));
-    CHECK(says(complaint("mov.u32 %r2, dynamic;\nsetp.eq.s32 %p1, %r1, 0;\n@%p1 mbarrier.init.shared::cta.b64 [%r2], 2;\nbar.sync 0;\n@%p1 mbarrier.arrive.shared::cta.b64 _, [%r2];\n"
-                         "LOOP:\nmbarrier.try_wait.parity.shared::cta.b64 %p2, [%r2], 0;\n@!%p2 bra LOOP;", {}, two_warps), "does not go on"));
+    CHECK(says(complaint("setp.lt.u32 %p1, %r1, 32;\n@%p1 bra FIRST;\nbar.sync 1, 64;\nbra DONE;\nFIRST:\nbar.sync 2, 64;\nDONE:\n", {},
+                         two_warps),
+               "does not go on"));
+    CHECK(says(complaint("mov.u32 %r2, dynamic;\nsetp.eq.s32 %p1, %r1, 0;\n@%p1 mbarrier.init.shared::cta.b64 [%r2], 2;\nbar.sync 0;\n@%p1 "
+                         "mbarrier.arrive.shared::cta.b64 _, [%r2];\n"
+                         "LOOP:\nmbarrier.try_wait.parity.shared::cta.b64 %p2, [%r2], 0;\n@!%p2 bra LOOP;",
+                         {}, two_warps),
+               "does not go on"));
     // Bytes that are expected and do not come.
     CHECK(says(complaint("mov.u32 %r2, dynamic;\nsetp.eq.s32 %p1, %r1, 0;\n@%p1 mbarrier.init.shared::cta.b64 [%r2], 1;\nbar.sync 0;\n"
-                         "@%p1 mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%r2], 16;\nLOOP:\nmbarrier.try_wait.parity.shared::cta.b64 %p2, [%r2], 0;\n@!%p2 bra LOOP;", {}, two_warps), "does not go on"));
+                         "@%p1 mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%r2], "
+                         "16;\nLOOP:\nmbarrier.try_wait.parity.shared::cta.b64 %p2, [%r2], 0;\n@!%p2 bra LOOP;",
+                         {}, two_warps),
+               "does not go on"));
 }
 
 TEST_CASE("lanes and barriers that do not fit")
 {
-    CHECK(says(complaint("setp.lt.u32 %p1, %r1, 16;\n@%p1 bra HALF;\nbra DONE;\nHALF:\nshfl.sync.bfly.b32 %r2, %r1, 1, 31, -1;\nbra DONE2;\nDONE:\nbar.warp.sync 65535;\nDONE2:\n", {}), "lane"));
-    CHECK(says(complaint("setp.lt.u32 %p1, %r1, 16;\n@%p1 bra HALF;\nret;\nHALF:\nshfl.sync.bfly.b32 %r2, %r1, 16, 31, -1;", {}), "which is not there"));
+    CHECK(says(complaint("setp.lt.u32 %p1, %r1, 16;\n@%p1 bra HALF;\nbra DONE;\nHALF:\nshfl.sync.bfly.b32 %r2, %r1, 1, 31, -1;\nbra "
+                         "DONE2;\nDONE:\nbar.warp.sync 65535;\nDONE2:\n",
+                         {}),
+               "lane"));
+    CHECK(says(complaint("setp.lt.u32 %p1, %r1, 16;\n@%p1 bra HALF;\nret;\nHALF:\nshfl.sync.bfly.b32 %r2, %r1, 16, 31, -1;", {}),
+               "which is not there"));
     CHECK(says(complaint("setp.lt.u32 %p1, %r1, 16;\n@%p1 bar.sync 0;", {}), "a barrier under a guard"));
     CHECK(says(complaint("mov.u32 %r2, dynamic;\nmbarrier.arrive.shared::cta.b64 _, [%r2];", {}, two_warps), "there is no barrier"));
-    CHECK(says(complaint("mov.u32 %r2, dynamic;\nsetp.eq.s32 %p1, %r1, 0;\n@%p1 mbarrier.init.shared::cta.b64 [%r2], 3;\nbar.sync 0;\n@%p1 mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%r2], 16;\n"
-                         "@!%p1 mbarrier.arrive.shared::cta.b64 _, [%r2];", {}, two_warps), "more arrivals than the barrier expects"));
+    CHECK(says(complaint("mov.u32 %r2, dynamic;\nsetp.eq.s32 %p1, %r1, 0;\n@%p1 mbarrier.init.shared::cta.b64 [%r2], 3;\nbar.sync 0;\n@%p1 "
+                         "mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%r2], 16;\n"
+                         "@!%p1 mbarrier.arrive.shared::cta.b64 _, [%r2];",
+                         {}, two_warps),
+               "more arrivals than the barrier expects"));
     CHECK(says(complaint("trap;", {}), "trap"));
 }
 

@@ -25,8 +25,9 @@ std::vector<std::uint64_t> apply(const std::string& text, const std::vector<std:
     run("mul.wide.u32 %rd5, %r1, 8;\nadd.s64 %rd6, %rd1, %rd5;\nadd.s64 %rd7, %rd2, %rd5;\nadd.s64 %rd8, %rd3, %rd5;\n"
         "ld.global.u64 %rd11, [%rd6];\nld.global.u64 %rd12, [%rd7];\ncvt.u32.u64 %r11, %rd11;\ncvt.u32.u64 %r12, %rd12;\n"
         "mov.b32 %f11, %r11;\nmov.b32 %f12, %r12;\nmov.b64 %fd11, %rd11;\nmov.b64 %fd12, %rd12;\n" +
-            text + "\n" + (text.find("%f10,") != std::string::npos ? "mov.b32 %r10, %f10;\n" : "") + (text.find("%fd10,") != std::string::npos ? "mov.b64 %rd10, %fd10;\n" : "") +
-            (narrow ? "cvt.u64.u32 %rd10, %r10;\n" : "") + "st.global.u64 [%rd8], %rd10;",
+            text + "\n" + (text.find("%f10,") != std::string::npos ? "mov.b32 %r10, %f10;\n" : "") +
+            (text.find("%fd10,") != std::string::npos ? "mov.b64 %rd10, %fd10;\n" : "") + (narrow ? "cvt.u64.u32 %rd10, %r10;\n" : "") +
+            "st.global.u64 [%rd8], %rd10;",
         {from_a.address(), from_b.address(), to.address()});
     return to.values();
 }
@@ -61,14 +62,17 @@ void same_real(const char* text, const F& expected)
     std::vector<float> others = values;
     std::shuffle(others.begin(), others.end(), random);
     std::vector<std::uint64_t> a, b;
-    for (std::size_t i = 0; i < 32; ++i) a.push_back(std::bit_cast<std::uint32_t>(values[i])), b.push_back(std::bit_cast<std::uint32_t>(others[i]));
+    for (std::size_t i = 0; i < 32; ++i)
+        a.push_back(std::bit_cast<std::uint32_t>(values[i])), b.push_back(std::bit_cast<std::uint32_t>(others[i]));
     const auto got = apply(text, a, b);
     for (std::size_t i = 0; i < 32; ++i) {
         const float is = std::bit_cast<float>(low(got[i])), should = expected(values[i], others[i]);
         CAPTURE(values[i]);
         CAPTURE(others[i]);
-        if (std::isnan(should)) CHECK(std::isnan(is));
-        else CHECK_EQ(std::bit_cast<std::uint32_t>(is), std::bit_cast<std::uint32_t>(should));
+        if (std::isnan(should))
+            CHECK(std::isnan(is));
+        else
+            CHECK_EQ(std::bit_cast<std::uint32_t>(is), std::bit_cast<std::uint32_t>(should));
     }
 }
 
@@ -85,8 +89,10 @@ TEST_CASE("whole numbers")
     same("mad.lo.s32 %r10, %r11, %r12, 7;", [](auto a, auto b) { return low(a * b + 7); });
     same("shl.b32 %r10, %r11, %r12;", [](auto a, auto b) { return low(b) >= 32 ? 0u : low(a) << low(b); });
     same("shr.u64 %rd10, %rd11, %r12;", [](auto a, auto b) { return low(b) >= 64 ? 0 : a >> low(b); });
-    same("shr.s32 %r10, %r11, %r12;", [](auto a, auto b) { return low(static_cast<std::uint64_t>(whole(a) >> (low(b) > 31 ? 31 : low(b)))); });
-    same("min.s32 %r10, %r11, %r12;", [](auto a, auto b) { return low(static_cast<std::uint64_t>(whole(a) < whole(b) ? whole(a) : whole(b))); });
+    same("shr.s32 %r10, %r11, %r12;",
+         [](auto a, auto b) { return low(static_cast<std::uint64_t>(whole(a) >> (low(b) > 31 ? 31 : low(b)))); });
+    same("min.s32 %r10, %r11, %r12;",
+         [](auto a, auto b) { return low(static_cast<std::uint64_t>(whole(a) < whole(b) ? whole(a) : whole(b))); });
     same("max.u64 %rd10, %rd11, %rd12;", [](auto a, auto b) { return a > b ? a : b; });
     same("div.u32 %r10, %r11, %r12;", [](auto a, auto b) { return low(b) ? low(a) / low(b) : ~0u; });
     same("rem.s64 %rd10, %rd11, 7;", [](auto a, auto) { return static_cast<std::int64_t>(a) % 7; });
@@ -99,8 +105,10 @@ TEST_CASE("whole numbers")
     same("prmt.b32 %r10, %r11, %r12, 4180;", [](auto a, auto b) { // 0x1054: bytes 4, 5, 0 and 1
         return low((b & 0xff) | (b & 0xff00) | (a & 0xff) << 16 | (a & 0xff00) << 16);
     });
-    same("setp.lt.s64 %p1, %rd11, %rd12;\nselp.b64 %rd10, %rd11, 5, %p1;", [](auto a, auto b) { return static_cast<std::int64_t>(a) < static_cast<std::int64_t>(b) ? a : 5; });
-    same("setp.ne.s32 %p1, %r11, 0;\nsetp.gt.u32 %p2, %r12, 9;\nand.pred %p3, %p1, %p2;\n@%p3 bra YES;\nmov.u64 %rd10, 0;\nbra DONE;\nYES:\nmov.u64 %rd10, 1;\nDONE:\n",
+    same("setp.lt.s64 %p1, %rd11, %rd12;\nselp.b64 %rd10, %rd11, 5, %p1;",
+         [](auto a, auto b) { return static_cast<std::int64_t>(a) < static_cast<std::int64_t>(b) ? a : 5; });
+    same("setp.ne.s32 %p1, %r11, 0;\nsetp.gt.u32 %p2, %r12, 9;\nand.pred %p3, %p1, %p2;\n@%p3 bra YES;\nmov.u64 %rd10, 0;\nbra "
+         "DONE;\nYES:\nmov.u64 %rd10, 1;\nDONE:\n",
          [](auto a, auto b) { return low(a) != 0 && low(b) > 9; });
 }
 
@@ -111,7 +119,8 @@ TEST_CASE("conversions and parts of registers")
     same("mov.b32 {%rs1, %rs2}, %r11;\ncvt.u64.u16 %rd10, %rs1;", [](auto a, auto) { return a & 0xffff; });
     same("mov.b64 {%r20, %r21}, %rd11;\nmov.b64 %rd10, {%r21, %r20};", [](auto a, auto) { return a << 32 | a >> 32; });
     same("mov.b32 {%rs1, %rs2}, %r11;\nmov.b32 %r10, {%rs2, %rs1};", [](auto a, auto) { return low(a << 16 | (a >> 16 & 0xffff)); });
-    same("cvt.rn.f64.s64 %fd10, %rd11;", [](auto a, auto) { return std::bit_cast<std::uint64_t>(static_cast<double>(static_cast<std::int64_t>(a))); });
+    same("cvt.rn.f64.s64 %fd10, %rd11;",
+         [](auto a, auto) { return std::bit_cast<std::uint64_t>(static_cast<double>(static_cast<std::int64_t>(a))); });
     same("cvt.rn.f32.u32 %f10, %r11;", [](auto a, auto) { return std::bit_cast<std::uint32_t>(static_cast<float>(low(a))); });
 }
 
@@ -120,14 +129,19 @@ TEST_CASE("real numbers")
     same_real("fma.rn.f32 %f10, %f11, %f12, %f11;", [](float a, float b) { return std::fma(a, b, a); });
     same_real("add.f32 %f10, %f11, %f12;", [](float a, float b) { return a + b; });
     same_real("div.rn.f32 %f10, %f11, %f12;", [](float a, float b) { return a / b; });
-    same_real("max.f32 %f10, %f11, %f12;", [](float a, float b) { return a == b ? (std::signbit(a) ? b : a) : std::isnan(a) ? b : std::isnan(b) ? a : a > b ? a : b; });
+    same_real("max.f32 %f10, %f11, %f12;", [](float a, float b) {
+        return a == b ? (std::signbit(a) ? b : a) : std::isnan(a) ? b : std::isnan(b) ? a : a > b ? a : b;
+    });
     same_real("neg.f32 %f10, %f11;", [](float a, float) { return -a; });
     same_real("setp.gtu.f32 %p1, %f11, %f12;\nselp.f32 %f10, %f11, %f12, %p1;", [](float a, float b) { return !(a <= b) ? a : b; });
     same_real("setp.neu.f32 %p1, %f11, %f12;\nselp.f32 %f10, %f11, 0f3F800000, %p1;", [](float a, float b) { return a == b ? 1.0f : a; });
     // Where the reciprocal would be subnormal, the fast one gives zero.
     same_real("div.approx.f32 %f10, %f11, %f12;", [](float a, float b) {
         const bool large = std::fabs(b) > 0x1p126f && !std::isinf(b);
-        return !large ? a / b : std::isinf(a) ? NAN : std::isnan(a) ? NAN : std::copysign(0.0f, std::signbit(a) == std::signbit(b) ? 1.0f : -1.0f);
+        return !large          ? a / b
+               : std::isinf(a) ? NAN
+               : std::isnan(a) ? NAN
+                               : std::copysign(0.0f, std::signbit(a) == std::signbit(b) ? 1.0f : -1.0f);
     });
     same_real("cvt.rzi.s32.f32 %r10, %f11;", [](float a, float) {
         const std::int32_t v = std::isnan(a) ? 0 : a >= 0x1p31f ? INT32_MAX : a <= -0x1p31f ? INT32_MIN : static_cast<std::int32_t>(a);
@@ -172,12 +186,15 @@ TEST_CASE("lanes of a warp exchange values")
 {
     const auto shuffled = [](const char* how, const char* c) {
         const memory<std::uint32_t> to(std::vector<std::uint32_t>(32, 99));
-        run(std::string("mul.lo.s32 %r2, %r1, 10;\nshfl.sync.") + how + ", " + c + ", -1;\nselp.b32 %r4, 0, 1000, %p1;\nadd.s32 %r3, %r3, %r4;\nmul.wide.u32 %rd5, %r1, 4;\n"
-            "add.s64 %rd5, %rd1, %rd5;\nst.global.u32 [%rd5], %r3;", {to.address()});
+        run(std::string("mul.lo.s32 %r2, %r1, 10;\nshfl.sync.") + how + ", " + c +
+                ", -1;\nselp.b32 %r4, 0, 1000, %p1;\nadd.s32 %r3, %r3, %r4;\nmul.wide.u32 %rd5, %r1, 4;\n"
+                "add.s64 %rd5, %rd1, %rd5;\nst.global.u32 [%rd5], %r3;",
+            {to.address()});
         return to.values();
     };
-    const auto bfly = shuffled("bfly.b32 %r3|%p1, %r2, 5", "31"), idx = shuffled("idx.b32 %r3|%p1, %r2, 3", "31"), up = shuffled("up.b32 %r3|%p1, %r2, 2", "0"),
-               down = shuffled("down.b32 %r3|%p1, %r2, 4", "31"), parts = shuffled("idx.b32 %r3|%p1, %r2, 3", "6175"); // 0x181f: of eight lanes
+    const auto bfly = shuffled("bfly.b32 %r3|%p1, %r2, 5", "31"), idx = shuffled("idx.b32 %r3|%p1, %r2, 3", "31"),
+               up = shuffled("up.b32 %r3|%p1, %r2, 2", "0"), down = shuffled("down.b32 %r3|%p1, %r2, 4", "31"),
+               parts = shuffled("idx.b32 %r3|%p1, %r2, 3", "6175"); // 0x181f: of eight lanes
     for (std::uint32_t l = 0; l < 32; ++l) {
         CHECK_EQ(bfly[l], (l ^ 5) * 10);
         CHECK_EQ(idx[l], 30);
@@ -191,8 +208,10 @@ TEST_CASE("lanes part and meet again")
 {
     // Lane l adds 1 to l, then those that ended early have waited.
     const memory<std::uint32_t> to(std::vector<std::uint32_t>(64, 99));
-    run("mov.u32 %r2, 0;\nmov.u32 %r3, 0;\nAGAIN:\nadd.s32 %r3, %r3, %r2;\nadd.s32 %r2, %r2, 1;\nsetp.le.u32 %p1, %r2, %r1;\n@%p1 bra AGAIN;\nbar.warp.sync -1;\n"
-        "shfl.sync.bfly.b32 %r4, %r3, 1, 31, -1;\nadd.s32 %r4, %r4, %r3;\nmul.wide.u32 %rd5, %r1, 4;\nadd.s64 %rd5, %rd1, %rd5;\nst.global.u32 [%rd5], %r4;",
+    run("mov.u32 %r2, 0;\nmov.u32 %r3, 0;\nAGAIN:\nadd.s32 %r3, %r3, %r2;\nadd.s32 %r2, %r2, 1;\nsetp.le.u32 %p1, %r2, %r1;\n@%p1 bra "
+        "AGAIN;\nbar.warp.sync -1;\n"
+        "shfl.sync.bfly.b32 %r4, %r3, 1, 31, -1;\nadd.s32 %r4, %r4, %r3;\nmul.wide.u32 %rd5, %r1, 4;\nadd.s64 %rd5, %rd1, "
+        "%rd5;\nst.global.u32 [%rd5], %r4;",
         {to.address()}, {{1, 1, 1}, {64, 1, 1}, 1, 0});
     const auto sum = [](std::uint32_t l) { return l * (l + 1) / 2; };
     for (std::uint32_t l = 0; l < 64; ++l) CHECK_EQ(to[l], sum(l) + sum(l ^ 1));
@@ -202,8 +221,10 @@ TEST_CASE("warps of a block meet, and blocks have places of their own")
 {
     const memory<std::uint32_t> to(std::vector<std::uint32_t>(3 * 96, 99));
     for (unsigned seed = 1; seed <= 20; ++seed) {
-        run("mov.u32 %r2, dynamic;\nshl.b32 %r3, %r1, 2;\nadd.s32 %r4, %r2, %r3;\nmov.u32 %r5, %ctaid.x;\nmad.lo.s32 %r6, %r5, 1000, %r1;\nst.shared.u32 [%r4], %r6;\nbar.sync 0;\n"
-            "sub.s32 %r7, 95, %r1;\nshl.b32 %r7, %r7, 2;\nadd.s32 %r7, %r2, %r7;\nld.shared.u32 %r8, [%r7];\nmad.lo.s32 %r9, %r5, 96, %r1;\nmul.wide.u32 %rd5, %r9, 4;\n"
+        run("mov.u32 %r2, dynamic;\nshl.b32 %r3, %r1, 2;\nadd.s32 %r4, %r2, %r3;\nmov.u32 %r5, %ctaid.x;\nmad.lo.s32 %r6, %r5, 1000, "
+            "%r1;\nst.shared.u32 [%r4], %r6;\nbar.sync 0;\n"
+            "sub.s32 %r7, 95, %r1;\nshl.b32 %r7, %r7, 2;\nadd.s32 %r7, %r2, %r7;\nld.shared.u32 %r8, [%r7];\nmad.lo.s32 %r9, %r5, 96, "
+            "%r1;\nmul.wide.u32 %rd5, %r9, 4;\n"
             "add.s64 %rd5, %rd1, %rd5;\nst.global.u32 [%rd5], %r8;",
             {to.address()}, {{3, 1, 1}, {96, 1, 1}, 1, 384}, seed);
         for (std::uint32_t i = 0; i < 3 * 96; ++i) CHECK_EQ(to[i], i / 96 * 1000 + 95 - i % 96);

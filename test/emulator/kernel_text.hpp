@@ -17,7 +17,10 @@ namespace emulated {
 template <class T>
 class memory {
 public:
-    explicit memory(std::vector<T> values) : values_(std::move(values)) { emulator::memory_map::instance().add(values_.data(), values_.size() * sizeof(T), emulator::memory_kind::device); }
+    explicit memory(std::vector<T> values) : values_(std::move(values))
+    {
+        emulator::memory_map::instance().add(values_.data(), values_.size() * sizeof(T), emulator::memory_kind::device);
+    }
     ~memory() { emulator::memory_map::instance().remove(values_.data()); }
     memory(const memory&) = delete;
     std::uint64_t address() const { return reinterpret_cast<std::uintptr_t>(values_.data()); }
@@ -32,16 +35,22 @@ private:
 /// A kernel k(u64 a, u64 b, u64 c, u64 d), which are %rd1 to %rd4; registers %r, %rd, %f, %fd, %rs, %p to 99; %r1 is the thread.
 inline std::string text_of(const std::string& body, const std::string& before = "")
 {
-    return ".version 9.0\n.target sm_90a\n.address_size 64\n.extern .shared .align 1024 .b8 dynamic[];\n.visible .entry k(\n.param .u64 k_param_0,\n.param .u64 k_param_1,\n"
-           ".param .u64 k_param_2,\n.param .u64 k_param_3\n)\n.maxntid 1024, 1, 1\n{\n.reg .pred %p<100>;\n.reg .b16 %rs<100>;\n.reg .b32 %r<100>;\n.reg .b32 %f<100>;\n"
-           ".reg .b64 %rd<100>;\n.reg .b64 %fd<100>;\n" + before + "\nld.param.u64 %rd1, [k_param_0];\nld.param.u64 %rd2, [k_param_1];\nld.param.u64 %rd3, [k_param_2];\n"
-           "ld.param.u64 %rd4, [k_param_3];\nmov.u32 %r1, %tid.x;\n" + body + "\nret;\n}\n";
+    return ".version 9.0\n.target sm_90a\n.address_size 64\n.extern .shared .align 1024 .b8 dynamic[];\n.visible .entry k(\n.param .u64 "
+           "k_param_0,\n.param .u64 k_param_1,\n"
+           ".param .u64 k_param_2,\n.param .u64 k_param_3\n)\n.maxntid 1024, 1, 1\n{\n.reg .pred %p<100>;\n.reg .b16 %rs<100>;\n.reg .b32 "
+           "%r<100>;\n.reg .b32 %f<100>;\n"
+           ".reg .b64 %rd<100>;\n.reg .b64 %fd<100>;\n" +
+           before +
+           "\nld.param.u64 %rd1, [k_param_0];\nld.param.u64 %rd2, [k_param_1];\nld.param.u64 %rd3, [k_param_2];\n"
+           "ld.param.u64 %rd4, [k_param_3];\nmov.u32 %r1, %tid.x;\n" +
+           body + "\nret;\n}\n";
 }
 
 struct arguments {
     std::uint64_t a = 0, b = 0, c = 0, d = 0;
 };
-inline void run(const std::string& body, const arguments& with, emulator::launch_shape shape = {{1, 1, 1}, {32, 1, 1}, 1, 0}, unsigned seed = 1, const std::string& before = "")
+inline void run(const std::string& body, const arguments& with, emulator::launch_shape shape = {{1, 1, 1}, {32, 1, 1}, 1, 0},
+                unsigned seed = 1, const std::string& before = "")
 {
     const emulator::module text(text_of(body, before));
     const emulator::kernel* k = text.find("k");
@@ -52,7 +61,8 @@ inline void run(const std::string& body, const arguments& with, emulator::launch
     emulator::run(text, *k, shape, parameters, seed);
 }
 /// What the emulator says of a kernel that is wrong; nothing if it finds nothing.
-inline std::string complaint(const std::string& body, const arguments& with, emulator::launch_shape shape = {{1, 1, 1}, {32, 1, 1}, 1, 0}, unsigned seed = 1, const std::string& before = "")
+inline std::string complaint(const std::string& body, const arguments& with, emulator::launch_shape shape = {{1, 1, 1}, {32, 1, 1}, 1, 0},
+                             unsigned seed = 1, const std::string& before = "")
 {
     try {
         run(body, with, shape, seed, before);

@@ -31,7 +31,10 @@ struct barrier_state {
     std::uint32_t pending_and_bytes[1]; // 11 bits of arrivals, 21 of bytes with a sign
     int pending() const { return static_cast<int>(pending_and_bytes[0] >> 21); }
     int bytes() const { return static_cast<int>(pending_and_bytes[0] << 11) >> 11; }
-    void set(int pending, int bytes) { pending_and_bytes[0] = static_cast<std::uint32_t>(pending) << 21 | (static_cast<std::uint32_t>(bytes) & 0x1fffffu); }
+    void set(int pending, int bytes)
+    {
+        pending_and_bytes[0] = static_cast<std::uint32_t>(pending) << 21 | (static_cast<std::uint32_t>(bytes) & 0x1fffffu);
+    }
 };
 static_assert(sizeof(barrier_state) == 8);
 constexpr std::uint32_t valid_barrier = 0x5a5;
@@ -63,7 +66,8 @@ void init_barrier(warp& w, const instruction& i, std::uint32_t lanes)
 {
     for (std::uint32_t left = lanes; left; left &= left - 1) {
         const int l = std::countr_zero(left);
-        const std::uint32_t address = w.at<std::uint32_t>(i.a)[l] + static_cast<std::uint32_t>(i.offset), arrivals = w.at<std::uint32_t>(i.b)[l];
+        const std::uint32_t address = w.at<std::uint32_t>(i.a)[l] + static_cast<std::uint32_t>(i.offset),
+                            arrivals = w.at<std::uint32_t>(i.b)[l];
         check_align(w, i, address, 8);
         if (arrivals < 1 || arrivals >= 1 << 11) fail(w, i, "a barrier of " + std::to_string(arrivals) + " arrivals");
         barrier_state b{};
@@ -105,7 +109,8 @@ namespace {
 
 // -- copies ------------------------------------------------------------------------------------------------------------
 
-void copy_now(warp& w, const line_copy& c)
+/// @param by  the warp that waited for it; -1: none
+void copy_now(warp& w, const line_copy& c, int by)
 {
     const instruction& i = w.code->code[static_cast<std::size_t>(c.line)];
     std::byte* to = shared_place(w, i, c.to, 16);
@@ -115,6 +120,7 @@ void copy_now(warp& w, const line_copy& c)
         std::memcpy(line, reinterpret_cast<const void*>(c.from), static_cast<std::size_t>(c.bytes));
     }
     std::memcpy(to, line, 16);
+    w.home->note_write(c.to, 16, by);
 }
 void copy_line(warp& w, const instruction& i, std::uint32_t lanes)
 {
@@ -139,8 +145,10 @@ void wait_lines(warp& w, const instruction& i, std::uint32_t lanes) // variant: 
     std::vector<line_copy> rest;
     for (const line_copy& c : w.lines) {
         const bool over = lanes >> c.lane & 1 && (i.variant < 0 || c.group < w.groups[c.lane] - i.variant);
-        if (over) copy_now(w, c);
-        else rest.push_back(c);
+        if (over)
+            copy_now(w, c, w.number);
+        else
+            rest.push_back(c);
     }
     w.lines = std::move(rest);
 }
@@ -192,7 +200,7 @@ void do_pending(cluster& c, std::size_t which)
     warp& w = p.origin->warps[0]; // for messages, and whose block it is
     const instruction& i = c.code->code[static_cast<std::size_t>(p.line)];
     if (!p.is_box) {
-        for (const line_copy& line : p.lines) copy_now(w, line);
+        for (const line_copy& line : p.lines) copy_now(w, line, -1);
         count(w, i, p.barrier, 1, 0);
         return;
     }
@@ -217,11 +225,14 @@ void do_pending(cluster& c, std::size_t which)
                         std::memset(to + offset, 0, map.element_bytes);
                         continue;
                     }
-                    const std::uintptr_t from = map.base + static_cast<std::uint64_t>(at[0]) * map.element_bytes + static_cast<std::uint64_t>(at[1]) * map.stride[0] +
+                    const std::uintptr_t from = map.base + static_cast<std::uint64_t>(at[0]) * map.element_bytes +
+                                                static_cast<std::uint64_t>(at[1]) * map.stride[0] +
                                                 static_cast<std::uint64_t>(at[2]) * map.stride[1];
                     check_global(w, i, from, map.element_bytes);
                     std::memcpy(to + offset, reinterpret_cast<const void*>(from), map.element_bytes);
                 }
+        const std::uint32_t first = (p.to - shared_window) / 16;
+        std::fill_n(there.home->written.begin() + first, bytes / 16, 0u);
         count(there, i, p.barrier, 0, -static_cast<int>(bytes));
     }
 }
@@ -233,7 +244,8 @@ void map_address(warp& w, const instruction& i, std::uint32_t lanes) // mapa.sha
     for (std::uint32_t left = lanes; left; left &= left - 1) {
         const int l = std::countr_zero(left);
         const std::uint32_t rank = w.at<std::uint32_t>(i.b)[l];
-        if (rank >= w.home->home->blocks.size()) fail(w, i, "block " + std::to_string(rank) + " of a cluster of " + std::to_string(w.home->home->blocks.size()));
+        if (rank >= w.home->home->blocks.size())
+            fail(w, i, "block " + std::to_string(rank) + " of a cluster of " + std::to_string(w.home->home->blocks.size()));
         w.at<std::uint32_t>(i.d)[l] = w.at<std::uint32_t>(i.a)[l] + ((rank + 1) << rank_shift);
     }
 }
@@ -252,7 +264,8 @@ void load_matrices(warp& w, const instruction& i, std::uint32_t) // ldmatrix; va
         }
         for (int l = 0; l < 32; ++l) {
             const int row = l / 4, col = l % 4 * 2;
-            const std::uint32_t low = i.variant ? matrix[col][row] : matrix[row][col], high = i.variant ? matrix[col + 1][row] : matrix[row][col + 1];
+            const std::uint32_t low = i.variant ? matrix[col][row] : matrix[row][col],
+                                high = i.variant ? matrix[col + 1][row] : matrix[row][col + 1];
             w.at<std::uint32_t>(i.list[m])[l] = high << 16 | low;
         }
     }
@@ -268,17 +281,21 @@ void multiply_warp(warp& w, const instruction& i, std::uint32_t)
         for (int half = 0; half < 2; ++half) {
             const int group = l / 4, pair = l % 4 * 2 + half;
             for (int r = 0; r < 4; ++r)
-                a[group + r % 2 * 8][pair + r / 2 * 8] = element(static_cast<std::uint16_t>(w.at<std::uint32_t>(i.more[static_cast<std::size_t>(r)])[l] >> (16 * half)), i.variant);
+                a[group + r % 2 * 8][pair + r / 2 * 8] = element(
+                    static_cast<std::uint16_t>(w.at<std::uint32_t>(i.more[static_cast<std::size_t>(r)])[l] >> (16 * half)), i.variant);
             for (int r = 0; r < 2; ++r)
-                b[pair + r * 8][group] = element(static_cast<std::uint16_t>(w.at<std::uint32_t>(i.more[static_cast<std::size_t>(4 + r)])[l] >> (16 * half)), i.variant);
-            for (int r = 0; r < 2; ++r) c[group + r * 8][pair] = std::bit_cast<float>(w.at<std::uint32_t>(i.more[static_cast<std::size_t>(6 + r * 2 + half)])[l]);
+                b[pair + r * 8][group] = element(
+                    static_cast<std::uint16_t>(w.at<std::uint32_t>(i.more[static_cast<std::size_t>(4 + r)])[l] >> (16 * half)), i.variant);
+            for (int r = 0; r < 2; ++r)
+                c[group + r * 8][pair] = std::bit_cast<float>(w.at<std::uint32_t>(i.more[static_cast<std::size_t>(6 + r * 2 + half)])[l]);
         }
     for (int row = 0; row < 16; ++row)
         for (int col = 0; col < 8; ++col) {
             double sum = c[row][col];
             for (int k = 0; k < 16; ++k) sum += static_cast<double>(a[row][k]) * static_cast<double>(b[k][col]);
             const int l = row % 8 * 4 + col / 2;
-            w.at<std::uint32_t>(i.list[static_cast<std::size_t>(row / 8 * 2 + col % 2)])[l] = std::bit_cast<std::uint32_t>(static_cast<float>(sum));
+            w.at<std::uint32_t>(i.list[static_cast<std::size_t>(row / 8 * 2 + col % 2)])[l] =
+                std::bit_cast<std::uint32_t>(static_cast<float>(sum));
         }
 }
 
@@ -294,8 +311,11 @@ struct operand_place {
     {
         const int line = 128 / element_bytes;
         std::uint32_t at = start;
-        if (!transposed) at += static_cast<std::uint32_t>(row / 8) * stride + static_cast<std::uint32_t>(row % 8 * 128 + k * element_bytes);
-        else at += static_cast<std::uint32_t>(row / line) * leading + static_cast<std::uint32_t>(k / 8) * stride + static_cast<std::uint32_t>(k % 8 * 128 + row % line * element_bytes);
+        if (!transposed)
+            at += static_cast<std::uint32_t>(row / 8) * stride + static_cast<std::uint32_t>(row % 8 * 128 + k * element_bytes);
+        else
+            at += static_cast<std::uint32_t>(row / line) * leading + static_cast<std::uint32_t>(k / 8) * stride +
+                  static_cast<std::uint32_t>(k % 8 * 128 + row % line * element_bytes);
         return at ^ (at >> 3 & 0x70);
     }
 };
@@ -303,8 +323,8 @@ operand_place operand(warp& w, const instruction& i, std::uint64_t descriptor, i
 {
     if (descriptor >> 62 != 1) fail(w, i, "an operand that is not in swizzled lines of 128 bytes");
     if (descriptor >> 49 & 7) fail(w, i, "an operand whose base does not lie on a line of 1024 bytes");
-    return {static_cast<std::uint32_t>(descriptor & 0x3fff) << 4, static_cast<std::uint32_t>(descriptor >> 16 & 0x3fff) << 4, static_cast<std::uint32_t>(descriptor >> 32 & 0x3fff) << 4,
-            element_bytes, transposed};
+    return {static_cast<std::uint32_t>(descriptor & 0x3fff) << 4, static_cast<std::uint32_t>(descriptor >> 16 & 0x3fff) << 4,
+            static_cast<std::uint32_t>(descriptor >> 32 & 0x3fff) << 4, element_bytes, transposed};
 }
 
 constexpr int brain = 0, halves = 1, codes = 2;
@@ -339,11 +359,38 @@ void do_product(warp& w, const product& p)
         }
     }
 }
+void show_writes(warp& w, const instruction&, std::uint32_t) // fence.proxy.async
+{
+    w.home->shown[static_cast<std::size_t>(w.number)] = w.home->writes;
+}
+/// Rows [first, first + rows) of an operand were brought by boxes, or are shown to this warp's products.
+void check_shown(warp& w, const instruction& i, const operand_place& o, int first, int rows)
+{
+    const block& b = *w.home;
+    const int chunk = 16 / o.element_bytes, depth = 2 * chunk;
+    for (int row = first; row < first + rows; row += o.transposed ? chunk : 1)
+        for (int k = 0; k < depth; k += o.transposed ? 1 : chunk) {
+            const std::uint32_t address = o.address(row, k);
+            (void)shared_place(w, i, address, 16);
+            const std::size_t line = (address - shared_window) / 16;
+            const std::uint32_t when = b.written[line];
+            if (when <= b.shown[static_cast<std::size_t>(w.number)]) continue;
+            if (b.writer[line] >= 0 && when <= b.shown[static_cast<std::size_t>(b.writer[line])]) continue;
+            fail(w, i, "an operand that threads wrote and no fence.proxy.async shows to products");
+        }
+}
 void multiply_group(warp& w, const instruction& i, std::uint32_t lanes)
 {
-    const product p{&i, uniform_wide(w, i, i.a, lanes), uniform_wide(w, i, i.b, lanes), i.count != 0 && (i.c == no_slot || w.predicate(i.c) != 0)};
-    if (w.home->home->late_products) w.products.push_back(p);
-    else do_product(w, p);
+    const product p{&i, uniform_wide(w, i, i.a, lanes), uniform_wide(w, i, i.b, lanes),
+                    i.count != 0 && (i.c == no_slot || w.predicate(i.c) != 0)};
+    const product_kind kind = kind_of(i);
+    const int bytes = kind.element == codes ? 1 : 2;
+    check_shown(w, i, operand(w, i, p.a, bytes, kind.transposed_a), w.number % 4 * 16, 16);
+    check_shown(w, i, operand(w, i, p.b, bytes, kind.transposed_b), 0, kind.n);
+    if (w.home->home->late_products)
+        w.products.push_back(p);
+    else
+        do_product(w, p);
 }
 void commit_products(warp& w, const instruction&, std::uint32_t)
 {
@@ -371,6 +418,7 @@ void do_products(warp& w, std::size_t keep)
 bool decode_asynchronous(const statement& s, operand_source& from, instruction& i)
 {
     const std::string_view op = s.parts[0];
+    if (op == "fence" && s.has("proxy") && s.has("async")) return i.run = show_writes, true;
     if (op == "cp" && s.has("async") && !s.has("bulk")) {
         if (s.has("commit_group")) return i.run = commit_lines, true;
         if (s.has("wait_group") || s.has("wait_all")) {
@@ -406,8 +454,10 @@ bool decode_asynchronous(const statement& s, operand_source& from, instruction& 
     if (op == "mbarrier") {
         const bool tries = s.has("try_wait") || s.has("test_wait");
         std::size_t n = 0;
-        if (tries) i.d = from.read(s.operands.at(n++), false);
-        else if (s.has("arrive") && s.operands.at(n++) != "_") return false; // the state is not kept
+        if (tries)
+            i.d = from.read(s.operands.at(n++), false);
+        else if (s.has("arrive") && s.operands.at(n++) != "_")
+            return false; // the state is not kept
         const std::string& address = s.operands.at(n++);
         i.a = from.address(address, i);
         if (from.is_wide(address.substr(1, address.find_first_of("+]") - 1))) return false;
@@ -465,8 +515,10 @@ bool decode_asynchronous(const statement& s, operand_source& from, instruction& 
         i.a = from.read(s.operands[1], true);
         i.b = from.read(s.operands.at(2), true);
         const std::string& adds = s.operands.at(3);
-        if (adds == "0" || adds == "false") i.count = 0; // D = A B
-        else if (adds != "1" && adds != "true") i.c = from.read(adds, false);
+        if (adds == "0" || adds == "false")
+            i.count = 0; // D = A B
+        else if (adds != "1" && adds != "true")
+            i.c = from.read(adds, false);
         if (s.operands.at(4) != "1" || s.operands.at(5) != "1") return false;
         const int kind = s.has("bf16") ? brain : s.has("f16") ? halves : codes;
         if (kind == codes && !s.has("e4m3")) return false;

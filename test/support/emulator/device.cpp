@@ -45,7 +45,8 @@ memory_map::range memory_map::before(std::uintptr_t at) const
 void cluster::fail(const warp& w, const instruction& i, const std::string& what) const
 {
     std::ostringstream out;
-    out << what << "\n  in " << code->name << "\n  block " << w.home->index << ", warp " << w.number << ", line " << i.line << ": " << text->line(i.line);
+    out << what << "\n  in " << code->name << "\n  block " << w.home->index << ", warp " << w.number << ", line " << i.line << ": "
+        << text->line(i.line);
     throw kernel_error(out.str());
 }
 void fail(const warp& w, const instruction& i, const std::string& what) { w.home->home->fail(w, i, what); }
@@ -91,9 +92,20 @@ std::byte* shared_place(warp& w, const instruction& i, std::uint32_t address, st
         address &= (1u << rank_shift) - 1;
     }
     if (address < shared_window || address - shared_window + bytes > b->shared_bytes)
-        fail(w, i, "shared address " + std::to_string(address) + ", " + std::to_string(bytes) + " bytes; the block has " + std::to_string(shared_window) + " to " +
-                       std::to_string(shared_window + b->shared_bytes));
+        fail(w, i,
+             "shared address " + std::to_string(address) + ", " + std::to_string(bytes) + " bytes; the block has " +
+                 std::to_string(shared_window) + " to " + std::to_string(shared_window + b->shared_bytes));
     return b->shared + (address - shared_window);
+}
+
+void block::note_write(std::uint32_t address, std::uint32_t bytes, int by)
+{
+    ++writes;
+    const std::uint32_t at = (address & ((1u << rank_shift) - 1)) - shared_window;
+    for (std::uint32_t line = at / 16; line <= (at + bytes - 1) / 16; ++line) {
+        written[line] = writes;
+        writer[line] = static_cast<std::int16_t>(by);
+    }
 }
 
 namespace {
@@ -143,8 +155,10 @@ void leave(warp& w, std::uint32_t lanes)
 bool choose(warp& w)
 {
     std::uint32_t ready = w.live & ~w.blocked & ~w.parked;
-    if (ready & ~w.avoided) ready &= ~w.avoided;
-    else w.avoided = 0;
+    if (ready & ~w.avoided)
+        ready &= ~w.avoided;
+    else
+        w.avoided = 0;
     if (!ready) return false;
     int least = INT32_MAX;
     for (std::uint32_t left = ready; left; left &= left - 1) least = std::min(least, w.lane_pc[std::countr_zero(left)]);
@@ -269,7 +283,8 @@ bool advance(warp& w, int budget)
                 keep_places(w);
                 w.parked |= lanes;
                 if (!again()) {
-                    if (w.parked && !(w.blocked & w.live)) fail(w, i, "lanes wait for others of their warp, which have ended or wait elsewhere");
+                    if (w.parked && !(w.blocked & w.live))
+                        fail(w, i, "lanes wait for others of their warp, which have ended or wait elsewhere");
                     return true;
                 }
                 continue;
@@ -313,8 +328,8 @@ bool advance(warp& w, int budget)
             if (w.live && shown++ < 40) {
                 const int pc = w.lane_pc[std::countr_zero(w.live)];
                 const instruction& i = c.code->code[static_cast<std::size_t>(pc)];
-                out << "\n  block " << b.index << ", warp " << w.number << ", lanes " << std::hex << w.live << " blocked " << w.blocked << " parked " << w.parked << std::dec << ", line "
-                    << i.line << ": " << c.text->line(i.line);
+                out << "\n  block " << b.index << ", warp " << w.number << ", lanes " << std::hex << w.live << " blocked " << w.blocked
+                    << " parked " << w.parked << std::dec << ", line " << i.line << ": " << c.text->line(i.line);
             }
     throw kernel_error(out.str());
 }
@@ -323,8 +338,10 @@ void fill(warp& w, const std::vector<constant>& constants)
 {
     for (const constant& c : constants)
         for (int lane = 0; lane < 32; ++lane)
-            if (c.wide) w.at<std::uint64_t>(c.at)[lane] = c.value;
-            else w.at<std::uint32_t>(c.at)[lane] = static_cast<std::uint32_t>(c.value);
+            if (c.wide)
+                w.at<std::uint64_t>(c.at)[lane] = c.value;
+            else
+                w.at<std::uint32_t>(c.at)[lane] = static_cast<std::uint32_t>(c.value);
 }
 
 void fill_specials(warp& w, const cluster& c)
@@ -332,25 +349,42 @@ void fill_specials(warp& w, const cluster& c)
     const auto& threads = c.shape.threads;
     for (const special& s : c.code->specials) {
         const auto set = [&](auto value) {
-            for (int lane = 0; lane < 32; ++lane) w.at<std::uint32_t>(s.at)[lane] = static_cast<std::uint32_t>(value(static_cast<unsigned>(w.number * 32 + lane)));
+            for (int lane = 0; lane < 32; ++lane)
+                w.at<std::uint32_t>(s.at)[lane] = static_cast<std::uint32_t>(value(static_cast<unsigned>(w.number * 32 + lane)));
         };
         const auto axis = static_cast<std::size_t>(s.name.back() - 'x');
-        if (s.name.starts_with("%tid.")) set([&](unsigned t) { return axis == 0 ? t % threads[0] : axis == 1 ? t / threads[0] % threads[1] : t / threads[0] / threads[1]; });
-        else if (s.name.starts_with("%ntid.")) set([&](unsigned) { return threads[axis]; });
-        else if (s.name.starts_with("%ctaid.")) set([&](unsigned) { return w.home->coordinates[axis]; });
-        else if (s.name.starts_with("%nctaid.")) set([&](unsigned) { return c.shape.grid[axis]; });
-        else if (s.name == "%laneid") set([](unsigned t) { return t % 32; });
-        else if (s.name == "%warpid") set([](unsigned t) { return t / 32; });
-        else if (s.name == "%cluster_ctarank") set([&](unsigned) { return w.home->rank; });
-        else if (s.name == "%cluster_nctarank") set([&](unsigned) { return c.blocks.size(); });
-        else if (s.name == "%dynamic_smem_size") set([&](unsigned) { return c.shape.dynamic_shared; });
+        if (s.name.starts_with("%tid."))
+            set([&](unsigned t) {
+                return axis == 0 ? t % threads[0] : axis == 1 ? t / threads[0] % threads[1] : t / threads[0] / threads[1];
+            });
+        else if (s.name.starts_with("%ntid."))
+            set([&](unsigned) { return threads[axis]; });
+        else if (s.name.starts_with("%ctaid."))
+            set([&](unsigned) { return w.home->coordinates[axis]; });
+        else if (s.name.starts_with("%nctaid."))
+            set([&](unsigned) { return c.shape.grid[axis]; });
+        else if (s.name == "%laneid")
+            set([](unsigned t) { return t % 32; });
+        else if (s.name == "%warpid")
+            set([](unsigned t) { return t / 32; });
+        else if (s.name == "%cluster_ctarank")
+            set([&](unsigned) { return w.home->rank; });
+        else if (s.name == "%cluster_nctarank")
+            set([&](unsigned) { return c.blocks.size(); });
+        else if (s.name == "%dynamic_smem_size")
+            set([&](unsigned) { return c.shape.dynamic_shared; });
         else if (s.name.starts_with("%lanemask_")) {
             const std::string which = s.name.substr(10);
             set([&](unsigned t) {
                 const std::uint32_t own = 1u << t % 32;
-                return which == "eq" ? own : which == "lt" ? own - 1 : which == "le" ? own | (own - 1) : which == "gt" ? ~(own | (own - 1)) : ~(own - 1);
+                return which == "eq"   ? own
+                       : which == "lt" ? own - 1
+                       : which == "le" ? own | (own - 1)
+                       : which == "gt" ? ~(own | (own - 1))
+                                       : ~(own - 1);
             });
-        } else throw kernel_error("special register " + s.name);
+        } else
+            throw kernel_error("special register " + s.name);
     }
 }
 
@@ -406,6 +440,9 @@ void run(const module& text, const kernel& code, const launch_shape& shape, cons
             b.live = threads;
             c.cluster_live += threads;
             b.warps.resize(warps);
+            b.shown.assign(warps, 0);
+            b.written.assign(shared_bytes / 16 + 1, 0);
+            b.writer.assign(shared_bytes / 16 + 1, -1);
             for (unsigned n = 0; n < warps; ++n) {
                 warp& w = b.warps[n];
                 w.home = &b;
@@ -446,7 +483,9 @@ void run(const module& text, const kernel& code, const launch_shape& shape, cons
             if (!w->products.empty() || !w->committed.empty()) throw kernel_error("products that nobody waited for: " + code.name);
         }
     }
-    if (watched) std::fprintf(stderr, "emulator: %s, grid %u, %u threads, %u shared, %llu instructions of warps\n", code.name.c_str(), grid, threads, shape.dynamic_shared, static_cast<unsigned long long>(steps));
+    if (watched)
+        std::fprintf(stderr, "emulator: %s, grid %u, %u threads, %u shared, %llu instructions of warps\n", code.name.c_str(), grid, threads,
+                     shape.dynamic_shared, static_cast<unsigned long long>(steps));
 }
 
 } // namespace emulator

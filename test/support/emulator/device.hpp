@@ -29,7 +29,7 @@ public:
     };
     static memory_map& instance();
     void add(const void* at, std::size_t bytes, memory_kind kind);
-    bool remove(const void* at); ///< false if it is not the begin of any
+    bool remove(const void* at);           ///< false if it is not the begin of any
     range find(std::uintptr_t at) const;   ///< empty if it is in none
     range before(std::uintptr_t at) const; ///< the last that begins there or before
 
@@ -85,7 +85,7 @@ struct warp {
 
     std::vector<line_copy> lines;
     int groups[32] = {};
-    std::vector<product> products;   ///< not committed
+    std::vector<product> products; ///< not committed
     std::vector<std::vector<product>> committed;
 
     template <class T>
@@ -104,17 +104,23 @@ struct block {
     std::byte* shared = nullptr; ///< address shared_window of its window
     std::uint32_t shared_bytes = 0;
     std::vector<warp> warps;
+    /// Of each 16 bytes of shared memory, who wrote them last and when: a thread by the count of such writes, a box at 0. What threads
+    /// write is for products only behind a fence.proxy.async, theirs or the products' own, of which `shown` has the count.
+    std::vector<std::uint32_t> written;
+    std::vector<std::int16_t> writer; ///< its warp; -1: a copy that nobody waited for before it told a barrier
+    std::uint32_t writes = 0;
+    std::vector<std::uint32_t> shown; ///< of each warp
+    void note_write(std::uint32_t address, std::uint32_t bytes, int by);
     std::vector<std::byte> local;
     unsigned live = 0; ///< threads
     std::array<unsigned, 16> arrived{}, expected{};
-    std::byte* shared_at(std::uint32_t address, std::uint32_t bytes, std::uint32_t align); ///< throws
 };
 
 /// What a machine of its own does some time later: copies that tell a barrier.
 struct pending_copy {
     block* origin;
     int line;
-    std::vector<line_copy> lines;  ///< cp.async, then an arrival
+    std::vector<line_copy> lines; ///< cp.async, then an arrival
     bool is_box = false;
     const void* map = nullptr;
     int x = 0, y = 0, z = 0;

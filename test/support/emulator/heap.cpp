@@ -12,7 +12,7 @@ void* take(std::size_t bytes, std::size_t align)
 {
     void* p = nullptr;
     if (align > 256) return std::aligned_alloc(align, (bytes + align - 1) / align * align); // not for kernels
-    (void)cudaMallocManaged(&p, bytes, cudaMemAttachGlobal); // there is memory after an error, too
+    (void)cudaMallocManaged(&p, bytes, cudaMemAttachGlobal);                                // there is memory after an error, too
     return p;
 }
 void* take_or_throw(std::size_t bytes, std::size_t align)
@@ -26,7 +26,10 @@ void* take_or_throw(std::size_t bytes, std::size_t align)
 void* operator new(std::size_t bytes) { return take_or_throw(bytes, 16); }
 void* operator new(std::size_t bytes, std::align_val_t align) { return take_or_throw(bytes, static_cast<std::size_t>(align)); }
 void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept { return take(bytes, 16); }
-void* operator new(std::size_t bytes, std::align_val_t align, const std::nothrow_t&) noexcept { return take(bytes, static_cast<std::size_t>(align)); }
+void* operator new(std::size_t bytes, std::align_val_t align, const std::nothrow_t&) noexcept
+{
+    return take(bytes, static_cast<std::size_t>(align));
+}
 void operator delete(void* p) noexcept { (void)cudaFree(p); }
 void operator delete(void* p, std::size_t) noexcept { (void)cudaFree(p); }
 void operator delete(void* p, std::align_val_t) noexcept { (void)cudaFree(p); }

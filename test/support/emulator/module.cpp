@@ -33,7 +33,8 @@ std::vector<std::string> split(std::string_view s)
         if (c == '{' || c == '[' || c == '(') ++depth;
         if (c == '}' || c == ']' || c == ')') --depth;
         if (i == s.size() || (c == ',' && depth == 0)) {
-            if (std::string part = trimmed(s.substr(from, i - from)); !part.empty() || !out.empty() || i < s.size()) out.push_back(std::move(part));
+            if (std::string part = trimmed(s.substr(from, i - from)); !part.empty() || !out.empty() || i < s.size())
+                out.push_back(std::move(part));
             from = i + 1;
         }
     }
@@ -44,6 +45,13 @@ int bytes_of(std::string_view type)
 {
     if (type.size() < 3) throw syntax_error("type " + std::string(type));
     return std::atoi(std::string(type.substr(type.find_first_of("0123456789"))).c_str()) / 8;
+}
+
+bool decode(const statement& s, operand_source& from, instruction& out)
+{
+    for (const auto known : {decode_arithmetic, decode_registers, decode_memory, decode_conversion, decode_meeting, decode_asynchronous})
+        if (known(s, from, out)) return true;
+    return false;
 }
 
 /// Reads one kernel.
@@ -76,18 +84,21 @@ struct reader final : operand_source {
     reader(std::string_view t, std::size_t from, std::uint32_t l, kernel& k, const std::unordered_map<std::string, std::uint32_t>& d,
            const std::unordered_map<std::string, std::uint64_t>& g, const std::unordered_map<std::string, std::size_t>& f)
         : text(t), at(from), line(l), out(k), dynamic_shared(d), globals(g), functions(f)
-    {
-    }
+    {}
 
     [[noreturn]] void fail(const std::string& what) const { throw syntax_error("line " + std::to_string(line) + ": " + what); }
 
     void skip()
     {
         while (at < text.size()) {
-            if (text[at] == '\n') ++line, ++at;
-            else if (std::isspace(static_cast<unsigned char>(text[at]))) ++at;
-            else if (text.substr(at, 2) == "//") at = std::min(text.find('\n', at), text.size());
-            else return;
+            if (text[at] == '\n')
+                ++line, ++at;
+            else if (std::isspace(static_cast<unsigned char>(text[at])))
+                ++at;
+            else if (text.substr(at, 2) == "//")
+                at = std::min(text.find('\n', at), text.size());
+            else
+                return;
         }
     }
     std::string_view until(char end)
@@ -143,12 +154,14 @@ struct reader final : operand_source {
                 align = static_cast<std::size_t>(std::strtoul(what.data() + i, nullptr, 10));
                 while (i < what.size() && !std::isdigit(static_cast<unsigned char>(what[i]))) ++i;
                 while (i < what.size() && std::isdigit(static_cast<unsigned char>(what[i]))) ++i;
-            } else if (word.size() > 2 && word[0] == '.' && std::strchr("busf", word[1]) && std::isdigit(static_cast<unsigned char>(word[2]))) {
+            } else if (word.size() > 2 && word[0] == '.' && std::strchr("busf", word[1]) &&
+                       std::isdigit(static_cast<unsigned char>(word[2]))) {
                 element = static_cast<std::size_t>(bytes_of(word));
             } else if (!word.empty() && word[0] != '.') {
                 name = word;
                 bytes = element;
-                if (i < what.size() && what[i] == '[') bytes = element * static_cast<std::size_t>(std::strtoul(what.data() + i + 1, nullptr, 10));
+                if (i < what.size() && what[i] == '[')
+                    bytes = element * static_cast<std::size_t>(std::strtoul(what.data() + i + 1, nullptr, 10));
                 break;
             } else if (word.empty()) {
                 ++i;
@@ -264,9 +277,12 @@ struct reader final : operand_source {
     {
         for (const auto& [from, name] : scopes.back().jumps) {
             const auto found = scopes.back().labels.find(name);
-            if (found != scopes.back().labels.end()) out.code[static_cast<std::size_t>(from)].target = found->second;
-            else if (scopes.size() > 1) scopes[scopes.size() - 2].jumps.emplace_back(from, name);
-            else fail("no label " + name);
+            if (found != scopes.back().labels.end())
+                out.code[static_cast<std::size_t>(from)].target = found->second;
+            else if (scopes.size() > 1)
+                scopes[scopes.size() - 2].jumps.emplace_back(from, name);
+            else
+                fail("no label " + name);
         }
         scopes.pop_back();
     }
@@ -395,7 +411,8 @@ struct reader final : operand_source {
         std::size_t n = 0;
         for (std::size_t from = header.find(".param"); from != std::string::npos; from = header.find(".param", from + 1)) {
             std::size_t align = 0, bytes = 0;
-            const std::string formal = declared(std::string_view(header).substr(from + 6, header.find_first_of(",)", from) - from - 6), align, bytes);
+            const std::string formal =
+                declared(std::string_view(header).substr(from + 6, header.find_first_of(",)", from) - from - 6), align, bytes);
             if (n >= actual.size()) fail("a call of " + name + " with too few arguments");
             const std::uint64_t* place = find_call_parameter(actual[n++]);
             if (!place) fail("an argument of " + name + " that is no parameter");
@@ -429,7 +446,7 @@ struct reader final : operand_source {
 
 } // namespace
 
-module::module(std::string text) : text_(std::move(text))
+module::module(std::string text) :text_(std::move(text))
 {
     lines_.push_back(0);
     for (std::size_t i = 0; i < text_.size(); ++i)
@@ -457,8 +474,8 @@ module::module(std::string text) : text_(std::move(text))
             std::size_t align = 0, bytes = 0;
             const std::string name = reader::declared(one.substr(15), align, bytes);
             dynamic_shared_[name] = static_cast<std::uint32_t>(align);
-        } else if (one.starts_with(".global") || one.starts_with(".const") || one.starts_with(".visible .global") || one.starts_with(".visible .const") ||
-                   one.starts_with(".weak .global") || one.starts_with(".weak .const")) {
+        } else if (one.starts_with(".global") || one.starts_with(".const") || one.starts_with(".visible .global") ||
+                   one.starts_with(".visible .const") || one.starts_with(".weak .global") || one.starts_with(".weak .const")) {
             std::size_t align = 0, bytes = 0;
             const std::size_t skip = one.find(".global") != std::string_view::npos ? one.find(".global") + 7 : one.find(".const") + 6;
             const std::string name = reader::declared(one.substr(skip), align, bytes);

@@ -26,8 +26,8 @@ inline constexpr slot no_slot = ~slot{0};
 using action = void (*)(warp&, const instruction&, std::uint32_t lanes);
 
 enum class flow : std::uint8_t {
-    on,           ///< the next instruction follows
-    branch,       ///< to `target`, where the guard says so
+    on,     ///< the next instruction follows
+    branch, ///< to `target`, where the guard says so
     exit,
     barrier,      ///< bar.sync
     cluster_wait, ///< barrier.cluster.wait
@@ -94,7 +94,7 @@ public:
 private:
     std::string text_;
     std::vector<std::size_t> lines_;
-    std::unordered_map<std::string, std::size_t> at_; ///< where a kernel's `.entry` is
+    std::unordered_map<std::string, std::size_t> at_;               ///< where a kernel's `.entry` is
     std::unordered_map<std::string, std::uint32_t> dynamic_shared_; ///< and how it is aligned
     std::unordered_map<std::string, std::uint64_t> globals_;
     std::unordered_map<std::string, std::size_t> functions_; ///< that kernels call: where each is defined
@@ -124,8 +124,12 @@ struct operand_source {
     virtual ~operand_source() = default;
 };
 
-/// Fills run, next and operands. False: not known.
-bool decode(const statement& s, operand_source& from, instruction& out);
-bool decode_asynchronous(const statement& s, operand_source& from, instruction& out); ///< of sm_80 and sm_90: see asynchronous.cpp
+/// Fill run, next and operands. False: not known here.
+bool decode_arithmetic(const statement& s, operand_source& from, instruction& out);
+bool decode_conversion(const statement& s, operand_source& from, instruction& out);
+bool decode_registers(const statement& s, operand_source& from, instruction& out);
+bool decode_memory(const statement& s, operand_source& from, instruction& out);
+bool decode_meeting(const statement& s, operand_source& from, instruction& out);
+bool decode_asynchronous(const statement& s, operand_source& from, instruction& out);
 
 } // namespace emulator

@@ -20,8 +20,10 @@ inline float half_value(std::uint16_t b)
 {
     const int exponent = b >> 10 & 31, fraction = b & 1023;
     float v;
-    if (exponent == 31) v = fraction ? NAN : INFINITY;
-    else v = std::ldexp(static_cast<float>(exponent ? fraction + 1024 : fraction), (exponent ? exponent : 1) - 25);
+    if (exponent == 31)
+        v = fraction ? NAN : INFINITY;
+    else
+        v = std::ldexp(static_cast<float>(exponent ? fraction + 1024 : fraction), (exponent ? exponent : 1) - 25);
     return b >> 15 ? -v : v;
 }
 /// To the nearest, ties to even.

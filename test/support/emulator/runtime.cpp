@@ -160,11 +160,13 @@ cudaError_t launch(const void* host, dim3 grid, dim3 block, unsigned cluster, vo
     function* f = find(host);
     if (!f) return said(cudaErrorInvalidDeviceFunction);
     const unsigned threads = block.x * block.y * block.z;
-    if (threads == 0 || static_cast<int>(threads) > f->code->most_threads || grid.x == 0 || grid.y == 0 || grid.z == 0) return said(cudaErrorInvalidConfiguration);
+    if (threads == 0 || static_cast<int>(threads) > f->code->most_threads || grid.x == 0 || grid.y == 0 || grid.z == 0)
+        return said(cudaErrorInvalidConfiguration);
     if (grid.x * grid.y * grid.z % cluster != 0 || cluster > 8) return said(cudaErrorInvalidClusterSize);
     if (static_cast<int>(shared) > f->dynamic_shared || shared + f->code->shared_bytes > most_shared) return said(cudaErrorInvalidValue);
     std::vector<std::byte> values(f->code->parameter_bytes);
-    for (std::size_t n = 0; n < f->code->parameters.size(); ++n) std::memcpy(values.data() + f->code->parameters[n].first, arguments[n], f->code->parameters[n].second);
+    for (std::size_t n = 0; n < f->code->parameters.size(); ++n)
+        std::memcpy(values.data() + f->code->parameters[n].first, arguments[n], f->code->parameters[n].second);
     launch_shape shape{{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, cluster, static_cast<std::uint32_t>(shared)};
     return said(queue(s, [f, shape, values = std::move(values)] {
         if (all().sticky != cudaSuccess) return;
@@ -359,15 +361,35 @@ cudaError_t cudaSetDevice(int d) { return d == 0 ? cudaSuccess : said(cudaErrorI
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int)
 {
     switch (what) {
-    case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
-    case cudaDevAttrMultiProcessorCount: *value = all().multiprocessors; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = static_cast<int>(most_shared); break;
-    case cudaDevAttrMaxSharedMemoryPerBlock: *value = 48 * 1024; break;
-    case cudaDevAttrMaxThreadsPerBlock: *value = 1024; break;
-    case cudaDevAttrWarpSize: *value = 32; break;
-    case cudaDevAttrConcurrentManagedAccess: case cudaDevAttrManagedMemory: case cudaDevAttrUnifiedAddressing: case cudaDevAttrMemoryPoolsSupported: *value = 1; break;
-    default: *value = 0;
+    case cudaDevAttrComputeCapabilityMajor:
+        *value = 9;
+        break;
+    case cudaDevAttrComputeCapabilityMinor:
+        *value = 0;
+        break;
+    case cudaDevAttrMultiProcessorCount:
+        *value = all().multiprocessors;
+        break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+        *value = static_cast<int>(most_shared);
+        break;
+    case cudaDevAttrMaxSharedMemoryPerBlock:
+        *value = 48 * 1024;
+        break;
+    case cudaDevAttrMaxThreadsPerBlock:
+        *value = 1024;
+        break;
+    case cudaDevAttrWarpSize:
+        *value = 32;
+        break;
+    case cudaDevAttrConcurrentManagedAccess:
+    case cudaDevAttrManagedMemory:
+    case cudaDevAttrUnifiedAddressing:
+    case cudaDevAttrMemoryPoolsSupported:
+        *value = 1;
+        break;
+    default:
+        *value = 0;
     }
     return cudaSuccess;
 }
@@ -475,7 +497,8 @@ cudaError_t cudaMemset2DAsync(void* at, std::size_t pitch, int value, std::size_
 {
     enter here;
     const auto is = memory_map::instance().find(reinterpret_cast<std::uintptr_t>(at));
-    if (width > pitch || (height && reinterpret_cast<std::uintptr_t>(at) + (height - 1) * pitch + width > is.to)) return said(cudaErrorInvalidValue);
+    if (width > pitch || (height && reinterpret_cast<std::uintptr_t>(at) + (height - 1) * pitch + width > is.to))
+        return said(cudaErrorInvalidValue);
     return said(queue(s, [=] {
         for (std::size_t row = 0; row < height; ++row) std::memset(static_cast<char*>(at) + row * pitch, value, width);
     }));
@@ -484,7 +507,10 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* out, const void* p)
 {
     const auto is = memory_map::instance().find(reinterpret_cast<std::uintptr_t>(p));
     *out = {};
-    out->type = !is.to ? cudaMemoryTypeUnregistered : is.kind == memory_kind::device ? cudaMemoryTypeDevice : is.kind == memory_kind::managed ? cudaMemoryTypeManaged : cudaMemoryTypeHost;
+    out->type = !is.to                            ? cudaMemoryTypeUnregistered
+                : is.kind == memory_kind::device  ? cudaMemoryTypeDevice
+                : is.kind == memory_kind::managed ? cudaMemoryTypeManaged
+                                                  : cudaMemoryTypeHost;
     out->devicePointer = out->hostPointer = const_cast<void*>(p);
     return cudaSuccess;
 }
@@ -593,7 +619,10 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t* out, cudaGraph_t g, unsigned l
     *out = reinterpret_cast<cudaGraphExec_t>(new graph(*reinterpret_cast<graph*>(g)));
     return said(cudaSuccess);
 }
-cudaError_t cudaGraphGetNodes(cudaGraph_t g, cudaGraphNode_t*, std::size_t* n) { return *n = reinterpret_cast<graph*>(g)->steps.size(), cudaSuccess; }
+cudaError_t cudaGraphGetNodes(cudaGraph_t g, cudaGraphNode_t*, std::size_t* n)
+{
+    return *n = reinterpret_cast<graph*>(g)->steps.size(), cudaSuccess;
+}
 cudaError_t cudaGraphLaunch(cudaGraphExec_t g, cudaStream_t s)
 {
     enter here;
@@ -622,25 +651,34 @@ cudaError_t cudaGetLastError()
     return e;
 }
 cudaError_t cudaPeekAtLastError() { return all().sticky != cudaSuccess ? all().sticky : last; }
-const char* cudaGetErrorName(cudaError_t e) { return e == cudaSuccess ? "cudaSuccess" : e == cudaErrorLaunchFailure ? "cudaErrorLaunchFailure" : e == cudaErrorMemoryAllocation ? "cudaErrorMemoryAllocation" : "cudaError"; }
+const char* cudaGetErrorName(cudaError_t e)
+{
+    return e == cudaSuccess                 ? "cudaSuccess"
+           : e == cudaErrorLaunchFailure    ? "cudaErrorLaunchFailure"
+           : e == cudaErrorMemoryAllocation ? "cudaErrorMemoryAllocation"
+                                            : "cudaError";
+}
 const char* cudaGetErrorString(cudaError_t e) { return e == cudaSuccess ? "no error" : "see what the emulator printed"; }
 
 // -- the driver's --------------------------------------------------------------------------------------------------------
 
-static CUresult encode(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t rank, void* base, const cuuint64_t* extent, const cuuint64_t* stride,
-                       const cuuint32_t* box, const cuuint32_t* every, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
-                       CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill)
+static CUresult encode(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t rank, void* base, const cuuint64_t* extent,
+                       const cuuint64_t* stride, const cuuint32_t* box, const cuuint32_t* every, CUtensorMapInterleave interleave,
+                       CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill)
 {
-    if (rank != 3 || interleave != CU_TENSOR_MAP_INTERLEAVE_NONE || fill != CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) return CUDA_ERROR_INVALID_VALUE;
+    if (rank != 3 || interleave != CU_TENSOR_MAP_INTERLEAVE_NONE || fill != CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE)
+        return CUDA_ERROR_INVALID_VALUE;
     const std::uint32_t bytes = type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : type == CU_TENSOR_MAP_DATA_TYPE_UINT16 ? 2 : 0;
-    if (bytes == 0 || reinterpret_cast<std::uintptr_t>(out) % 64 || reinterpret_cast<std::uintptr_t>(base) % 16) return CUDA_ERROR_INVALID_VALUE;
+    if (bytes == 0 || reinterpret_cast<std::uintptr_t>(out) % 64 || reinterpret_cast<std::uintptr_t>(base) % 16)
+        return CUDA_ERROR_INVALID_VALUE;
     emulator::tensor_map map;
     map.base = reinterpret_cast<std::uintptr_t>(base);
     map.element_bytes = bytes;
     map.swizzled = swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
     if (!map.swizzled && swizzle != CU_TENSOR_MAP_SWIZZLE_NONE) return CUDA_ERROR_INVALID_VALUE;
     for (int n = 0; n < 3; ++n) {
-        if (extent[n] == 0 || extent[n] > std::uint64_t{1} << 32 || box[n] == 0 || box[n] > 256 || every[n] != 1) return CUDA_ERROR_INVALID_VALUE;
+        if (extent[n] == 0 || extent[n] > std::uint64_t{1} << 32 || box[n] == 0 || box[n] > 256 || every[n] != 1)
+            return CUDA_ERROR_INVALID_VALUE;
         map.extent[n] = extent[n];
         map.box[n] = box[n];
     }
@@ -653,7 +691,8 @@ static CUresult encode(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t ra
     std::memcpy(static_cast<void*>(out), &map, sizeof map);
     return CUDA_SUCCESS;
 }
-cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** entry, unsigned, unsigned long long, cudaDriverEntryPointQueryResult* found)
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** entry, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* found)
 {
     const bool known = std::strcmp(name, "cuTensorMapEncodeTiled") == 0;
     *entry = known ? reinterpret_cast<void*>(encode) : nullptr;
