@@ -33,7 +33,9 @@ template <class F>
 void each(std::uint32_t lanes, F&& f)
 {
     if (lanes == ~0u) {
+#if !defined(__clang__)
 #pragma GCC ivdep
+#endif
         for (int l = 0; l < 32; ++l) f(l);
     } else {
         for (std::uint32_t left = lanes; left; left &= left - 1) f(std::countr_zero(left));
