@@ -6,6 +6,7 @@
 #
 #   ensure_packages [package...]             Debian packages for building, and those named
 #   ensure_cccl                              CUDA's headers, from the toolkit or from wheels
+#   ensure_disassembler                      cuobjdump, likewise
 #   configure_and_build preset [target...]   the preset's build directory, up to date
 #
 # Environment:
@@ -137,7 +138,7 @@ alone could not be had from PyPI. Please do one of these, and start this script 
         python3 -m pip download --no-deps --only-binary=:all: --require-hashes -r scripts/cccl-requirements.txt -d wheels
 
     bring the folder here, and set PIP_NO_INDEX=1 and PIP_FIND_LINKS=wheels."
-        run_step "CUDA's headers, from wheels" fetch_wheels "$requirements" "$wheels"
+        run_step "CUDA's headers, from wheels" fetch_wheels "$requirements" "$wheels" nvidia/cu13/include/cccl/cuda/std/mdspan
     fi
     cccl_settings=("-DFASTMOE_CCCL_INCLUDE_DIR=$wheels/nvidia/cu13/include/cccl" -DFASTMOE_ENABLE_CUDA=OFF)
 }
@@ -145,7 +146,25 @@ alone could not be had from PyPI. Please do one of these, and start this script 
 # The exit status of fetch_wheels where no package index answers.
 no_index=75
 
-# Downloads what is pinned, checks it, and unpacks it; the copy of the list beside it says that all is there.
+# Sets disassembler_settings, which CMake gets: nothing where the toolkit has cuobjdump, or where it cannot be had.
+disassembler_settings=()
+ensure_disassembler() {
+    command -v "$(dirname "$(readlink -f "$(command -v nvcc)")")/cuobjdump" >/dev/null && return 0
+    command -v cuobjdump >/dev/null && return 0
+    local wheels=$root/build/disassembler requirements=$root/scripts/disassembler-requirements.txt
+    if ! cmp -s "$requirements" "$wheels/requirements.txt"; then
+        python3 -m pip --version >/dev/null 2>&1 || ensure_packages python3-pip
+        if ! fetch_wheels "$requirements" "$wheels" nvidia/cu13/bin/nvdisasm >/dev/null 2>&1; then
+            say "There is no cuobjdump: device.main_loop is skipped."
+            return 0
+        fi
+        chmod +x "$wheels"/nvidia/cu13/bin/*
+    fi
+    disassembler_settings=("-DFASTMOE_CUOBJDUMP=$wheels/nvidia/cu13/bin/cuobjdump")
+}
+
+# fetch_wheels list folder file: downloads what is pinned, checks it, and unpacks it, the file among it; the copy of the list beside
+# it says that all is there.
 fetch_wheels() {
     local requirements=$1 wheels=$2 status=0
     rm -rf "$wheels"
@@ -160,7 +179,7 @@ fetch_wheels() {
         python3 -m zipfile -e "$wheel" "$wheels" || return
     done
     rm -r "$wheels/download" "$wheels/pip.log"
-    [[ -e $wheels/nvidia/cu13/include/cccl/cuda/std/mdspan ]] || return
+    [[ -e $wheels/$3 ]] || return
     cp "$requirements" "$wheels/requirements.txt"
 }
 

@@ -3,6 +3,7 @@
 """main_loop.py [--cuobjdump=program] object...: from the machine code of the kernels that multiply by warpgroups, that none reads or writes
 local memory where it does so. Fails if one does, or if there is no such kernel. What an assembler spills elsewhere, once a tile, is
 spills.py's."""
+import os
 import re
 import subprocess
 import sys
@@ -54,7 +55,10 @@ def main():
         if path.endswith(".sass"):
             lines = open(path)
         else:
-            lines = subprocess.Popen([program, "-sass", path], stdout=subprocess.PIPE, text=True).stdout
+            # It calls nvdisasm, which lies beside it.
+            there = os.path.dirname(program)
+            environment = dict(os.environ, **({"NVDISASM_PATH": there} if os.path.exists(os.path.join(there, "nvdisasm")) else {}))
+            lines = subprocess.Popen([program, "-sass", path], stdout=subprocess.PIPE, text=True, env=environment).stdout
         for name, code in kernels(lines):
             found = complaint(code)
             multiplying += found is not None
