@@ -148,7 +148,7 @@ void check_align(warp& w, const instruction& i, std::uint64_t at, std::uint32_t 
 std::byte* shared_place(warp& w, const instruction& i, std::uint32_t address, std::uint32_t bytes);
 [[noreturn]] void fail(const warp& w, const instruction& i, const std::string& what);
 
-/// @param arguments  a pointer to each; copied
+/// @param parameters  as the kernel's text lays them out; copied
 /// @throws kernel_error
 void run(const module& text, const kernel& code, const launch_shape& shape, const std::byte* parameters, unsigned seed);
 

@@ -51,7 +51,7 @@ void shuffle(warp& w, const instruction& i, std::uint32_t lanes) // variant: 0 i
 }
 void vote(warp& w, const instruction& i, std::uint32_t lanes) // 0 all, 1 any, 2 uni, 3 ballot
 {
-    const std::uint32_t yes = (i.negated && i.guard == no_slot ? ~w.predicate(i.a) : w.predicate(i.a)) & lanes;
+    const std::uint32_t yes = w.predicate(i.a) & lanes;
     if (i.variant == 3) {
         each(lanes, [&](int l) { w.at<std::uint32_t>(i.d)[l] = yes; });
         return;

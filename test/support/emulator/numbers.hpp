@@ -26,19 +26,20 @@ inline float half_value(std::uint16_t b)
         v = std::ldexp(static_cast<float>(exponent ? fraction + 1024 : fraction), (exponent ? exponent : 1) - 25);
     return b >> 15 ? -v : v;
 }
-/// To the nearest, ties to even.
+/// The bits below the sign of what is nearest to `size`, ties to even, with so many bits of fraction and exponents from `least` on.
+inline int nearest_bits(double size, int fraction, int least)
+{
+    const int exponent = size == 0 || std::ilogb(size) < least ? least : std::ilogb(size);
+    const auto steps = static_cast<int>(std::nearbyint(std::ldexp(size, fraction - exponent)));
+    return steps < 1 << fraction ? steps : ((exponent - least) << fraction) + steps; // a carry goes into the exponent by itself
+}
 inline std::uint16_t half_bits(float a)
 {
     if (a != a) return 0x7fff;
     const std::uint16_t sign = std::signbit(a) ? 0x8000 : 0;
     const double size = std::fabs(static_cast<double>(a));
     if (size >= 65520) return sign | 0x7c00;
-    int exponent = size == 0 ? -14 : std::ilogb(size);
-    if (exponent < -14) exponent = -14;
-    const double steps = std::nearbyint(std::ldexp(size, 10 - exponent)); // of 2^(exponent - 10)
-    const auto n = static_cast<int>(steps);
-    const int whole = n < 1024 ? n : ((exponent + 14) << 10) + n; // 1024 carries into the exponent by itself
-    return static_cast<std::uint16_t>(sign | whole);
+    return static_cast<std::uint16_t>(sign | nearest_bits(size, 10, -14));
 }
 inline float code_value(std::uint8_t b) // e4m3: no infinity
 {
@@ -53,11 +54,7 @@ inline std::uint8_t code_bits(float a) // what is too large becomes the largest
     const std::uint8_t sign = std::signbit(a) ? 0x80 : 0;
     const double size = std::fabs(static_cast<double>(a));
     if (size >= 448) return sign | 0x7e;
-    int exponent = size == 0 ? -6 : std::ilogb(size);
-    if (exponent < -6) exponent = -6;
-    const auto n = static_cast<int>(std::nearbyint(std::ldexp(size, 3 - exponent)));
-    const int whole = n < 8 ? n : ((exponent + 6) << 3) + n;
-    return static_cast<std::uint8_t>(sign | (whole > 0x7e ? 0x7e : whole));
+    return static_cast<std::uint8_t>(sign | nearest_bits(size, 3, -6));
 }
 
 } // namespace emulator
