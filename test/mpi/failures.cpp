@@ -15,6 +15,7 @@
 
 #include "support/child_process.hpp"
 #include "support/scratch.hpp"
+#include "support/temporary_folder.hpp"
 
 using std::chrono::seconds;
 using std::chrono::steady_clock;
@@ -47,7 +48,10 @@ struct outcome {
 
 outcome run_doomed(const std::string& how, int ranks, const std::vector<std::string>& options = {})
 {
-    std::vector<std::string> words{FASTMOE_MPIRUN, "--oversubscribe", "--enable-recovery", "-np", std::to_string(ranks)};
+    // mpiruns beside each other would make and remove one folder, some of them at the same moment, and one would fail.
+    const support::temporary_folder session;
+    std::vector<std::string> words{FASTMOE_MPIRUN, "--mca", "orte_tmpdir_base", session.path(), "--oversubscribe", "--enable-recovery", "-np",
+                                   std::to_string(ranks)};
     words.insert(words.end(), options.begin(), options.end());
     for (const std::string& word : {std::string(FASTMOE_DOOMED), how, std::to_string(deadline)}) words.push_back(word);
     outcome o;
