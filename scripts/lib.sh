@@ -206,7 +206,8 @@ configure_and_build() {
     if [[ -e $cache ]] && ! grep -qxF -- "${cccl_settings[0]/#-DFASTMOE_CCCL_INCLUDE_DIR=/FASTMOE_CCCL_INCLUDE_DIR:PATH=}" "$cache"; then
         fresh=(--fresh)
     fi
-    run_step "Configuring $preset" cmake --preset "$preset" "${fresh[@]}" "${cccl_settings[@]}" "${cmake_settings[@]}"
+    run_step "Configuring $preset" cmake --preset "$preset" "${fresh[@]}" "${cccl_settings[@]}" "${cmake_settings[@]}" \
+        "-DFASTMOE_COMPILER_OPTIONS=${FASTMOE_COMPILER_OPTIONS:-}"
     if [[ -t 1 ]]; then
         # Ninja itself shows how far it is, on one line.
         NINJA_STATUS="Building $preset: %f of %t, %e s  " "${build[@]}" </dev/null || die "Building $preset failed."

@@ -8,6 +8,7 @@
 
 #include "support/emulator/device.hpp"
 #include "support/emulator/numbers.hpp"
+#include "support/emulator/races.hpp"
 #include "support/emulator/tensor_map.hpp"
 
 namespace emulator {
@@ -57,6 +58,7 @@ void count(warp& w, const instruction& i, std::uint32_t address, int arrivals, i
     if (pending == 0 && due == 0) {
         pending = static_cast<int>(b.expected);
         b.parity = b.parity ^ 1u;
+        if (race_check* const races = w.home->home->races) races->end_phase(shared_place(w, i, address, 8));
     }
     b.set(pending, due);
     std::memcpy(shared_place(w, i, address, 8), &b, 8);
@@ -70,6 +72,7 @@ void init_barrier(warp& w, const instruction& i, std::uint32_t lanes)
                             arrivals = w.at<std::uint32_t>(i.b)[l];
         check_align(w, i, address, 8);
         if (arrivals < 1 || arrivals >= 1 << 11) fail(w, i, "a barrier of " + std::to_string(arrivals) + " arrivals");
+        if (race_check* const races = w.home->home->races) races->init(w, i, l, shared_place(w, i, address, 8));
         barrier_state b{};
         b.expected = arrivals;
         b.valid = valid_barrier;
@@ -82,7 +85,12 @@ void arrive(warp& w, const instruction& i, std::uint32_t lanes)
     for (std::uint32_t left = lanes; left; left &= left - 1) {
         const int l = std::countr_zero(left);
         const std::uint32_t address = w.at<std::uint32_t>(i.a)[l] + static_cast<std::uint32_t>(i.offset);
-        if (i.variant == 1) { // expect_tx, then arrive
+        if (race_check* const races = w.home->home->races) {
+            const std::byte* const there = shared_place(w, i, address, 8);
+            const bool own = there >= w.home->shared && there < w.home->shared + w.home->shared_bytes;
+            races->arrive(w, i, l, there, own || i.variant & 2);
+        }
+        if (i.variant & 1) { // expect_tx, then arrive
             const auto bytes = static_cast<int>(w.at<std::uint32_t>(i.b)[l]);
             barrier_state b = barrier_at(w, i, address);
             b.set(b.pending(), b.bytes() + bytes);
@@ -99,8 +107,11 @@ std::uint32_t attempt(warp& w, const instruction& i, std::uint32_t lanes)
     std::uint32_t over = 0;
     for (std::uint32_t left = lanes; left; left &= left - 1) {
         const int l = std::countr_zero(left);
-        const barrier_state b = barrier_at(w, i, w.at<std::uint32_t>(i.a)[l] + static_cast<std::uint32_t>(i.offset));
-        if (b.parity != (w.at<std::uint32_t>(i.b)[l] & 1)) over |= 1u << l;
+        const std::uint32_t address = w.at<std::uint32_t>(i.a)[l] + static_cast<std::uint32_t>(i.offset);
+        const barrier_state b = barrier_at(w, i, address);
+        if (b.parity == (w.at<std::uint32_t>(i.b)[l] & 1)) continue;
+        over |= 1u << l;
+        if (race_check* const races = w.home->home->races) races->wait(w, i, l, shared_place(w, i, address, 8));
     }
     return over;
 }
@@ -109,11 +120,17 @@ namespace {
 
 // -- copies ------------------------------------------------------------------------------------------------------------
 
-/// @param by  the warp that waited for it; -1: none
-void copy_now(warp& w, const line_copy& c, int by)
+/// @param by      the warp that waited for it; -1: none
+/// @param barrier  that hears of it, else
+void copy_now(warp& w, const line_copy& c, int by, const std::byte* barrier = nullptr)
 {
     const instruction& i = w.code->code[static_cast<std::size_t>(c.line)];
     std::byte* to = shared_place(w, i, c.to, 16);
+    if (race_check* const races = w.home->home->races) {
+        const race_check::agent who = barrier ? races->of_barrier(barrier) : races->of_lane(w, c.lane);
+        races->note_read(who, reinterpret_cast<const std::byte*>(c.from), static_cast<std::uint32_t>(c.bytes));
+        races->close(who, to, 16, i.line);
+    }
     std::byte line[16] = {};
     if (c.bytes > 0) {
         check_global(w, i, c.from, static_cast<std::uint32_t>(c.bytes));
@@ -133,6 +150,10 @@ void copy_line(warp& w, const instruction& i, std::uint32_t lanes)
         check_align(w, i, to, 16);
         check_align(w, i, from, 16);
         if (bytes > 0) check_global(w, i, from, static_cast<std::uint32_t>(bytes));
+        if (race_check* const races = w.home->home->races) {
+            races->look(w, i, l, reinterpret_cast<const std::byte*>(from), static_cast<std::uint32_t>(bytes));
+            races->open(w, i, l, shared_place(w, i, to, 16), 16);
+        }
         w.lines.push_back({to, from, bytes, l, w.groups[l], i.number});
     }
 }
@@ -167,6 +188,21 @@ void arrive_with_lines(warp& w, const instruction& i, std::uint32_t lanes)
         w.home->home->pending.push_back(std::move(p));
     }
 }
+std::uint32_t bytes_of(const tensor_map& map) { return map.box[0] * map.element_bytes * map.box[1] * map.box[2]; }
+std::uint32_t ranks_of(const pending_copy& p) { return p.ranks ? p.ranks : 1u << p.origin->rank; }
+/// What of the box lies inside.
+template <class F>
+void rows_of_box(const tensor_map& map, const pending_copy& p, F&& f)
+{
+    const auto inside = [](std::int64_t at, std::uint64_t extent) { return at >= 0 && at < static_cast<std::int64_t>(extent); };
+    const std::int64_t from = std::max(p.x, 0), to = std::min<std::int64_t>(p.x + std::int64_t{map.box[0]}, static_cast<std::int64_t>(map.extent[0]));
+    for (std::int64_t z = p.z; z < p.z + std::int64_t{map.box[2]}; ++z)
+        for (std::int64_t y = p.y; y < p.y + std::int64_t{map.box[1]}; ++y)
+            if (from < to && inside(y, map.extent[1]) && inside(z, map.extent[2]))
+                f(reinterpret_cast<const std::byte*>(map.base + static_cast<std::uint64_t>(from) * map.element_bytes +
+                                                     static_cast<std::uint64_t>(y) * map.stride[0] + static_cast<std::uint64_t>(z) * map.stride[1]),
+                  static_cast<std::uint32_t>(to - from) * map.element_bytes);
+}
 void copy_box(warp& w, const instruction& i, std::uint32_t lanes)
 {
     for (std::uint32_t left = lanes; left; left &= left - 1) {
@@ -187,6 +223,14 @@ void copy_box(warp& w, const instruction& i, std::uint32_t lanes)
         check_align(w, i, reinterpret_cast<std::uintptr_t>(p.map), 64);
         check_global(w, i, reinterpret_cast<std::uintptr_t>(p.map), 128);
         if (reinterpret_cast<const tensor_map*>(p.map)->is != tensor_map::magic) fail(w, i, "no tensor map there");
+        if (race_check* const races = w.home->home->races) {
+            const auto& map = *static_cast<const tensor_map*>(p.map);
+            rows_of_box(map, p, [&](const std::byte* from, std::uint32_t bytes) { races->look(w, i, l, from, bytes); });
+            for (std::uint32_t to = ranks_of(p); to; to &= to - 1) {
+                warp& there = w.home->home->blocks[static_cast<std::size_t>(std::countr_zero(to))].warps[0];
+                races->open(w, i, l, shared_place(there, i, p.to, bytes_of(map)), bytes_of(map));
+            }
+        }
         w.home->home->pending.push_back(std::move(p));
     }
 }
@@ -200,14 +244,15 @@ void do_pending(cluster& c, std::size_t which)
     warp& w = p.origin->warps[0]; // for messages, and whose block it is
     const instruction& i = c.code->code[static_cast<std::size_t>(p.line)];
     if (!p.is_box) {
-        for (const line_copy& line : p.lines) copy_now(w, line, -1);
+        const std::byte* const barrier = shared_place(w, i, p.barrier, 8);
+        for (const line_copy& line : p.lines) copy_now(w, line, -1, barrier);
+        if (c.races) c.races->tell(barrier);
         count(w, i, p.barrier, 1, 0);
         return;
     }
     const auto& map = *static_cast<const tensor_map*>(p.map);
-    const std::uint32_t row_bytes = map.box[0] * map.element_bytes, bytes = row_bytes * map.box[1] * map.box[2];
-    const std::uint32_t ranks = p.ranks ? p.ranks : 1u << p.origin->rank;
-    for (std::uint32_t left = ranks; left; left &= left - 1) {
+    const std::uint32_t row_bytes = map.box[0] * map.element_bytes, bytes = bytes_of(map);
+    for (std::uint32_t left = ranks_of(p); left; left &= left - 1) {
         warp& there = c.blocks[static_cast<std::size_t>(std::countr_zero(left))].warps[0];
         std::byte* to = shared_place(there, i, p.to, bytes);
         for (std::uint32_t z = 0; z < map.box[2]; ++z)
@@ -233,6 +278,13 @@ void do_pending(cluster& c, std::size_t which)
                 }
         const std::uint32_t first = (p.to - shared_window) / 16;
         std::fill_n(there.home->written.begin() + first, bytes / 16, 0u);
+        if (c.races) {
+            const std::byte* const barrier = shared_place(there, i, p.barrier, 8);
+            const race_check::agent who = c.races->of_barrier(barrier);
+            rows_of_box(map, p, [&](const std::byte* from, std::uint32_t n) { c.races->note_read(who, from, n); });
+            c.races->close(who, to, bytes, i.line);
+            c.races->tell(barrier);
+        }
         count(there, i, p.barrier, 0, -static_cast<int>(bytes));
     }
 }
@@ -260,7 +312,9 @@ void load_matrices(warp& w, const instruction& i, std::uint32_t) // ldmatrix; va
         for (std::size_t row = 0; row < 8; ++row) {
             const std::uint32_t address = w.at<std::uint32_t>(i.a)[m * 8 + row] + static_cast<std::uint32_t>(i.offset);
             check_align(w, i, address, 16);
-            std::memcpy(matrix[row], shared_place(w, i, address, 16), 16);
+            const std::byte* const from = shared_place(w, i, address, 16);
+            if (race_check* const races = w.home->home->races) races->access(w, i, static_cast<int>(m * 8 + row), from, 16, access_kind::read);
+            std::memcpy(matrix[row], from, 16);
         }
         for (int l = 0; l < 32; ++l) {
             const int row = l / 4, col = l % 4 * 2;
@@ -334,12 +388,26 @@ struct product_kind {
 };
 product_kind kind_of(const instruction& i) { return {i.variant >> 4, i.variant >> 2 & 3, (i.variant & 1) != 0, (i.variant & 2) != 0}; }
 
+/// f(address) for the lines of 16 bytes that hold rows [first, first + rows) of an operand.
+template <class F>
+void each_line(const operand_place& o, int first, int rows, F&& f)
+{
+    const int chunk = 16 / o.element_bytes, depth = 2 * chunk;
+    for (int row = first; row < first + rows; row += o.transposed ? chunk : 1)
+        for (int k = 0; k < depth; k += o.transposed ? 1 : chunk) f(o.address(row, k));
+}
+
 void do_product(warp& w, const product& p)
 {
     const instruction& i = *p.what;
     const product_kind kind = kind_of(i);
     const int bytes = kind.element == codes ? 1 : 2, depth = 32 / bytes, first_row = w.number % 4 * 16;
     const operand_place from_a = operand(w, i, p.a, bytes, kind.transposed_a), from_b = operand(w, i, p.b, bytes, kind.transposed_b);
+    if (race_check* const races = w.home->home->races) {
+        const auto note = [&](std::uint32_t address) { races->read_by_products(w, i, shared_place(w, i, address, 16), 16, p.since); };
+        each_line(from_a, first_row, 16, note);
+        each_line(from_b, 0, kind.n, note);
+    }
     const auto read = [&](const operand_place& o, int row, int k) {
         std::uint16_t raw = 0;
         std::memcpy(&raw, shared_place(w, i, o.address(row, k), static_cast<std::uint32_t>(bytes)), static_cast<std::size_t>(bytes));
@@ -367,22 +435,20 @@ void show_writes(warp& w, const instruction&, std::uint32_t) // fence.proxy.asyn
 void check_shown(warp& w, const instruction& i, const operand_place& o, int first, int rows)
 {
     const block& b = *w.home;
-    const int chunk = 16 / o.element_bytes, depth = 2 * chunk;
-    for (int row = first; row < first + rows; row += o.transposed ? chunk : 1)
-        for (int k = 0; k < depth; k += o.transposed ? 1 : chunk) {
-            const std::uint32_t address = o.address(row, k);
-            (void)shared_place(w, i, address, 16);
-            const std::size_t line = (address - shared_window) / 16;
-            const std::uint32_t when = b.written[line];
-            if (when <= b.shown[static_cast<std::size_t>(w.number)]) continue;
-            if (b.writer[line] >= 0 && when <= b.shown[static_cast<std::size_t>(b.writer[line])]) continue;
-            fail(w, i, "an operand that threads wrote and no fence.proxy.async shows to products");
-        }
+    each_line(o, first, rows, [&](std::uint32_t address) {
+        const std::byte* const at = shared_place(w, i, address, 16);
+        if (b.home->races) b.home->races->look(w, i, 0, at, 16);
+        const std::size_t line = (address - shared_window) / 16;
+        const std::uint32_t when = b.written[line];
+        if (when <= b.shown[static_cast<std::size_t>(w.number)]) return;
+        if (b.writer[line] >= 0 && when <= b.shown[static_cast<std::size_t>(b.writer[line])]) return;
+        fail(w, i, "an operand that threads wrote and no fence.proxy.async shows to products");
+    });
 }
 void multiply_group(warp& w, const instruction& i, std::uint32_t lanes)
 {
     const product p{&i, uniform_wide(w, i, i.a, lanes), uniform_wide(w, i, i.b, lanes),
-                    i.count != 0 && (i.c == no_slot || w.predicate(i.c) != 0)};
+                    i.count != 0 && (i.c == no_slot || w.predicate(i.c) != 0), w.home->home->races ? w.home->home->races->ask_for_product() : 0};
     const product_kind kind = kind_of(i);
     const int bytes = kind.element == codes ? 1 : 2;
     check_shown(w, i, operand(w, i, p.a, bytes, kind.transposed_a), w.number % 4 * 16, 16);
@@ -412,6 +478,7 @@ void do_products(warp& w, std::size_t keep)
         const auto first = std::move(w.committed.front());
         w.committed.erase(w.committed.begin());
         for (const product& p : first) do_product(w, p);
+        if (w.home->home->races) w.home->home->races->end_products(w);
     }
 }
 
@@ -470,7 +537,7 @@ bool decode_asynchronous(const statement& s, operand_source& from, instruction& 
         if (s.has("init")) return i.run = init_barrier, true;
         if (s.has("inval")) return i.run = no_more, true;
         if (!s.has("arrive") || (s.has("expect_tx") != (i.b != no_slot))) return false;
-        i.variant = s.has("expect_tx");
+        i.variant = (s.has("expect_tx") ? 1 : 0) | (s.has("cluster") ? 2 : 0);
         return i.run = arrive, true;
     }
     if (op == "mapa") {

@@ -6,7 +6,10 @@
 #include <bit>
 #include <cstdlib>
 #include <cstring>
+#include <optional>
 #include <sstream>
+
+#include "support/emulator/races.hpp"
 
 namespace emulator {
 
@@ -117,7 +120,9 @@ void release_barrier(block& b, unsigned id)
     if (b.arrived[id] == 0 || b.arrived[id] < expected) return;
     b.arrived[id] = 0;
     b.expected[id] = 0;
-    for (warp& w : b.warps)
+    std::vector<std::pair<const warp*, std::uint32_t>> met;
+    for (warp& w : b.warps) {
+        const std::uint32_t before = w.blocked;
         for (std::uint32_t left = w.blocked & ~w.cluster_waiting; left; left &= left - 1) {
             const int lane = std::countr_zero(left);
             const instruction& i = w.code->code[static_cast<std::size_t>(w.lane_pc[lane])];
@@ -126,15 +131,20 @@ void release_barrier(block& b, unsigned id)
                 ++w.lane_pc[lane];
             }
         }
+        if (before != w.blocked) met.emplace_back(&w, before & ~w.blocked);
+    }
+    if (b.home->races) b.home->races->meet(met);
 }
 void release_cluster(cluster& c)
 {
     if (c.cluster_arrived == 0 || c.cluster_arrived < c.cluster_live) return;
     c.cluster_arrived = 0;
     ++c.cluster_phase;
+    if (c.races) c.races->end_cluster_phase();
     for (block& b : c.blocks)
         for (warp& w : b.warps) {
             for (std::uint32_t left = w.cluster_waiting; left; left &= left - 1) ++w.lane_pc[std::countr_zero(left)];
+            if (c.races) c.races->leave_cluster_barrier(w, w.cluster_waiting);
             w.blocked &= ~w.cluster_waiting;
             w.cluster_waiting = 0;
         }
@@ -241,6 +251,7 @@ bool advance(warp& w, int budget)
         case flow::cluster_wait:
             if (lanes != w.active || lanes != w.live) fail(w, i, "barrier.cluster without all lanes of the warp");
             if (i.variant == 0) { // arrive
+                if (w.home->home->races && i.count) w.home->home->races->arrive_cluster(w, lanes);
                 w.cluster_arrival = w.home->home->cluster_phase;
                 w.home->home->cluster_arrived += static_cast<unsigned>(std::popcount(lanes));
                 release_cluster(*w.home->home);
@@ -249,6 +260,7 @@ bool advance(warp& w, int budget)
                 break;
             }
             if (w.cluster_arrival != w.home->home->cluster_phase) { // over
+                if (w.home->home->races) w.home->home->races->leave_cluster_barrier(w, lanes);
                 ++w.pc;
                 moved = true;
                 break;
@@ -400,13 +412,15 @@ void run(const module& text, const kernel& code, const launch_shape& shape, cons
     c.code = &code;
     c.shape = shape;
     c.random.seed(seed);
-    c.late_products = c.random() % 4 != 0;
+    c.late_products = c.random() % 4 != 0 || shape.races;
     // As tensor maps are passed in parameters, these begin where a map may lie.
     std::vector<std::byte> storage(code.parameter_bytes + 256);
     c.parameters = storage.data() + (256 - reinterpret_cast<std::uintptr_t>(storage.data()) % 256) % 256;
     std::memcpy(c.parameters, parameters, code.parameter_bytes);
     c.seen.resize(code.code.size());
     c.blocks.resize(shape.cluster);
+    std::optional<race_check> races;
+    if (shape.races) c.races = &races.emplace(c);
 
     // Dynamic shared memory begins behind the static one, aligned as it was declared and no more.
     const std::uint32_t align = code.dynamic_shared_align;
@@ -461,6 +475,7 @@ void run(const module& text, const kernel& code, const launch_shape& shape, cons
             }
         }
         for (auto& s : c.seen) s = {};
+        if (races) races->begin();
         while (c.cluster_live > 0) {
             std::shuffle(order.begin(), order.end(), c.random);
             bool moved = false;

@@ -51,10 +51,12 @@ struct launch_shape {
     std::array<unsigned, 3> grid{1, 1, 1}, threads{1, 1, 1};
     unsigned cluster = 1;
     std::uint32_t dynamic_shared = 0;
+    bool races = false; ///< whether they are looked for: some ten times slower
 };
 
 struct block;
 struct cluster;
+class race_check;
 
 /// A copy by cp.async that has not been done.
 struct line_copy {
@@ -68,6 +70,7 @@ struct product {
     const instruction* what;
     std::uint64_t a, b;
     bool adds;
+    std::uint32_t since = 0; ///< when it was asked for, as races count
 };
 
 struct warp {
@@ -136,6 +139,7 @@ struct cluster {
     std::vector<pending_copy> pending;
     std::mt19937 random;
     bool late_products = true;
+    race_check* races = nullptr; ///< where they are looked for
     unsigned cluster_live = 0, cluster_arrived = 0, cluster_phase = 0;
     std::vector<memory_map::range> seen; ///< by the number of the instruction: where it was last
 

@@ -5,6 +5,7 @@
 
 #include "support/emulator/lane_values.hpp"
 #include "support/emulator/operators.hpp"
+#include "support/emulator/races.hpp"
 
 namespace emulator {
 
@@ -73,6 +74,10 @@ void reduce(warp& w, const instruction& i, std::uint32_t lanes)
     each(lanes, [&](int l) { w.at<std::uint32_t>(i.d)[l] = bits<T>(total); });
 }
 void nothing(warp&, const instruction&, std::uint32_t) {}
+void meet(warp& w, const instruction&, std::uint32_t lanes) // of memory, too
+{
+    if (w.home->home->races) w.home->home->races->meet(w, lanes);
+}
 
 action reduced(const statement& s)
 {
@@ -106,7 +111,7 @@ bool decode_meeting(const statement& s, operand_source& from, instruction& i)
     }
     if (op == "bar" && s.has("warp")) {
         i.next = flow::meeting;
-        i.run = nothing;
+        i.run = meet;
         i.m = from.read(s.operands.at(0), false);
         return true;
     }
@@ -119,6 +124,7 @@ bool decode_meeting(const statement& s, operand_source& from, instruction& i)
     if (op == "barrier" && s.has("cluster")) {
         i.next = flow::cluster_wait;
         i.variant = s.has("wait");
+        i.count = !s.has("relaxed");
         return true;
     }
     if (op == "shfl" && s.has("sync")) {

@@ -5,6 +5,7 @@
 
 #include "support/emulator/lane_values.hpp"
 #include "support/emulator/operators.hpp"
+#include "support/emulator/races.hpp"
 
 namespace emulator {
 
@@ -29,6 +30,10 @@ std::byte* place(warp& w, const instruction& i, int lane, std::uint32_t bytes, b
         return reinterpret_cast<std::byte*>(at);
     }
 }
+void note(warp& w, const instruction& i, int lane, const std::byte* at, std::uint32_t bytes, access_kind kind)
+{
+    if (race_check* const races = w.home->home->races) races->access(w, i, lane, at, bytes, kind);
+}
 /// variant 1: the address is of 8 bytes; 2: registers are.
 template <class T, space where>
 void load(warp& w, const instruction& i, std::uint32_t lanes)
@@ -37,7 +42,9 @@ void load(warp& w, const instruction& i, std::uint32_t lanes)
     for (std::uint32_t left = lanes; left; left &= left - 1) {
         const int l = std::countr_zero(left);
         T v[4];
-        std::memcpy(v, place<where>(w, i, l, bytes, i.variant & 1), bytes);
+        const std::byte* const from = place<where>(w, i, l, bytes, i.variant & 1);
+        if constexpr (where == space::shared || where == space::global) note(w, i, l, from, bytes, access_kind::read);
+        std::memcpy(v, from, bytes);
         for (int n = 0; n < i.count; ++n) {
             const slot to = i.list[static_cast<std::size_t>(n)];
             if (to == no_slot) continue;
@@ -60,6 +67,7 @@ void store(warp& w, const instruction& i, std::uint32_t lanes)
             v[n] = static_cast<T>(i.variant & 2 ? w.at<std::uint64_t>(from)[l] : w.at<std::uint32_t>(from)[l]);
         }
         std::byte* const to = place<where>(w, i, l, bytes, i.variant & 1);
+        if constexpr (where == space::shared || where == space::global) note(w, i, l, to, bytes, access_kind::write);
         std::memcpy(to, v, bytes);
         if (where == space::shared && to >= w.home->shared && to < w.home->shared + w.home->shared_bytes)
             w.home->note_write(static_cast<std::uint32_t>(to - w.home->shared) + shared_window, bytes, w.number);
@@ -74,8 +82,10 @@ struct exchange_op {
 };
 std::byte* atomic_place(warp& w, const instruction& i, int lane, std::uint32_t bytes)
 {
-    if (i.where == space::shared) return place<space::shared>(w, i, lane, bytes, i.variant & 1);
-    return place<space::global>(w, i, lane, bytes, i.variant & 1);
+    std::byte* const at = i.where == space::shared ? place<space::shared>(w, i, lane, bytes, i.variant & 1)
+                                                   : place<space::global>(w, i, lane, bytes, i.variant & 1);
+    note(w, i, lane, at, bytes, access_kind::atomic);
+    return at;
 }
 template <class T, class Op>
 void atomic(warp& w, const instruction& i, std::uint32_t lanes)

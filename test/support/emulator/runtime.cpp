@@ -67,6 +67,7 @@ struct machine {
     cudaError_t sticky = cudaSuccess;
     unsigned launches = 0, seed = static_cast<unsigned>(setting("FASTMOE_EMULATOR_SEED", 1));
     int multiprocessors = setting("FASTMOE_EMULATOR_MULTIPROCESSORS", 4);
+    bool races = setting("FASTMOE_EMULATOR_RACES", 0) != 0;
     std::map<void*, std::size_t> sizes;
 };
 thread_local cudaError_t last = cudaSuccess;
@@ -167,7 +168,7 @@ cudaError_t launch(const void* host, dim3 grid, dim3 block, unsigned cluster, vo
     std::vector<std::byte> values(f->code->parameter_bytes);
     for (std::size_t n = 0; n < f->code->parameters.size(); ++n)
         std::memcpy(values.data() + f->code->parameters[n].first, arguments[n], f->code->parameters[n].second);
-    launch_shape shape{{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, cluster, static_cast<std::uint32_t>(shared)};
+    const launch_shape shape{{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, cluster, static_cast<std::uint32_t>(shared), all().races};
     return said(queue(s, [f, shape, values = std::move(values)] {
         if (all().sticky != cudaSuccess) return;
         try {
