@@ -40,8 +40,8 @@ std::string without(std::string text, const std::string& what)
 /// %r2 is the thread's own word of shared memory, %r3 that of the thread `by` further, modulo the threads.
 std::string words(unsigned threads, unsigned by)
 {
-    return "mov.u32 %r10, dynamic;\nshl.b32 %r2, %r1, 2;\nadd.s32 %r2, %r2, %r10;\nadd.s32 %r3, %r1, " + std::to_string(by) + ";\nand.b32 %r3, %r3, " +
-           std::to_string(threads - 1) + ";\nshl.b32 %r3, %r3, 2;\nadd.s32 %r3, %r3, %r10;\n";
+    return "mov.u32 %r10, dynamic;\nshl.b32 %r2, %r1, 2;\nadd.s32 %r2, %r2, %r10;\nadd.s32 %r3, %r1, " + std::to_string(by) +
+           ";\nand.b32 %r3, %r3, " + std::to_string(threads - 1) + ";\nshl.b32 %r3, %r3, 2;\nadd.s32 %r3, %r3, %r10;\n";
 }
 const std::string write_own = "st.shared.u32 [%r2], %r1;\n", read_other = "ld.shared.u32 %r4, [%r3];\n";
 const std::string barrier = "bar.sync 0;\n", warp_barrier = "bar.warp.sync -1;\n";
@@ -58,7 +58,8 @@ TEST_CASE("warps of a block")
     CHECK_FALSE(races(words(64, 32) + write_own + barrier + read_other + barrier + write_own, {}, shape));
     CHECK(races(words(64, 32) + write_own + barrier + read_other + write_own, {}, shape));
     // One word that all read and one writes: all readers count, whoever was the last.
-    const std::string all_read = "mov.u32 %r10, dynamic;\nsetp.eq.s32 %p1, %r1, 0;\n@%p1 st.shared.u32 [%r10], %r1;\nbar.sync 0;\nld.shared.u32 %r4, [%r10];\n";
+    const std::string all_read =
+        "mov.u32 %r10, dynamic;\nsetp.eq.s32 %p1, %r1, 0;\n@%p1 st.shared.u32 [%r10], %r1;\nbar.sync 0;\nld.shared.u32 %r4, [%r10];\n";
     const std::string write_again = "@%p1 st.shared.u32 [%r10], %r1;\n";
     CHECK_FALSE(races(all_read, {}, shape));
     CHECK_FALSE(races(all_read + barrier + write_again, {}, shape));
@@ -66,7 +67,9 @@ TEST_CASE("warps of a block")
     // Bytes of one word are not each other.
     const std::string byte = "mov.u32 %r10, dynamic;\nadd.s32 %r2, %r10, %r1;\n";
     CHECK_FALSE(races(byte + "st.shared.u8 [%r2], %r1;\n", {}, shape));
-    CHECK(races(byte + "st.shared.u8 [%r2], %r1;\n" + "shr.u32 %r3, %r1, 2;\nshl.b32 %r3, %r3, 2;\nadd.s32 %r3, %r3, %r10;\nld.shared.u32 %r4, [%r3];\n", {}, shape));
+    CHECK(races(byte + "st.shared.u8 [%r2], %r1;\n" +
+                    "shr.u32 %r3, %r1, 2;\nshl.b32 %r3, %r3, 2;\nadd.s32 %r3, %r3, %r10;\nld.shared.u32 %r4, [%r3];\n",
+                {}, shape));
 }
 
 TEST_CASE("lanes of a warp")
@@ -77,7 +80,8 @@ TEST_CASE("lanes of a warp")
     // A shuffle meets all lanes and orders no memory.
     CHECK(races(words(32, 1) + write_own + "shfl.sync.bfly.b32 %r5, %r1, 1, 31, -1;\n" + read_other, {}, shape));
     // Halves that meet among themselves.
-    const std::string half = "setp.lt.u32 %p1, %r1, 16;\n@%p1 bra LOW;\nbar.warp.sync -65536;\nbra BOTH;\nLOW:\nbar.warp.sync 65535;\nBOTH:\n";
+    const std::string half =
+        "setp.lt.u32 %p1, %r1, 16;\n@%p1 bra LOW;\nbar.warp.sync -65536;\nbra BOTH;\nLOW:\nbar.warp.sync 65535;\nBOTH:\n";
     const std::string xor_word = "xor.b32 %r3, %r1, 8;\nshl.b32 %r3, %r3, 2;\nadd.s32 %r3, %r3, %r10;\n";
     CHECK_FALSE(races(words(32, 1) + xor_word + write_own + half + read_other, {}, shape));
     CHECK(races(words(32, 16) + write_own + half + read_other, {}, shape));
@@ -86,7 +90,8 @@ TEST_CASE("lanes of a warp")
 TEST_CASE("atomics are no race with each other, and one with all else")
 {
     const auto shape = shape_of(1, 64);
-    const std::string add = "mov.u32 %r10, dynamic;\nsetp.eq.s32 %p1, %r1, 0;\n@%p1 st.shared.u32 [%r10], %r1;\nbar.sync 0;\natom.shared.add.u32 %r4, [%r10], 1;\n";
+    const std::string add = "mov.u32 %r10, dynamic;\nsetp.eq.s32 %p1, %r1, 0;\n@%p1 st.shared.u32 [%r10], %r1;\nbar.sync "
+                            "0;\natom.shared.add.u32 %r4, [%r10], 1;\n";
     CHECK_FALSE(races(add, {}, shape));
     CHECK_FALSE(races(add + barrier + "ld.shared.u32 %r5, [%r10];\n", {}, shape));
     CHECK(races(add + "ld.shared.u32 %r5, [%r10];\n", {}, shape));
@@ -99,7 +104,8 @@ TEST_CASE("atomics are no race with each other, and one with all else")
 TEST_CASE("blocks know nothing of each other")
 {
     const memory<std::uint32_t> m(std::vector<std::uint32_t>(256, 0));
-    const std::string own = "mov.u32 %r2, %ctaid.x;\nmad.lo.s32 %r2, %r2, 32, %r1;\nmul.wide.u32 %rd5, %r2, 4;\nadd.s64 %rd5, %rd1, %rd5;\n";
+    const std::string own =
+        "mov.u32 %r2, %ctaid.x;\nmad.lo.s32 %r2, %r2, 32, %r1;\nmul.wide.u32 %rd5, %r2, 4;\nadd.s64 %rd5, %rd1, %rd5;\n";
     const std::string same = "mul.wide.u32 %rd5, %r1, 4;\nadd.s64 %rd5, %rd1, %rd5;\n";
     CHECK_FALSE(races(own + "ld.global.u32 %r3, [%rd5];\nst.global.u32 [%rd5], %r1;\n", {m.address()}, shape_of(4, 32)));
     CHECK_FALSE(races(same + "ld.global.u32 %r3, [%rd5];\n", {m.address()}, shape_of(4, 32)));
@@ -107,7 +113,8 @@ TEST_CASE("blocks know nothing of each other")
     CHECK(races(same + "ld.global.u32 %r3, [%rd5];\nbar.sync 0;\nst.global.u32 [%rd5], %r1;\n", {m.address()}, shape_of(4, 32)));
     // In a cluster a barrier orders them.
     const std::string meet = "barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n";
-    const std::string other = "mov.u32 %r2, %ctaid.x;\nxor.b32 %r2, %r2, 1;\nmad.lo.s32 %r2, %r2, 32, %r1;\nmul.wide.u32 %rd6, %r2, 4;\nadd.s64 %rd6, %rd1, %rd6;\n";
+    const std::string other = "mov.u32 %r2, %ctaid.x;\nxor.b32 %r2, %r2, 1;\nmad.lo.s32 %r2, %r2, 32, %r1;\nmul.wide.u32 %rd6, %r2, "
+                              "4;\nadd.s64 %rd6, %rd1, %rd6;\n";
     const std::string write = own + "st.global.u32 [%rd5], %r1;\n", read = other + "ld.global.u32 %r3, [%rd6];\n";
     CHECK_FALSE(races(write + meet + read, {m.address()}, shape_of(2, 32, 2)));
     CHECK(races(write + read, {m.address()}, shape_of(2, 32, 2)));
@@ -120,8 +127,9 @@ TEST_CASE("copies of lines")
 {
     const memory<std::uint32_t> m(std::vector<std::uint32_t>(256, 7));
     const auto shape = shape_of(1, 64);
-    const std::string copy = "mov.u32 %r10, dynamic;\nmad.lo.s32 %r2, %r1, 16, %r10;\nxor.b32 %r3, %r1, 32;\nmad.lo.s32 %r3, %r3, 16, %r10;\nmul.wide.u32 %rd5, "
-                             "%r1, 16;\nadd.s64 %rd5, %rd1, %rd5;\ncp.async.cg.shared.global [%r2], [%rd5], 16;\ncp.async.commit_group;\n";
+    const std::string copy =
+        "mov.u32 %r10, dynamic;\nmad.lo.s32 %r2, %r1, 16, %r10;\nxor.b32 %r3, %r1, 32;\nmad.lo.s32 %r3, %r3, 16, %r10;\nmul.wide.u32 %rd5, "
+        "%r1, 16;\nadd.s64 %rd5, %rd1, %rd5;\ncp.async.cg.shared.global [%r2], [%rd5], 16;\ncp.async.commit_group;\n";
     const std::string wait = "cp.async.wait_group 0;\n", read_own = "ld.shared.u32 %r4, [%r2];\n";
     CHECK_FALSE(races(copy + wait + read_own, {m.address()}, shape));
     CHECK_FALSE(races(copy + wait + barrier + read_other, {m.address()}, shape));
@@ -137,13 +145,14 @@ TEST_CASE("copies of lines")
 TEST_CASE("who waits at a barrier in memory knows what those knew who arrived")
 {
     // Warp 0 fills 32 words, its lane 0 arrives; warp 1 waits, and reads.
-    const std::string text = "mov.u32 %r10, dynamic;\nadd.s32 %r11, %r10, 1024;\nand.b32 %r5, %r1, 31;\nshl.b32 %r2, %r5, 2;\nadd.s32 %r2, %r2, %r10;\n"
-                             "setp.eq.s32 %p1, %r1, 0;\nsetp.lt.u32 %p2, %r1, 32;\n@%p1 mbarrier.init.shared::cta.b64 [%r11], 1;\nbar.sync 0;\n"
-                             "@!%p2 bra READ;\nst.shared.u32 [%r2], %r1;\nbar.warp.sync -1;\n@%p1 mbarrier.arrive.shared::cta.b64 _, [%r11];\nbra DONE;\n"
-                             "READ:\nmbarrier.try_wait.parity.shared::cta.b64 %p3, [%r11], 0;\n@!%p3 bra READ;\nld.shared.u32 %r4, [%r2];\nDONE:\n";
+    const std::string text =
+        "mov.u32 %r10, dynamic;\nadd.s32 %r11, %r10, 1024;\nand.b32 %r5, %r1, 31;\nshl.b32 %r2, %r5, 2;\nadd.s32 %r2, %r2, %r10;\n"
+        "setp.eq.s32 %p1, %r1, 0;\nsetp.lt.u32 %p2, %r1, 32;\n@%p1 mbarrier.init.shared::cta.b64 [%r11], 1;\nbar.sync 0;\n"
+        "@!%p2 bra READ;\nst.shared.u32 [%r2], %r1;\nbar.warp.sync -1;\n@%p1 mbarrier.arrive.shared::cta.b64 _, [%r11];\nbra DONE;\n"
+        "READ:\nmbarrier.try_wait.parity.shared::cta.b64 %p3, [%r11], 0;\n@!%p3 bra READ;\nld.shared.u32 %r4, [%r2];\nDONE:\n";
     const auto shape = shape_of(1, 64);
     CHECK_FALSE(races(text, {}, shape));
-    CHECK(races(without(text, "bar.warp.sync -1;\n"), {}, shape)); // others than lane 0 have told nobody
+    CHECK(races(without(text, "bar.warp.sync -1;\n"), {}, shape));         // others than lane 0 have told nobody
     CHECK_FALSE(found(without(text, "bar.sync 0;\n"), {}, shape).empty()); // the barrier itself may not be there yet
     // A warp of which one lane alone has waited.
     std::string one = text;
@@ -168,22 +177,27 @@ TEST_CASE("boxes, the products that read them, and the next box")
     map.element_bytes = 2, map.swizzled = 1;
     std::memcpy(map_bytes, &map, sizeof map);
     emulator::memory_map::instance().add(map_bytes, 128, emulator::memory_kind::device);
-    const std::string bring = "mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%r11], 8192;\n"
-                              "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%r10], [%rd1, {%r3, %r3, %r3}], [%r11];\n";
+    const std::string bring =
+        "mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%r11], 8192;\n"
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%r10], [%rd1, {%r3, %r3, %r3}], [%r11];\n";
     const std::string look = "mbarrier.try_wait.parity.shared::cta.b64 %p3, ";
-    const std::string multiply =
-        "shr.u32 %r30, %r10, 4;\ncvt.u64.u32 %rd30, %r30;\nor.b64 %rd30, %rd30, " + std::to_string(std::uint64_t{64} << 32 | 1ull << 62) +
-        ";\nwgmma.fence.sync.aligned;\nwgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%f0, %f1, %f2, %f3, %f4, %f5, %f6, %f7}, %rd30, %rd30, 0, 1, 1, 0, 0;\n"
-        "wgmma.commit_group.sync.aligned;\n";
+    const std::string multiply = "shr.u32 %r30, %r10, 4;\ncvt.u64.u32 %rd30, %r30;\nor.b64 %rd30, %rd30, " +
+                                 std::to_string(std::uint64_t{64} << 32 | 1ull << 62) +
+                                 ";\nwgmma.fence.sync.aligned;\nwgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%f0, %f1, %f2, %f3, "
+                                 "%f4, %f5, %f6, %f7}, %rd30, %rd30, 0, 1, 1, 0, 0;\n"
+                                 "wgmma.commit_group.sync.aligned;\n";
     const std::string wait = "wgmma.wait_group.sync.aligned 0;\n", free_it = "@%p4 mbarrier.arrive.shared::cta.b64 _, [%r12];\n";
     const auto text = [&](const std::string& consume, const std::string& wait_for_free) {
-        return "mov.u32 %r10, dynamic;\nadd.s32 %r11, %r10, 8192;\nadd.s32 %r12, %r11, 8;\nmov.u32 %r3, 0;\nsetp.eq.s32 %p1, %r1, 128;\nsetp.lt.u32 %p2, %r1, 128;\nand.b32 "
+        return "mov.u32 %r10, dynamic;\nadd.s32 %r11, %r10, 8192;\nadd.s32 %r12, %r11, 8;\nmov.u32 %r3, 0;\nsetp.eq.s32 %p1, %r1, "
+               "128;\nsetp.lt.u32 %p2, %r1, 128;\nand.b32 "
                "%r5, %r1, 31;\nsetp.eq.s32 %p4, %r5, 0;\n"
-               "@%p1 mbarrier.init.shared::cta.b64 [%r11], 1;\n@%p1 mbarrier.init.shared::cta.b64 [%r12], 4;\nbar.sync 0;\n@%p2 bra USE;\n@!%p1 bra DONE;\n" +
-               bring + wait_for_free + bring + "bra DONE;\nUSE:\nFIRST:\n" + look + "[%r11], 0;\n@!%p3 bra FIRST;\n" + consume + "SECOND:\n" + look +
-               "[%r11], 1;\n@!%p3 bra SECOND;\n" + multiply + wait + "DONE:\n";
+               "@%p1 mbarrier.init.shared::cta.b64 [%r11], 1;\n@%p1 mbarrier.init.shared::cta.b64 [%r12], 4;\nbar.sync 0;\n@%p2 bra "
+               "USE;\n@!%p1 bra DONE;\n" +
+               bring + wait_for_free + bring + "bra DONE;\nUSE:\nFIRST:\n" + look + "[%r11], 0;\n@!%p3 bra FIRST;\n" + consume +
+               "SECOND:\n" + look + "[%r11], 1;\n@!%p3 bra SECOND;\n" + multiply + wait + "DONE:\n";
     };
-    const std::string free_seen = "FREE:\n" + look + "[%r12], 0;\n@!%p3 bra FREE;\n", full_seen = "FULL:\n" + look + "[%r11], 0;\n@!%p3 bra FULL;\n";
+    const std::string free_seen = "FREE:\n" + look + "[%r12], 0;\n@!%p3 bra FREE;\n",
+                      full_seen = "FULL:\n" + look + "[%r11], 0;\n@!%p3 bra FULL;\n";
     const auto shape = shape_of(1, 160);
     const emulated::arguments with{reinterpret_cast<std::uintptr_t>(map_bytes), out.address()};
     CHECK_FALSE(races(text(multiply + wait + free_it, free_seen), with, shape));

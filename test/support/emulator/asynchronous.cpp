@@ -195,12 +195,14 @@ template <class F>
 void rows_of_box(const tensor_map& map, const pending_copy& p, F&& f)
 {
     const auto inside = [](std::int64_t at, std::uint64_t extent) { return at >= 0 && at < static_cast<std::int64_t>(extent); };
-    const std::int64_t from = std::max(p.x, 0), to = std::min<std::int64_t>(p.x + std::int64_t{map.box[0]}, static_cast<std::int64_t>(map.extent[0]));
+    const std::int64_t from = std::max(p.x, 0),
+                       to = std::min<std::int64_t>(p.x + std::int64_t{map.box[0]}, static_cast<std::int64_t>(map.extent[0]));
     for (std::int64_t z = p.z; z < p.z + std::int64_t{map.box[2]}; ++z)
         for (std::int64_t y = p.y; y < p.y + std::int64_t{map.box[1]}; ++y)
             if (from < to && inside(y, map.extent[1]) && inside(z, map.extent[2]))
                 f(reinterpret_cast<const std::byte*>(map.base + static_cast<std::uint64_t>(from) * map.element_bytes +
-                                                     static_cast<std::uint64_t>(y) * map.stride[0] + static_cast<std::uint64_t>(z) * map.stride[1]),
+                                                     static_cast<std::uint64_t>(y) * map.stride[0] +
+                                                     static_cast<std::uint64_t>(z) * map.stride[1]),
                   static_cast<std::uint32_t>(to - from) * map.element_bytes);
 }
 void copy_box(warp& w, const instruction& i, std::uint32_t lanes)
@@ -313,7 +315,8 @@ void load_matrices(warp& w, const instruction& i, std::uint32_t) // ldmatrix; va
             const std::uint32_t address = w.at<std::uint32_t>(i.a)[m * 8 + row] + static_cast<std::uint32_t>(i.offset);
             check_align(w, i, address, 16);
             const std::byte* const from = shared_place(w, i, address, 16);
-            if (race_check* const races = w.home->home->races) races->access(w, i, static_cast<int>(m * 8 + row), from, 16, access_kind::read);
+            if (race_check* const races = w.home->home->races)
+                races->access(w, i, static_cast<int>(m * 8 + row), from, 16, access_kind::read);
             std::memcpy(matrix[row], from, 16);
         }
         for (int l = 0; l < 32; ++l) {
@@ -448,7 +451,8 @@ void check_shown(warp& w, const instruction& i, const operand_place& o, int firs
 void multiply_group(warp& w, const instruction& i, std::uint32_t lanes)
 {
     const product p{&i, uniform_wide(w, i, i.a, lanes), uniform_wide(w, i, i.b, lanes),
-                    i.count != 0 && (i.c == no_slot || w.predicate(i.c) != 0), w.home->home->races ? w.home->home->races->ask_for_product() : 0};
+                    i.count != 0 && (i.c == no_slot || w.predicate(i.c) != 0),
+                    w.home->home->races ? w.home->home->races->ask_for_product() : 0};
     const product_kind kind = kind_of(i);
     const int bytes = kind.element == codes ? 1 : 2;
     check_shown(w, i, operand(w, i, p.a, bytes, kind.transposed_a), w.number % 4 * 16, 16);

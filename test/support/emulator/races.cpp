@@ -119,19 +119,22 @@ void race_check::report(warp& w, const instruction& i, int lane, const std::byte
         if (at >= b.shared && at < b.shared + b.shared_bytes) where = "shared address " + std::to_string(at - b.shared + shared_window);
     fail(w, i, "a race at " + where + ", lane " + std::to_string(lane) + ": " + what);
 }
-void race_check::check_written(warp& w, const instruction& i, int lane, const cell& c, const std::byte* at, access_kind kind, const moment* row,
-                               agent self)
+void race_check::check_written(warp& w, const instruction& i, int lane, const cell& c, const std::byte* at, access_kind kind,
+                               const moment* row, agent self)
 {
     if (c.changed && kind != access_kind::atomic && !knows(row, self, c.changer, c.changed))
-        report(w, i, lane, at, name(c.changer, c.changed) + " has changed it by an atomic, line " + std::to_string(c.line) + ": " +
-                                   std::string(c_.text->line(c.line)));
+        report(w, i, lane, at,
+               name(c.changer, c.changed) + " has changed it by an atomic, line " + std::to_string(c.line) + ": " +
+                   std::string(c_.text->line(c.line)));
     if (c.written == 0) return;
     const auto writer = static_cast<agent>(c.writer & agent_bits);
     if (c.writer & open_bit && c.written >= begin_)
-        report(w, i, lane, at, "a copy that " + name(writer, c.written) + " asked for may not be there, line " + std::to_string(c.line) + ": " +
-                                   std::string(c_.text->line(c.line)));
+        report(w, i, lane, at,
+               "a copy that " + name(writer, c.written) + " asked for may not be there, line " + std::to_string(c.line) + ": " +
+                   std::string(c_.text->line(c.line)));
     if (knows(row, self, writer, c.written)) return;
-    report(w, i, lane, at, name(writer, c.written) + " wrote there, line " + std::to_string(c.line) + ": " + std::string(c_.text->line(c.line)));
+    report(w, i, lane, at,
+           name(writer, c.written) + " wrote there, line " + std::to_string(c.line) + ": " + std::string(c_.text->line(c.line)));
 }
 void race_check::check_readers(warp& w, const instruction& i, int lane, cell& c, const std::byte* at, const moment* row, agent self)
 {
@@ -213,8 +216,9 @@ void race_check::read_by_products(warp& w, const instruction& i, const std::byte
     for (std::uint32_t n = 0; first && n < bytes; ++n) {
         const cell& c = first[n];
         if (c.written > since || c.writer & open_bit)
-            report(w, i, 0, at + n, "the operand of a product that nobody has waited for was written, line " + std::to_string(c.line) + ": " +
-                                        std::string(c_.text->line(c.line)));
+            report(w, i, 0, at + n,
+                   "the operand of a product that nobody has waited for was written, line " + std::to_string(c.line) + ": " +
+                       std::string(c_.text->line(c.line)));
         add_reader(first[n], self, nullptr);
     }
 }

@@ -36,7 +36,7 @@ public:
     void close(agent by, const std::byte* at, std::uint32_t bytes, std::uint32_t line);
     void note_read(agent by, const std::byte* at, std::uint32_t bytes);
 
-    void meet(warp& w, std::uint32_t lanes);                               ///< bar.warp.sync
+    void meet(warp& w, std::uint32_t lanes);                                ///< bar.warp.sync
     void meet(const std::vector<std::pair<const warp*, std::uint32_t>>& w); ///< lanes of several warps, at bar.sync
     void arrive_cluster(const warp& w, std::uint32_t lanes);
     void end_cluster_phase();
@@ -52,7 +52,10 @@ public:
 
     moment ask_for_product() { return now_++; }
     agent of_products(const warp& w) const { return static_cast<agent>(first_products_ + number(w)); }
-    agent of_lane(const warp& w, int lane) const { return static_cast<agent>(lanes_ ? number(w) * 32 + static_cast<unsigned>(lane) : number(w)); }
+    agent of_lane(const warp& w, int lane) const
+    {
+        return static_cast<agent>(lanes_ ? number(w) * 32 + static_cast<unsigned>(lane) : number(w));
+    }
     /// An operand of products that were asked for at `since`: it was there by then, and nobody has touched it.
     void read_by_products(warp& w, const instruction& i, const std::byte* at, std::uint32_t bytes, moment since);
     void end_products(const warp& w);
@@ -84,7 +87,8 @@ private:
     }
     bool knows(const moment* row, agent self, const readers& r) const;
     cell* find(const std::byte* at);
-    void check_written(warp& w, const instruction& i, int lane, const cell& c, const std::byte* at, access_kind kind, const moment* row, agent self);
+    void check_written(warp& w, const instruction& i, int lane, const cell& c, const std::byte* at, access_kind kind, const moment* row,
+                       agent self);
     void check_readers(warp& w, const instruction& i, int lane, cell& c, const std::byte* at, const moment* row, agent self);
     void add_reader(cell& c, agent by, const moment* row);
     readers group_of(agent a, moment when) const;

@@ -168,7 +168,8 @@ cudaError_t launch(const void* host, dim3 grid, dim3 block, unsigned cluster, vo
     std::vector<std::byte> values(f->code->parameter_bytes);
     for (std::size_t n = 0; n < f->code->parameters.size(); ++n)
         std::memcpy(values.data() + f->code->parameters[n].first, arguments[n], f->code->parameters[n].second);
-    const launch_shape shape{{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, cluster, static_cast<std::uint32_t>(shared), all().races};
+    const launch_shape shape{
+        {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, cluster, static_cast<std::uint32_t>(shared), all().races};
     return said(queue(s, [f, shape, values = std::move(values)] {
         if (all().sticky != cudaSuccess) return;
         try {
