@@ -10,6 +10,7 @@
 #   configure_and_build preset [target...]   the preset's build directory, up to date
 #
 # Environment:
+#   FASTMOE_COMPILER_OPTIONS  what g++ or clang++ gets besides, a list of CMake's
 #   FASTMOE_HIDE_CUDA=1   behave as on a machine without a CUDA Toolkit
 #   FASTMOE_JOBS=n        compile n files at a time
 
@@ -138,11 +139,13 @@ alone could not be had from PyPI. Please do one of these, and start this script 
         python3 -m pip download --no-deps --only-binary=:all: --require-hashes -r scripts/cccl-requirements.txt -d wheels
 
     bring the folder here, and set PIP_NO_INDEX=1 and PIP_FIND_LINKS=wheels."
-        run_step "CUDA's headers, from wheels" fetch_wheels "$requirements" "$wheels" nvidia/cu13/include/cccl/cuda/std/mdspan
+        run_step "CUDA's headers, from wheels" fetch_wheels "$requirements" "$wheels" "$cccl_file"
     fi
     cccl_settings=("-DFASTMOE_CCCL_INCLUDE_DIR=$wheels/nvidia/cu13/include/cccl" -DFASTMOE_ENABLE_CUDA=OFF)
 }
 
+# Of the wheels with CUDA's headers, what has to be there.
+cccl_file=nvidia/cu13/include/cccl/cuda/std/mdspan
 # The exit status of fetch_wheels where no package index answers.
 no_index=75
 

@@ -15,7 +15,7 @@ if ! cmp -s "$requirements" "$folder/wheels/requirements.txt"; then
         exit 77
     fi
     status=0
-    fetch_wheels "$requirements" "$folder/wheels" nvidia/cu13/include/cccl/cuda/std/mdspan || status=$?
+    fetch_wheels "$requirements" "$folder/wheels" "$cccl_file" || status=$?
     if ((status == no_index)); then
         say "skipped: PyPI does not answer; $folder/wheels/pip.log says more"
         exit 77

@@ -6,7 +6,6 @@
 
 #include "kernel_text.hpp"
 #include "support/emulator/numbers.hpp"
-#include "support/emulator/tensor_map.hpp"
 
 namespace {
 
@@ -138,15 +137,7 @@ TEST_CASE("a box comes to all blocks of a cluster, swizzled, with zeros for what
     // A matrix (2,10,72); the box (1,8,64) at (48, 5, 1): columns from 72 on and rows from 10 on are outside.
     const memory<std::uint16_t> m(brains(2 * 10 * 72, 5));
     memory<std::uint32_t> out(std::vector<std::uint32_t>(2 * 8 * 32, 99));
-    alignas(64) static std::byte map_bytes[128];
-    emulator::tensor_map map;
-    map.base = m.address();
-    map.extent[0] = 72, map.extent[1] = 10, map.extent[2] = 2;
-    map.stride[0] = 144, map.stride[1] = 1440;
-    map.box[0] = 64, map.box[1] = 8, map.box[2] = 1;
-    map.element_bytes = 2, map.swizzled = 1;
-    std::memcpy(map_bytes, &map, sizeof map);
-    emulator::memory_map::instance().add(map_bytes, 128, emulator::memory_kind::device);
+    const emulated::box_map map(m.address(), 72, 10, 2, 8);
     const std::string text = "mov.u32 %r20, dynamic;\nadd.s32 %r21, %r20, 1024;\nmov.u32 %r22, %ctaid.x;\nsetp.eq.s32 %p1, %r1, 0;\n@%p1 "
                              "mbarrier.init.shared::cta.b64 [%r21], 1;\n"
                              "barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n"
@@ -164,7 +155,7 @@ TEST_CASE("a box comes to all blocks of a cluster, swizzled, with zeros for what
                              "st.global.u32 [%rd5], %r8;\nadd.s32 %r5, %r5, 1;\nsetp.lt.s32 %p5, %r5, 8;\n@%p5 bra "
                              "NEXT;\nbarrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;";
     for (unsigned seed = 1; seed < 10; ++seed) {
-        run(text, {reinterpret_cast<std::uintptr_t>(map_bytes), out.address()}, {{2, 1, 1}, {32, 1, 1}, 2, 2048}, seed);
+        run(text, {map.address(), out.address()}, {{2, 1, 1}, {32, 1, 1}, 2, 2048}, seed);
         int wrong = 0;
         for (std::size_t block = 0; block < 2; ++block)
             for (std::size_t y = 0; y < 8; ++y)
@@ -175,7 +166,6 @@ TEST_CASE("a box comes to all blocks of a cluster, swizzled, with zeros for what
                 }
         CHECK_EQ(wrong, 0);
     }
-    emulator::memory_map::instance().remove(map_bytes);
 }
 
 TEST_CASE("who does not wait finds what was there before")

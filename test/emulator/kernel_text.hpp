@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "support/emulator/device.hpp"
+#include "support/emulator/tensor_map.hpp"
 
 namespace emulated {
 
@@ -30,6 +31,28 @@ public:
 
 private:
     std::vector<T> values_;
+};
+
+/// The description of a matrix (depth, rows, columns) of two bytes an element, swizzled, and of the box (1, lines, 64), where kernels may read it.
+class box_map {
+public:
+    box_map(std::uint64_t base, std::uint32_t columns, std::uint32_t rows, std::uint32_t depth, std::uint32_t lines)
+    {
+        emulator::tensor_map map;
+        map.base = base;
+        map.extent[0] = columns, map.extent[1] = rows, map.extent[2] = depth;
+        map.stride[0] = columns * 2, map.stride[1] = columns * rows * 2;
+        map.box[0] = 64, map.box[1] = lines, map.box[2] = 1;
+        map.element_bytes = 2, map.swizzled = 1;
+        std::memcpy(bytes_, &map, sizeof map);
+        emulator::memory_map::instance().add(bytes_, sizeof bytes_, emulator::memory_kind::device);
+    }
+    ~box_map() { emulator::memory_map::instance().remove(bytes_); }
+    box_map(const box_map&) = delete;
+    std::uint64_t address() const { return reinterpret_cast<std::uintptr_t>(bytes_); }
+
+private:
+    alignas(64) std::byte bytes_[128] = {};
 };
 
 /// A kernel k(u64 a, u64 b, u64 c, u64 d), which are %rd1 to %rd4; registers %r, %rd, %f, %fd, %rs, %p to 99; %r1 is the thread.

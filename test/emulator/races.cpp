@@ -2,7 +2,6 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 // Pairs of kernels that differ in what orders two accesses: one is said to race, the other not, whatever comes first.
 #include "kernel_text.hpp"
-#include "support/emulator/tensor_map.hpp"
 
 namespace {
 
@@ -163,20 +162,38 @@ TEST_CASE("who waits at a barrier in memory knows what those knew who arrived")
     CHECK(races(one.erase(last, 18), {}, shape));
 }
 
+TEST_CASE("another block of the cluster is told of writes by a release of its scope, and not by one of the block's")
+{
+    const memory<std::uint32_t> m(std::vector<std::uint32_t>(4, 0));
+    const auto text = [](const std::string& scope) {
+        return "mov.u32 %r10, dynamic;\nmov.u32 %r2, %ctaid.x;\nsetp.eq.s32 %p1, %r1, 0;\nsetp.eq.s32 %p2, %r2, 0;\n@%p1 "
+               "mbarrier.init.shared::cta.b64 [%r10], 1;\n"
+               "barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n@!%p1 bra DONE;\n@!%p2 bra READ;\n"
+               "st.global.u32 [%rd1], %r1;\nmov.u32 %r4, 1;\nmapa.shared::cluster.u32 %r5, %r10, %r4;\nmbarrier.arrive" +
+               scope +
+               ".shared::cluster.b64 _, [%r5];\nbra DONE;\nREAD:\nmbarrier.try_wait.parity.shared::cta.b64 %p3, [%r10], 0;\n@!%p3 bra "
+               "READ;\n"
+               "ld.global.u32 %r6, [%rd1];\nDONE:\n";
+    };
+    CHECK_FALSE(races(text(".release.cluster"), {m.address()}, shape_of(2, 32, 2)));
+    CHECK(races(text(""), {m.address()}, shape_of(2, 32, 2)));
+}
+
+TEST_CASE("of more than 1024 threads warps are looked at, and not what lanes of one do to each other")
+{
+    const auto shape = shape_of(2, 1024, 2);
+    CHECK_FALSE(races(words(1024, 32) + write_own + barrier + read_other, {}, shape));
+    CHECK(races(words(1024, 32) + write_own + read_other, {}, shape));
+    CHECK_FALSE(races(words(1024, 1) + write_own + "xor.b32 %r3, %r1, 1;\nshl.b32 %r3, %r3, 2;\nadd.s32 %r3, %r3, %r10;\n" + read_other, {},
+                      shape));
+}
+
 TEST_CASE("boxes, the products that read them, and the next box")
 {
     // Warps 0 to 3 multiply what thread 128 brings, twice into the same place: A at dynamic, B behind it, in one box of 8 KiB each.
     const memory<std::uint16_t> m(std::vector<std::uint16_t>(64 * 64, 0));
     const memory<std::uint32_t> out(std::vector<std::uint32_t>(4, 0));
-    alignas(64) static std::byte map_bytes[128];
-    emulator::tensor_map map;
-    map.base = m.address();
-    map.extent[0] = 64, map.extent[1] = 64, map.extent[2] = 1;
-    map.stride[0] = 128, map.stride[1] = 8192;
-    map.box[0] = 64, map.box[1] = 64, map.box[2] = 1;
-    map.element_bytes = 2, map.swizzled = 1;
-    std::memcpy(map_bytes, &map, sizeof map);
-    emulator::memory_map::instance().add(map_bytes, 128, emulator::memory_kind::device);
+    const emulated::box_map map(m.address(), 64, 64, 1, 64);
     const std::string bring =
         "mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%r11], 8192;\n"
         "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%r10], [%rd1, {%r3, %r3, %r3}], [%r11];\n";
@@ -199,7 +216,7 @@ TEST_CASE("boxes, the products that read them, and the next box")
     const std::string free_seen = "FREE:\n" + look + "[%r12], 0;\n@!%p3 bra FREE;\n",
                       full_seen = "FULL:\n" + look + "[%r11], 0;\n@!%p3 bra FULL;\n";
     const auto shape = shape_of(1, 160);
-    const emulated::arguments with{reinterpret_cast<std::uintptr_t>(map_bytes), out.address()};
+    const emulated::arguments with{map.address(), out.address()};
     CHECK_FALSE(races(text(multiply + wait + free_it, free_seen), with, shape));
     CHECK(races(text(multiply + free_it + wait, free_seen), with, shape)); // told before the products are done
     CHECK(races(text(multiply + wait + free_it, full_seen), with, shape)); // the box is there: nothing says that it was used
@@ -207,5 +224,4 @@ TEST_CASE("boxes, the products that read them, and the next box")
     const std::string peek = "ld.shared.u32 %r6, [%r10];\n";
     CHECK_FALSE(races(text(peek + multiply + wait + "bar.warp.sync -1;\n" + free_it, free_seen), with, shape));
     CHECK(races(text(peek + multiply + wait + free_it, free_seen), with, shape)); // other lanes' look was not told of
-    emulator::memory_map::instance().remove(map_bytes);
 }

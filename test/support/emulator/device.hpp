@@ -51,7 +51,7 @@ struct launch_shape {
     std::array<unsigned, 3> grid{1, 1, 1}, threads{1, 1, 1};
     unsigned cluster = 1;
     std::uint32_t dynamic_shared = 0;
-    bool races = false; ///< whether they are looked for: some ten times slower
+    bool races = false; ///< whether they are looked for, which takes its time
 };
 
 struct block;

@@ -9,9 +9,9 @@ namespace emulator {
 
 race_check::race_check(cluster& c) : c_(c)
 {
-    threads_ = c.shape.threads[0] * c.shape.threads[1] * c.shape.threads[2];
-    warps_ = (threads_ + 31) / 32;
-    lanes_ = c.shape.cluster * threads_ <= 1024;
+    const unsigned threads = c.shape.threads[0] * c.shape.threads[1] * c.shape.threads[2];
+    warps_ = (threads + 31) / 32;
+    lanes_ = c.shape.cluster * threads <= 1024;
     first_products_ = c.shape.cluster * warps_ * (lanes_ ? 32 : 1);
     first_barrier_ = first_products_ + c.shape.cluster * warps_;
     agents_ = (first_barrier_ + most_barriers + 15) / 16 * 16;
@@ -48,10 +48,18 @@ race_check::cell* race_check::find(const std::byte* at)
     return last_page_ + address % page;
 }
 
-void race_check::join(std::vector<moment>& into, const moment* from, std::size_t n)
+void race_check::join(moment* into, const moment* from, std::size_t n)
 {
-    moment* const to = into.data();
-    for (std::size_t i = 0; i < n; ++i) to[i] = std::max(to[i], from[i]);
+    for (std::size_t i = 0; i < n; ++i) into[i] = std::max(into[i], from[i]);
+}
+template <class F>
+void race_check::each_agent(const warp& w, std::uint32_t lanes, F&& f) const
+{
+    if (!lanes_) {
+        f(of_lane(w, 0));
+        return;
+    }
+    for (std::uint32_t left = lanes; left; left &= left - 1) f(of_lane(w, std::countr_zero(left)));
 }
 
 // -- who touched what ----------------------------------------------------------------------------------------------------
@@ -100,6 +108,10 @@ void race_check::add_reader(cell& c, agent by, const moment* row)
     list.push_back(r);
 }
 
+std::string race_check::line_of(const cell& c) const
+{
+    return ", line " + std::to_string(c.line) + ": " + std::string(c_.text->line(c.line));
+}
 std::string race_check::name(agent a, moment when) const
 {
     if (when < begin_) return "a thread of another cluster";
@@ -123,18 +135,13 @@ void race_check::check_written(warp& w, const instruction& i, int lane, const ce
                                const moment* row, agent self)
 {
     if (c.changed && kind != access_kind::atomic && !knows(row, self, c.changer, c.changed))
-        report(w, i, lane, at,
-               name(c.changer, c.changed) + " has changed it by an atomic, line " + std::to_string(c.line) + ": " +
-                   std::string(c_.text->line(c.line)));
+        report(w, i, lane, at, name(c.changer, c.changed) + " has changed it by an atomic" + line_of(c));
     if (c.written == 0) return;
     const auto writer = static_cast<agent>(c.writer & agent_bits);
     if (c.writer & open_bit && c.written >= begin_)
-        report(w, i, lane, at,
-               "a copy that " + name(writer, c.written) + " asked for may not be there, line " + std::to_string(c.line) + ": " +
-                   std::string(c_.text->line(c.line)));
+        report(w, i, lane, at, "a copy that " + name(writer, c.written) + " asked for may not be there" + line_of(c));
     if (knows(row, self, writer, c.written)) return;
-    report(w, i, lane, at,
-           name(writer, c.written) + " wrote there, line " + std::to_string(c.line) + ": " + std::string(c_.text->line(c.line)));
+    report(w, i, lane, at, name(writer, c.written) + " wrote there" + line_of(c));
 }
 void race_check::check_readers(warp& w, const instruction& i, int lane, cell& c, const std::byte* at, const moment* row, agent self)
 {
@@ -216,15 +223,13 @@ void race_check::read_by_products(warp& w, const instruction& i, const std::byte
     for (std::uint32_t n = 0; first && n < bytes; ++n) {
         const cell& c = first[n];
         if (c.written > since || c.writer & open_bit)
-            report(w, i, 0, at + n,
-                   "the operand of a product that nobody has waited for was written, line " + std::to_string(c.line) + ": " +
-                       std::string(c_.text->line(c.line)));
+            report(w, i, 0, at + n, "the operand of a product that nobody has waited for was written" + line_of(c));
         add_reader(first[n], self, nullptr);
     }
 }
 void race_check::end_products(const warp& w)
 {
-    for (int lane = 0; lane < (lanes_ ? 32 : 1); ++lane) row(of_lane(w, lane))[of_products(w)] = now_;
+    each_agent(w, ~0u, [&](agent a) { row(a)[of_products(w)] = now_; });
     ++now_;
 }
 
@@ -234,14 +239,9 @@ void race_check::meet(const std::vector<std::pair<const warp*, std::uint32_t>>& 
 {
     std::vector<moment> joined(agents_, 0);
     const auto each = [&](auto&& f) {
-        for (const auto& [w, lanes] : all) {
-            if (!lanes_)
-                f(of_lane(*w, 0));
-            else
-                for (std::uint32_t left = lanes; left; left &= left - 1) f(of_lane(*w, std::countr_zero(left)));
-        }
+        for (const auto& [w, lanes] : all) each_agent(*w, lanes, f);
     };
-    each([&](agent a) { join(joined, row(a), agents_); });
+    each([&](agent a) { join(joined.data(), row(a), agents_); });
     each([&](agent a) { joined[a] = now_; });
     each([&](agent a) { std::copy(joined.begin(), joined.end(), row(a)); });
     ++now_;
@@ -252,22 +252,16 @@ void race_check::meet(warp& w, std::uint32_t lanes)
 }
 void race_check::arrive_cluster(const warp& w, std::uint32_t lanes)
 {
-    for (std::uint32_t left = lanes; left; left &= left - 1) {
-        const agent a = of_lane(w, std::countr_zero(left));
-        join(gathered_, row(a), agents_);
+    each_agent(w, lanes, [&](agent a) {
+        join(gathered_.data(), row(a), agents_);
         gathered_[a] = now_;
-        if (!lanes_) break;
-    }
+    });
     ++now_;
 }
 void race_check::end_cluster_phase() { over_ = gathered_; }
 void race_check::leave_cluster_barrier(const warp& w, std::uint32_t lanes)
 {
-    for (std::uint32_t left = lanes; left; left &= left - 1) {
-        moment* const to = row(of_lane(w, std::countr_zero(left)));
-        for (std::size_t n = 0; n < agents_; ++n) to[n] = std::max(to[n], over_[n]);
-        if (!lanes_) break;
-    }
+    each_agent(w, lanes, [&](agent a) { join(row(a), over_.data(), agents_); });
 }
 
 race_check::barrier& race_check::at(const std::byte* word)
@@ -291,8 +285,8 @@ void race_check::arrive(warp& w, const instruction& i, int lane, const std::byte
     access(w, i, lane, word, 8, access_kind::atomic);
     barrier& b = at(word);
     const agent a = of_lane(w, lane);
-    const moment* const mine = row(a);
-    for (std::size_t n = all ? 0 : first_products_; n < agents_; ++n) b.gathered[n] = std::max(b.gathered[n], mine[n]);
+    const std::size_t from = all ? 0 : first_products_;
+    join(b.gathered.data() + from, row(a) + from, agents_ - from);
     if (all) b.gathered[a] = now_;
     ++now_;
 }
@@ -304,9 +298,7 @@ void race_check::end_phase(const std::byte* word)
 void race_check::wait(warp& w, const instruction& i, int lane, const std::byte* word)
 {
     access(w, i, lane, word, 8, access_kind::atomic);
-    const barrier& b = at(word);
-    moment* const mine = row(of_lane(w, lane));
-    for (std::size_t n = 0; n < agents_; ++n) mine[n] = std::max(mine[n], b.over[n]);
+    join(row(of_lane(w, lane)), at(word).over.data(), agents_);
 }
 race_check::agent race_check::of_barrier(const std::byte* word) { return at(word).copies; }
 void race_check::tell(const std::byte* word)

@@ -95,10 +95,13 @@ private:
     barrier& at(const std::byte* word);
     [[noreturn]] void report(warp& w, const instruction& i, int lane, const std::byte* at, const std::string& what);
     std::string name(agent a, moment when) const;
-    static void join(std::vector<moment>& into, const moment* from, std::size_t n);
+    std::string line_of(const cell& c) const;
+    static void join(moment* into, const moment* from, std::size_t n);
+    template <class F>
+    void each_agent(const warp& w, std::uint32_t lanes, F&& f) const; ///< f(agent) of these lanes, or of the warp
 
     cluster& c_;
-    unsigned threads_, warps_, first_products_, first_barrier_, barriers_used_ = 0;
+    unsigned warps_, first_products_, first_barrier_, barriers_used_ = 0;
     bool lanes_; ///< whether agents are lanes, or else warps
     std::size_t agents_;
     moment now_ = 1, begin_ = 1;
