@@ -38,6 +38,28 @@ TEST_CASE("memory that is not the kernel's")
     CHECK(says(complaint("cp.async.cg.shared.global [%r1], [%rd1], 16;", {m.address()}, two_warps), "misaligned address"));
 }
 
+TEST_CASE("a kernel that begins early waits for those before, each warp of it, before it looks at memory of the device")
+{
+    const memory<std::uint32_t> m(std::vector<std::uint32_t>(64, 7));
+    const emulator::launch_shape early{{1, 1, 1}, {64, 1, 1}, 1, 1024, false, true};
+    const std::string wait = "griddepcontrol.wait;\n", load = own_word + "ld.global.u32 %r2, [%rd5];\n";
+    const char* const too_early = "has not met griddepcontrol.wait";
+    CHECK(complaint(load, {m.address()}, two_warps) == "");
+    CHECK(complaint(wait + load, {m.address()}, early) == "");
+    for (const std::string& look :
+         {load, own_word + "st.global.u32 [%rd5], %r1;\n", own_word + "ld.u32 %r2, [%rd5];\n",
+          own_word + "atom.global.min.u32 %r2, [%rd5], %r1;\n",
+          std::string("mov.u32 %r2, dynamic;\ncp.async.ca.shared.global [%r2], [%rd1], 16;\ncp.async.wait_all;\n")}) {
+        CHECK(says(complaint(look, {m.address()}, early), too_early));
+        CHECK(says(complaint("griddepcontrol.launch_dependents;\n" + look, {m.address()}, early), too_early));
+        CHECK(complaint(wait + look, {m.address()}, early) == "");
+    }
+    CHECK(says(complaint("setp.lt.u32 %p1, %r1, 32;\n@%p1 bra FIRST;\n" + load + "ret;\nFIRST:\n" + wait + load, {m.address()}, early),
+               "block 0, warp 1"));
+    // What is the block's own may be touched before.
+    CHECK(complaint("mov.u32 %r2, dynamic;\nst.shared.u32 [%r2], %r1;\nbar.sync 0;\n" + wait + load, {m.address()}, early) == "");
+}
+
 TEST_CASE("what never ends")
 {
     // A barrier at which one warp is missing since it waits at another.

@@ -224,6 +224,7 @@ void copy_box(warp& w, const instruction& i, std::uint32_t lanes)
         check_align(w, i, p.to, 128);
         check_align(w, i, reinterpret_cast<std::uintptr_t>(p.map), 64);
         check_global(w, i, reinterpret_cast<std::uintptr_t>(p.map), 128);
+        check_waited(w, i);
         if (reinterpret_cast<const tensor_map*>(p.map)->is != tensor_map::magic) fail(w, i, "no tensor map there");
         if (race_check* const races = w.home->home->races) {
             const auto& map = *static_cast<const tensor_map*>(p.map);

@@ -58,8 +58,14 @@ void check_align(warp& w, const instruction& i, std::uint64_t at, std::uint32_t 
 {
     if (at % bytes != 0) fail(w, i, "misaligned address " + std::to_string(at) + " for " + std::to_string(bytes) + " bytes");
 }
+void check_waited(const warp& w, const instruction& i)
+{
+    if (w.home->home->shape.early && !w.waited)
+        fail(w, i, "memory that the kernel before may still use: this one began early, and the warp has not met griddepcontrol.wait");
+}
 void check_global(warp& w, const instruction& i, std::uintptr_t at, std::uint32_t bytes)
 {
+    if (w.home->home->shape.early && memory_map::instance().find(at).to > 0) check_waited(w, i);
     auto& seen = w.home->home->seen[static_cast<std::size_t>(i.number)];
     if (at >= seen.from && at + bytes <= seen.to) return;
     const auto found = memory_map::instance().find(at);

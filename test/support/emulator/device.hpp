@@ -52,6 +52,7 @@ struct launch_shape {
     unsigned cluster = 1;
     std::uint32_t dynamic_shared = 0;
     bool races = false; ///< whether they are looked for, which takes its time
+    bool early = false; ///< whether it may begin before the kernel before has ended
 };
 
 struct block;
@@ -80,6 +81,7 @@ struct warp {
     int number = 0;
     std::uint32_t all = 0; ///< lanes that it began with
     std::uint32_t live = 0, blocked = 0, parked = 0, avoided = 0, active = 0;
+    bool waited = false; ///< for the kernels before
     int pc = 0;
     int lane_pc[32] = {};
     std::uint32_t cluster_waiting = 0;
@@ -146,6 +148,8 @@ struct cluster {
     [[noreturn]] void fail(const warp& w, const instruction& i, const std::string& what) const;
 };
 
+/// What a kernel may not do before the kernels before have ended.
+void check_waited(const warp& w, const instruction& i);
 /// Checks an address of the host's, for one instruction.
 void check_global(warp& w, const instruction& i, std::uintptr_t at, std::uint32_t bytes);
 void check_align(warp& w, const instruction& i, std::uint64_t at, std::uint32_t bytes);

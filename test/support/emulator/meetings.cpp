@@ -74,6 +74,7 @@ void reduce(warp& w, const instruction& i, std::uint32_t lanes)
     each(lanes, [&](int l) { w.at<std::uint32_t>(i.d)[l] = bits<T>(total); });
 }
 void nothing(warp&, const instruction&, std::uint32_t) {}
+void wait_for_kernels(warp& w, const instruction&, std::uint32_t) { w.waited = true; }
 void meet(warp& w, const instruction&, std::uint32_t lanes) // of memory, too
 {
     if (w.home->home->races) w.home->home->races->meet(w, lanes);
@@ -104,8 +105,11 @@ bool decode_meeting(const statement& s, operand_source& from, instruction& i)
         i.run = nothing;
         return true;
     }
-    if (op == "griddepcontrol" || (op == "fence" && !s.has("proxy")) || op == "membar" || op == "nanosleep" || op == "prefetch" ||
-        op == "discard") {
+    if (op == "griddepcontrol") {
+        i.run = s.has("wait") ? wait_for_kernels : nothing;
+        return true;
+    }
+    if ((op == "fence" && !s.has("proxy")) || op == "membar" || op == "nanosleep" || op == "prefetch" || op == "discard") {
         i.run = nothing;
         return true;
     }

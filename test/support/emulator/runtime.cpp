@@ -156,7 +156,8 @@ function* find(const void* host)
     return f.code ? &f : nullptr;
 }
 
-cudaError_t launch(const void* host, dim3 grid, dim3 block, unsigned cluster, void** arguments, std::size_t shared, cudaStream_t s)
+cudaError_t launch(const void* host, dim3 grid, dim3 block, unsigned cluster, void** arguments, std::size_t shared, cudaStream_t s,
+                   bool early = false)
 {
     function* f = find(host);
     if (!f) return said(cudaErrorInvalidDeviceFunction);
@@ -169,7 +170,7 @@ cudaError_t launch(const void* host, dim3 grid, dim3 block, unsigned cluster, vo
     for (std::size_t n = 0; n < f->code->parameters.size(); ++n)
         std::memcpy(values.data() + f->code->parameters[n].first, arguments[n], f->code->parameters[n].second);
     const launch_shape shape{
-        {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, cluster, static_cast<std::uint32_t>(shared), all().races};
+        {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, cluster, static_cast<std::uint32_t>(shared), all().races, early};
     return said(queue(s, [f, shape, values = std::move(values)] {
         if (all().sticky != cudaSuccess) return;
         try {
@@ -326,9 +327,13 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* how, const void* f, vo
 {
     enter here;
     unsigned cluster = 1;
-    for (unsigned n = 0; n < how->numAttrs; ++n)
-        if (how->attrs[n].id == cudaLaunchAttributeClusterDimension) cluster = how->attrs[n].val.clusterDim.x;
-    return launch(f, how->gridDim, how->blockDim, cluster, arguments, how->dynamicSmemBytes, how->stream);
+    bool early = false;
+    for (unsigned n = 0; n < how->numAttrs; ++n) {
+        const cudaLaunchAttribute& said = how->attrs[n];
+        if (said.id == cudaLaunchAttributeClusterDimension) cluster = said.val.clusterDim.x;
+        if (said.id == cudaLaunchAttributeProgrammaticStreamSerialization) early = said.val.programmaticStreamSerializationAllowed != 0;
+    }
+    return launch(f, how->gridDim, how->blockDim, cluster, arguments, how->dynamicSmemBytes, how->stream, early);
 }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* out, const void* host)
 {
