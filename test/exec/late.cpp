@@ -54,7 +54,7 @@ TEST_CASE("who gives memory back has waited")
     CHECK(to == std::vector<int32_t>{0, 1, 2, 3});
 }
 
-#if !defined(FASTMOE_STACKS_ARE_WATCHED)
+#if !FASTMOE_STACKS_ARE_WATCHED
 TEST_CASE("what lies on the stack ends the program")
 {
     const pid_t child = fork();

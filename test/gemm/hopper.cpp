@@ -10,6 +10,7 @@
 #if !defined(FASTMOE_TEST_CUDA)
 #include "support/fiber_clusters.hpp"
 #include "support/queued.hpp"
+#include "support/sanitizers.hpp"
 #include "support/warps.hpp"
 #endif
 
@@ -61,7 +62,7 @@ using first_kernel = fm::detail::hopper::multiply_tiles<
 template <class T, class Y, class Gemm>
 void check_whole(unsigned seed, const Gemm& gemm, std::size_t each = 3)
 {
-#if defined(__SANITIZE_ADDRESS__)
+#if FASTMOE_UNDER_ASAN
     each = 3; // it takes long enough
 #endif
     FASTMOE_SEEDED(r, seed);

@@ -7,6 +7,7 @@
 #include "portable_cases.hpp"
 #if !defined(FASTMOE_TEST_CUDA)
 #include "support/fiber_clusters.hpp"
+#include "support/sanitizers.hpp"
 #include "support/warps.hpp"
 #endif
 
@@ -163,7 +164,7 @@ std::vector<shape> whole_shapes(support::random& r)
 template <class T, class Y, class Gemm>
 void check_whole(unsigned seed, const Gemm& gemm, std::size_t each)
 {
-#if defined(__SANITIZE_ADDRESS__)
+#if FASTMOE_UNDER_ASAN
     each = 3; // it takes long enough
 #endif
     FASTMOE_SEEDED(r, seed);

@@ -440,8 +440,8 @@ TEST_CASE("widths whose products are no numbers of 64 bits are refused by name")
     const auto says = [&](const auto& expert, const char* expected) {
         CHECK_THROWS_WITH_AS((void)expert.template reserve_weights<float>(measure, 8), doctest::Contains(expected), invalid_argument);
     };
-    says(linear{.width = int64_t{1} << 32}, "linear.width is 4294967296; expected 0 to 1073741824");
-    says(linear{.width = -1}, "linear.width is -1");
+    says(linear<>{.width = int64_t{1} << 32}, "linear.width is 4294967296; expected 0 to 1073741824");
+    says(linear<>{.width = -1}, "linear.width is -1");
     says(expert_type{.width = 2 * most, .hidden = 16}, "mlp.width is 2147483648; expected 0 to 1073741824");
     says(expert_type{.width = 16, .hidden = INT64_MAX}, "mlp.hidden is 9223372036854775807; expected 0 to 1073741824");
 }

@@ -64,7 +64,7 @@ TEST_CASE("an expert that cannot be cut, and slices that do not divide the ranks
             });
         };
         CHECK(support::has(text_of(mlp<swiglu>{.width = 6, .hidden = 4}, 2), "slices is 2; expected a divisor of the group's 3 ranks"));
-        CHECK(support::has(text_of(linear{.width = 6}, 3), "slices is 3; expected 1: the expert has no later_slice()"));
+        CHECK(support::has(text_of(linear<>{.width = 6}, 3), "slices is 3; expected 1: the expert has no later_slice()"));
     });
 }
 

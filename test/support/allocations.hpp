@@ -13,14 +13,11 @@
 #include <cstdlib>
 #include <new>
 
+#include "support/sanitizers.hpp"
+
 // glibc names its own allocator, so that one which counts can stand before it. Sanitizers stand there themselves.
-#if defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#if defined(__GLIBC__) && !FASTMOE_UNDER_ASAN && !FASTMOE_UNDER_TSAN
 #define FASTMOE_COUNTS_MALLOC 1
-#if defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-#undef FASTMOE_COUNTS_MALLOC
-#endif
-#endif
 #endif
 
 namespace support {

@@ -96,7 +96,8 @@ void weighs_as(const Run& r, const reference::batch& b, std::int64_t k, const st
     double largest = 1;
     for (Real d : dweights) largest = std::max(largest, std::fabs(double(d)));
     for (std::int64_t t = 0; t < b.tokens; ++t) {
-        const auto [begin, end] = range_of(r, t, k);
+        const range chosen = range_of(r, t, k);
+        const std::int64_t begin = chosen.begin, end = chosen.end; // clang++ 14 has no lambdas that take structured bindings
         std::vector<double> l(b.logits.begin() + t * b.experts, b.logits.begin() + (t + 1) * b.experts);
         const std::vector<int> ids(r.experts.begin() + begin, r.experts.begin() + end);
         if (ids.empty() || ids[0] < 0) {

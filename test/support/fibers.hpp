@@ -12,13 +12,7 @@
 #include <string>
 #include <vector>
 
-#if defined(__SANITIZE_ADDRESS__)
-#define FASTMOE_FIBERS_SWAP 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define FASTMOE_FIBERS_SWAP 1
-#endif
-#endif
+#include "support/sanitizers.hpp"
 
 namespace support {
 
@@ -44,7 +38,7 @@ public:
     /// Goes on there, until somebody leaves for here.
     void leave_for(fiber_context& there)
     {
-#if defined(FASTMOE_FIBERS_SWAP)
+#if FASTMOE_UNDER_ASAN
         swapcontext(&context_, &there.context_);
 #else
         if (_setjmp(place_) != 0) return;
@@ -58,7 +52,9 @@ public:
 
 private:
     ucontext_t context_;
+#if !FASTMOE_UNDER_ASAN
     jmp_buf place_;
+#endif
     bool is_new_ = false;
 };
 

@@ -21,6 +21,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "support/sanitizers.hpp"
+
 namespace support {
 
 using std::int64_t;
@@ -138,14 +140,7 @@ public:
 private:
     static constexpr int words = 8;
     static constexpr auto relaxed = std::memory_order_relaxed;
-#if defined(__SANITIZE_THREAD__)
-#define FASTMOE_UNDER_TSAN 1
-#elif defined(__has_feature)
-#if __has_feature(thread_sanitizer)
-#define FASTMOE_UNDER_TSAN 1
-#endif
-#endif
-#if defined(FASTMOE_UNDER_TSAN)
+#if FASTMOE_UNDER_TSAN
     // A quiet meeting must not look like a sync().
     static constexpr auto quiet_both = relaxed, quiet_release = relaxed, quiet_acquire = relaxed;
 #else

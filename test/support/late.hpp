@@ -20,14 +20,10 @@
 #include <fastmoe/exec/executor.hpp>
 #include <fastmoe/exec/memory.hpp>
 
+#include "support/sanitizers.hpp"
+
 // Sanitizers look at stacks, and know of no others.
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define FASTMOE_STACKS_ARE_WATCHED 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-#define FASTMOE_STACKS_ARE_WATCHED 1
-#endif
-#endif
+#define FASTMOE_STACKS_ARE_WATCHED (FASTMOE_UNDER_ASAN || FASTMOE_UNDER_TSAN)
 
 namespace support {
 
@@ -127,7 +123,7 @@ private:
         {
             for (const auto& step : steps) step();
         }
-#if defined(FASTMOE_STACKS_ARE_WATCHED)
+#if FASTMOE_STACKS_ARE_WATCHED
         void run() { all(); }
 #else
         /// Runs the steps on a stack of their own, while nobody can touch the main thread's; where it is the only thread, since

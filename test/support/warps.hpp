@@ -17,6 +17,7 @@
 #include <fastmoe/exec/wide_team.hpp>
 
 #include "fibers.hpp"
+#include "sanitizers.hpp"
 
 namespace support {
 
@@ -152,7 +153,7 @@ struct column<warps> {
 } // namespace support
 #endif
 
-#if defined(FASTMOE_UNDER_TSAN) || defined(FASTMOE_TEST_CUDA) // ThreadSanitizer does not know of fibers
+#if FASTMOE_UNDER_TSAN || defined(FASTMOE_TEST_CUDA) // ThreadSanitizer does not know of fibers
 #define FASTMOE_RUNS_WARPS 0
 #define FASTMOE_CELLS_AND_WARPS FASTMOE_CELLS
 #define FASTMOE_EXECUTORS_AND_WARPS FASTMOE_EXECUTORS

@@ -140,6 +140,13 @@ private:
     // Sanitizers watch the plain loop: the same source, where their checks in three copies would cost minutes to compile.
 #if FASTMOE_X86_DISPATCH && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 #define FASTMOE_LIFT 1
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+#undef FASTMOE_LIFT
+#endif
+#endif
+#endif
+#if defined(FASTMOE_LIFT)
 #if defined(__clang__)
 #define FASTMOE_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
 #else

@@ -4,6 +4,7 @@
 /// which read W once where it lies. Memory sets their speed, not arithmetic.
 #pragma once
 
+#include <cstdint>
 #include <cstring>
 
 #include <fastmoe/gemm/portable_pack.hpp>
@@ -185,9 +186,11 @@ private:
     /// Asks for the first lines of the next columns: the processor's own prefetching begins late in each page.
     void start_stream(int64_t first, int64_t count) const
     {
-        for (int64_t c = 0; c < count; ++c)
-            for (int64_t line = 0; line < 4; ++line)
-                __builtin_prefetch(reinterpret_cast<const char*>(w + least(first + c, columns - 1) * w_step) + 64 * line);
+        for (int64_t c = 0; c < count; ++c) {
+            // A number, since lines behind a short column, or of an empty one, are no places that a pointer may have.
+            const auto column = reinterpret_cast<std::uintptr_t>(w + least(first + c, columns - 1) * w_step);
+            for (std::uintptr_t line = 0; line < 4; ++line) __builtin_prefetch(reinterpret_cast<const void*>(column + 64 * line));
+        }
     }
 
     template <int Rows>

@@ -45,19 +45,24 @@ template <class T, class Layer>
 using partial_of = typename std::remove_cvref_t<
     decltype(parallel_of(std::declval<const Layer&>().communicator).exchange)>::partials::template type<T>;
 
+/// Of a list or a matrix, or of none at all: entries, or rows, from that one on.
+template <class T>
+vector_view<T> part_of(vector_view<T> v, int64_t first, int64_t entries)
+{
+    return vector_view<T>(v.data_handle() ? v.data_handle() + first : nullptr, entries);
+}
+template <class T>
+matrix_view<T> part_of(matrix_view<T> m, int64_t first, int64_t rows)
+{
+    return matrix_view<T>(m.data_handle() ? m.data_handle() + first * m.extent(1) : nullptr, rows, m.extent(1));
+}
 /// The choices of tokens [first, first + tokens).
 template <class Real>
 routing<Real> part_of(const routing<Real>& r, int64_t first, int64_t tokens)
 {
     if (tokens == r.tokens) return r;
     const int64_t begin = first * r.k, count = tokens * r.k;
-    return {tokens, r.total_experts, r.k, vector_view<int32_t>(r.experts.data_handle() + begin, count),
-            vector_view<Real>(r.weights.data_handle() + begin, count), {}, r.origin + begin};
-}
-template <class T>
-matrix_view<T> part_of(matrix_view<T> m, int64_t first, int64_t rows)
-{
-    return matrix_view<T>(m.data_handle() + first * m.extent(1), rows, m.extent(1));
+    return {tokens, r.total_experts, r.k, part_of(r.experts, begin, count), part_of(r.weights, begin, count), {}, r.origin + begin};
 }
 
 /// The gate's state, and the lists of every chunk.

@@ -115,6 +115,7 @@ struct mark_greatest {
     FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t e) const
     {
         const int64_t tokens = columns.extent(1), experts = columns.extent(0);
+        if (tokens == 0) return; // and there is no word
         const Key* keys = columns.data_handle() + e * tokens;
         std::uint64_t* words = marks.data_handle() + e;
         const int64_t there = count_at_least(team, keys, tokens, Key(no_key<Key> + 1)); // tokens that take part
