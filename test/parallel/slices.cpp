@@ -24,9 +24,9 @@ TEST_CASE_TEMPLATE("slices of a hidden width add up to the expert, for every exc
         expert.weigh = where;
         const auto batch = ranked::join<Cell>(rng, small_gate, expert, 30);
         const std::pair<int, int> shapes[] = {{2, 2}, {4, 2}, {4, 4}, {6, 2}, {8, 4}, {8, 8}};
-        for (const auto& [ranks, slices] : shapes) {
-            INFO("ranks ", ranks, ", slices ", slices);
-            const int s = slices;
+        for (const auto& shape : shapes) {
+            const int ranks = shape.first, s = shape.second;
+            INFO("ranks ", ranks, ", slices ", s);
             const ranked::division d{.cuts = ranked::random_cuts(rng, ranks, 30), .slices = s, .two_calls = ranks == 4};
             batch.check(d, [s](const threads& c) { return expert_parallel{c, c, block_placement{}, exact_exchange<>{}, s}; });
             if (where != weigh_at::output) continue;
