@@ -65,7 +65,7 @@ inline std::string plan_text(const numbers& o)
             out += d == dense_optimizer::replicated ? " |" : "\n";
         }
     }
-    out += format("\nGiB of the fullest rank. w, g, o: weights, gradients, optimizer.\n");
+    out += "\nGiB of the fullest rank. w, g, o: weights, gradients, optimizer.\n";
     return out;
 }
 

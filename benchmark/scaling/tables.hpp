@@ -40,7 +40,7 @@ inline std::string rates_text(const measurements& m)
 inline std::string scores_text(const predictor& p)
 {
     std::string out;
-    out += format("\nfitted coefficients:");
+    out += "\nfitted coefficients:";
     for (int i = 0; i < terms; ++i) out += format("%s %s %.3g", i ? "," : "", term_names[i], p.coefficients()[static_cast<std::size_t>(i)]);
     out += format("\n\n%-34s %8s %12s %12s %14s %14s\n", "prediction of steps at R 1 and 2", "points", "R^2 of time",
                 "R^2 of log", "typically off", "at most off");
