@@ -76,6 +76,13 @@ TEST_CASE("views are row-major, and rows and slices are where they should be")
     const auto part = fm::slice(fm::as_vector(v), 20, 4);
     CHECK(part.extent(0) == 4);
     CHECK(part(0) == 20);
+    // Of views without memory, as measuring has them, in constant expressions, where a null pointer that moves does not compile.
+    constexpr auto none = fm::slice(fm::vector_view<const int>(nullptr, 24), 20, 4);
+    constexpr auto no_rows = fm::slice_rows(fm::matrix_view<const int>(nullptr, 4, 6), 1, 2);
+    CHECK(none.data_handle() == nullptr);
+    CHECK(none.extent(0) == 4);
+    CHECK(no_rows.data_handle() == nullptr);
+    CHECK(no_rows.extent(1) == 6);
     const fm::tensor_view<int, 3> cube(v.data(), 2, 3, 4);
     CHECK(cube(1, 2, 3) == 23);
     CHECK(cube(1, 0, 1) == 13);

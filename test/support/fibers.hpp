@@ -51,7 +51,7 @@ public:
     }
 
 private:
-    ucontext_t context_;
+    ucontext_t context_{}; // no stack to be known of, where a fiber is left for who runs it
 #if !FASTMOE_UNDER_ASAN
     jmp_buf place_;
 #endif

@@ -37,18 +37,18 @@ FASTMOE_HOST_DEVICE constexpr vector_view<T> row(matrix_view<T> m, int64_t i) no
     return vector_view<T>(m.data_handle() + i * m.extent(1), m.extent(1));
 }
 
-/// Elements [first, first + count) of a vector.
+/// Elements [first, first + count) of a vector. What is measured on views without memory is cut like any other.
 template <class T>
 FASTMOE_HOST_DEVICE constexpr vector_view<T> slice(vector_view<T> v, int64_t first, int64_t count) noexcept
 {
-    return vector_view<T>(v.data_handle() + first, count);
+    return vector_view<T>(v.data_handle() ? v.data_handle() + first : nullptr, count);
 }
 
-/// Rows [first, first + count) of a matrix.
+/// Rows [first, first + count) of a matrix, likewise.
 template <class T>
 FASTMOE_HOST_DEVICE constexpr matrix_view<T> slice_rows(matrix_view<T> m, int64_t first, int64_t count) noexcept
 {
-    return matrix_view<T>(m.data_handle() + first * m.extent(1), count, m.extent(1));
+    return matrix_view<T>(m.data_handle() ? m.data_handle() + first * m.extent(1) : nullptr, count, m.extent(1));
 }
 
 /// The memory of a vector that may be left out: null if it is empty, whatever its pointer is.

@@ -45,24 +45,13 @@ template <class T, class Layer>
 using partial_of = typename std::remove_cvref_t<
     decltype(parallel_of(std::declval<const Layer&>().communicator).exchange)>::partials::template type<T>;
 
-/// Of a list or a matrix, or of none at all: entries, or rows, from that one on.
-template <class T>
-vector_view<T> part_of(vector_view<T> v, int64_t first, int64_t entries)
-{
-    return vector_view<T>(v.data_handle() ? v.data_handle() + first : nullptr, entries);
-}
-template <class T>
-matrix_view<T> part_of(matrix_view<T> m, int64_t first, int64_t rows)
-{
-    return matrix_view<T>(m.data_handle() ? m.data_handle() + first * m.extent(1) : nullptr, rows, m.extent(1));
-}
 /// The choices of tokens [first, first + tokens).
 template <class Real>
 routing<Real> part_of(const routing<Real>& r, int64_t first, int64_t tokens)
 {
     if (tokens == r.tokens) return r;
     const int64_t begin = first * r.k, count = tokens * r.k;
-    return {tokens, r.total_experts, r.k, part_of(r.experts, begin, count), part_of(r.weights, begin, count), {}, r.origin + begin};
+    return {tokens, r.total_experts, r.k, slice(r.experts, begin, count), slice(r.weights, begin, count), {}, r.origin + begin};
 }
 
 /// The gate's state, and the lists of every chunk.
@@ -211,7 +200,7 @@ void run_received(const Layer& layer, Executor& ex, typename Layer::template par
         const auto& piece = at(p.pieces, i);
         exchange.send_choices(e, parallel.group, part_of(p.gate.routing, piece.first, piece.tokens), place, piece.state,
                                        piece.received, scratch);
-        exchange.send_rows(e, parallel.group, piece.state, part_of(p.x, piece.first, piece.tokens),
+        exchange.send_rows(e, parallel.group, piece.state, slice_rows(p.x, piece.first, piece.tokens),
                                     at(stages, i).rows, scratch);
         make_plan(e, piece.received, piece.slots, scratch);
     };
@@ -236,7 +225,7 @@ void run_received(const Layer& layer, Executor& ex, typename Layer::template par
         const auto& piece = at(p.pieces, i);
         const auto back = exchange.template bring_rows_back<real>(
             e, parallel.group, part_of(p.gate.routing, piece.first, piece.tokens), piece.state, at(stages, i).partial, scratch);
-        if (!scratch.measuring()) sum_returned(e, back, part_of(y, piece.first, piece.tokens));
+        if (!scratch.measuring()) sum_returned(e, back, slice_rows(y, piece.first, piece.tokens));
     };
     run_stages(ex, static_cast<int>(p.pieces.size()), lend, in, work, out);
 }
@@ -272,10 +261,10 @@ auto run_backward_input(const Layer& layer, Executor& ex, const typename Layer::
     const auto in = [&](auto& e, int i, arena& scratch) {
         const auto& piece = at(p.pieces, i);
         const auto& left = at(pending.pieces, i);
-        exchange.send_rows(e, parallel.group, piece.state, part_of(dy, piece.first, piece.tokens),
+        exchange.send_rows(e, parallel.group, piece.state, slice_rows(dy, piece.first, piece.tokens),
                                     writable(left.dy.data), scratch);
         if (parallel.rows == received_rows::fetch_again)
-            exchange.send_rows(e, parallel.group, piece.state, part_of(p.x, piece.first, piece.tokens),
+            exchange.send_rows(e, parallel.group, piece.state, slice_rows(p.x, piece.first, piece.tokens),
                                         writable(left.x), scratch);
     };
     const auto work = [&](auto& e, int i, arena& scratch) {
@@ -302,7 +291,7 @@ auto run_backward_input(const Layer& layer, Executor& ex, const typename Layer::
         exchange.bring_back(e, parallel.group, piece.state, at(stages, i).dchoices, own, scratch);
         if (one) return;
         const auto back = return_rows(e, i, scratch);
-        if (!scratch.measuring()) sum_returned(e, back, part_of(sums, piece.first, piece.tokens));
+        if (!scratch.measuring()) sum_returned(e, back, slice_rows(sums, piece.first, piece.tokens));
     };
     run_stages(ex, static_cast<int>(p.pieces.size()), lend, in, work, out);
     const auto finish = [&](auto rows, vector_view<const int32_t> row_of, const token_lists<real>& lists) {
