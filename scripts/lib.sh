@@ -5,6 +5,7 @@
 # What the scripts share; for bash, to be sourced. Sets `root` and goes there.
 #
 #   ensure_packages [package...]             Debian packages for building, and those named
+#   ensure_clang                             clang++ and its sanitizers, besides
 #   ensure_cccl                              CUDA's headers, from the toolkit or from wheels
 #   ensure_disassembler                      cuobjdump, likewise
 #   configure_and_build preset [target...]   the preset's build directory, up to date
@@ -105,6 +106,14 @@ and start this script again."
     version=$(cmake --version | sed -n '1s/[^0-9]*\([0-9.]*\).*/\1/p')
     [[ $(printf '%s\n' 3.25 "$version" | sort -V | head -n 1) == 3.25 ]] ||
         die "CMake is $version; 3.25 or newer is needed."
+}
+
+ensure_clang() {
+    ensure_packages clang
+    # Debian recommends what the sanitizers link, and no more than that.
+    local version
+    version=$(clang++ -dumpversion)
+    clang++ -fsanitize=address,undefined -x c++ -o /dev/null - <<<'int main() {}' 2>/dev/null || ensure_packages "libclang-rt-${version%%.*}-dev"
 }
 
 # The toolkit's header directory, if there is a toolkit that is new enough.
