@@ -329,9 +329,9 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* how, const void* f, vo
     unsigned cluster = 1;
     bool early = false;
     for (unsigned n = 0; n < how->numAttrs; ++n) {
-        const cudaLaunchAttribute& said = how->attrs[n];
-        if (said.id == cudaLaunchAttributeClusterDimension) cluster = said.val.clusterDim.x;
-        if (said.id == cudaLaunchAttributeProgrammaticStreamSerialization) early = said.val.programmaticStreamSerializationAllowed != 0;
+        const cudaLaunchAttribute& a = how->attrs[n];
+        if (a.id == cudaLaunchAttributeClusterDimension) cluster = a.val.clusterDim.x;
+        if (a.id == cudaLaunchAttributeProgrammaticStreamSerialization) early = a.val.programmaticStreamSerializationAllowed != 0;
     }
     return launch(f, how->gridDim, how->blockDim, cluster, arguments, how->dynamicSmemBytes, how->stream, early);
 }
