@@ -60,12 +60,12 @@ void check_align(warp& w, const instruction& i, std::uint64_t at, std::uint32_t 
 }
 void check_waited(const warp& w, const instruction& i)
 {
-    if (w.home->home->shape.early && !w.waited)
+    if (!w.waited)
         fail(w, i, "memory that the kernel before may still use: this one began early, and the warp has not met griddepcontrol.wait");
 }
 void check_global(warp& w, const instruction& i, std::uintptr_t at, std::uint32_t bytes)
 {
-    if (w.home->home->shape.early && memory_map::instance().find(at).to > 0) check_waited(w, i);
+    if (!w.waited && memory_map::instance().find(at).to > 0) check_waited(w, i);
     auto& seen = w.home->home->seen[static_cast<std::size_t>(i.number)];
     if (at >= seen.from && at + bytes <= seen.to) return;
     const auto found = memory_map::instance().find(at);
@@ -468,6 +468,7 @@ void run(const module& text, const kernel& code, const launch_shape& shape, cons
                 w.home = &b;
                 w.code = &code;
                 w.number = static_cast<int>(n);
+                w.waited = !shape.early;
                 auto& memory = registers[rank * warps + n];
                 w.registers = memory.data() + (64 - reinterpret_cast<std::uintptr_t>(memory.data()) % 64) % 64;
                 w.all = w.live = threads - n * 32 >= 32 ? ~0u : (1u << (threads - n * 32)) - 1;

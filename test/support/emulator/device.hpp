@@ -81,7 +81,7 @@ struct warp {
     int number = 0;
     std::uint32_t all = 0; ///< lanes that it began with
     std::uint32_t live = 0, blocked = 0, parked = 0, avoided = 0, active = 0;
-    bool waited = false; ///< for the kernels before
+    bool waited = false; ///< for the kernels before, where it began early; or had not to
     int pc = 0;
     int lane_pc[32] = {};
     std::uint32_t cluster_waiting = 0;
@@ -148,7 +148,7 @@ struct cluster {
     [[noreturn]] void fail(const warp& w, const instruction& i, const std::string& what) const;
 };
 
-/// What a kernel may not do before the kernels before have ended.
+/// Refuses what must not happen while the kernels before may run.
 void check_waited(const warp& w, const instruction& i);
 /// Checks an address of the host's, for one instruction.
 void check_global(warp& w, const instruction& i, std::uintptr_t at, std::uint32_t bytes);
