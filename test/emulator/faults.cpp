@@ -75,21 +75,24 @@ TEST_CASE("a kernel that begins early waits for those before, each warp of it, b
     // A box whose map is a parameter: where it is asked for, and not where the map is read.
     const memory<std::uint16_t> values(std::vector<std::uint16_t>(64 * 8));
     const emulated::box_map map(values.address(), 64, 8, 1, 8);
-    const auto bring = [&](const std::string& first) {
+    const auto bring = [&](const std::string& first, const std::string& then) {
         std::string text = emulated::text_of(
-            first + "cvta.param.u64 %rd6, %rd5;\nmov.u32 %r10, dynamic;\nadd.s32 %r11, %r10, 1024;\nmov.u32 %r3, 0;\nsetp.ne.s32 %p1, %r1, "
-                    "0;\n@%p1 bra DONE;\nmbarrier.init.shared::cta.b64 [%r11], 1;\n"
-                    "mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%r11], 1024;\n"
-                    "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%r10], [%rd6, {%r3, %r3, %r3}], "
-                    "[%r11];\nLOOP:\nmbarrier.try_wait.parity.shared::cta.b64 %p2, [%r11], 0;\n@!%p2 bra LOOP;\nDONE:\n",
+            first +
+                "cvta.param.u64 %rd6, %rd5;\nmov.u32 %r10, dynamic;\nadd.s32 %r11, %r10, 1024;\nmov.u32 %r3, 0;\nsetp.ne.s32 %p1, %r1, "
+                "0;\n@%p1 bra DONE;\nmbarrier.init.shared::cta.b64 [%r11], 1;\n"
+                "mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%r11], 1024;\n"
+                "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%r10], [%rd6, {%r3, %r3, %r3}], "
+                "[%r11];\n" +
+                then + "LOOP:\nmbarrier.try_wait.parity.shared::cta.b64 %p2, [%r11], 0;\n@!%p2 bra LOOP;\nDONE:\n",
             "mov.b64 %rd5, k_param_0;");
         const auto replace = [&](const std::string& from, const std::string& to) { text.replace(text.find(from), from.size(), to); };
         replace(".param .u64 k_param_0", ".param .align 64 .b8 k_param_0[128]");
         replace("ld.param.u64 %rd1, [k_param_0];", "");
         return complaint_of(text, reinterpret_cast<const std::byte*>(map.address()), {{1, 1, 1}, {32, 1, 1}, 1, 4096, false, true});
     };
-    CHECK(says(bring(""), too_early));
-    CHECK(bring(wait) == "");
+    CHECK(says(bring("", ""), too_early));
+    CHECK(says(bring("", wait), too_early)); // though the copy itself comes later
+    CHECK(bring(wait, "") == "");
     // What is the block's own may be touched before.
     CHECK(complaint("mov.u32 %r2, dynamic;\nst.shared.u32 [%r2], %r1;\nbar.sync 0;\n" + wait + load, {m.address()}, early) == "");
 }
