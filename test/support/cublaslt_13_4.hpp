@@ -16,7 +16,7 @@ typedef enum {
     CUBLASLT_INTEGER_WIDTH_64 = 1,
 } cublasLtIntegerWidth_t;
 
-inline constexpr auto CUBLASLT_BATCH_MODE_GROUPED = static_cast<cublasLtBatchMode_t>(2);
+inline constexpr int CUBLASLT_BATCH_MODE_GROUPED = 2; // the enumeration of older headers ends at 1
 
 inline constexpr auto CUBLASLT_GROUPED_MATRIX_LAYOUT_ROWS_COLS_ARRAY_INTEGER_WIDTH = static_cast<cublasLtMatrixLayoutAttribute_t>(12);
 inline constexpr auto CUBLASLT_GROUPED_MATRIX_LAYOUT_LD_ARRAY_INTEGER_WIDTH = static_cast<cublasLtMatrixLayoutAttribute_t>(13);

@@ -59,12 +59,13 @@ struct location {
 
 /// Throws Error with the given text, and what else it is made of; aborts with the same text where exceptions are switched off.
 template <class Error = invalid_argument, class... More>
-[[noreturn]] inline void raise(const std::string& text, location where = location::current(), More... more)
+[[noreturn, gnu::cold]] inline void raise(const std::string& text, location where = location::current(), More... more)
 {
     const char* name = where.file;
     for (const char* p = where.file; *p != '\0'; ++p)
         if (*p == '/') name = p + 1;
-    const std::string full = "fastmoe: " + text + " [" + name + ":" + std::to_string(where.line) + "]";
+    std::string full("fastmoe: ");
+    full.append(text).append(" [").append(name).append(":").append(std::to_string(where.line)).append("]");
 #if defined(__cpp_exceptions)
     throw Error(full, more...);
 #else
@@ -98,6 +99,23 @@ std::string to_text(T n)
     return std::to_string(n);
 }
 
+/// "<argument> is <part[0]>; expected <part[1]><part[2]>..."
+[[gnu::cold]] inline std::string described(const char* argument, const std::string* part, int parts)
+{
+    std::string text(argument);
+    text.append(" is ").append(part[0]).append("; expected ");
+    for (int i = 1; i < parts; ++i) text.append(part[i]);
+    return text;
+}
+
+/// What expects() does when it fails: apart from it, so that callers hold no strings.
+template <class Error, class... Part>
+[[noreturn, gnu::cold, gnu::noinline]] void fail(location where, const char* argument, const Part&... part)
+{
+    const std::string parts[] = {to_text(part)...};
+    raise<Error>(described(argument, parts, static_cast<int>(sizeof...(Part))), where);
+}
+
 /// A truth with the place where it was asked, so that expects() can be variadic.
 struct condition {
     bool holds;
@@ -113,11 +131,8 @@ struct condition {
 template <class Error = invalid_argument, class Actual, class... Expected>
 inline void expects(detail::condition ok, const char* argument, const Actual& actual, const Expected&... expected)
 {
-    if (ok.holds) [[likely]]
-        return;
-    using detail::to_text;
-    const std::string begin = to_text(argument) + " is " + to_text(actual) + "; expected ";
-    raise<Error>((begin + ... + to_text(expected)), ok.where);
+    if (!ok.holds) [[unlikely]]
+        detail::fail<Error>(ok.where, argument, actual, expected...);
 }
 
 } // namespace fastmoe::inline FASTMOE_ABI
