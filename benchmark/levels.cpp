@@ -2,8 +2,9 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// What -O3 gives over -O2, in speed and in time to compile: loops of vectorized functors ask for vectors at either level.
 
+#include <algorithm>
 #include <cmath>
-#include <cstdio>
+#include <cstdlib>
 #include <filesystem>
 #include <stdexcept>
 

@@ -2,34 +2,19 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 // SwiGLU forward and backward over rows that stay in the cache. Compiled once for each level of optimization, each time with
 // a FASTMOE_ABI and a FASTMOE_BENCH_LEVEL of its own, so that nothing of one is linked for another.
+#include <algorithm>
 #include <memory>
 #include <vector>
 
 #include <fastmoe/exec/host_executor.hpp>
-#include <fastmoe/ops/activate_rows.hpp>
 
 #include "levels/activation.hpp"
+#include "levels/there_and_back.hpp"
 
 namespace bench {
 namespace {
 
 namespace fm = fastmoe;
-
-struct there_and_back {
-    using vectorized = void;
-    const float* pre;    // (S,2*hidden)
-    float *a, *d, *dpre; // (S,hidden) (S,hidden) (S,2*hidden)
-    int64_t hidden;
-    fm::detail::gated_columns columns;
-
-    template <class Team>
-    FASTMOE_HOST_DEVICE void operator()(Team& team, int64_t s) const
-    {
-        fm::detail::activate_row<fm::swiglu, float>(team, fm::swiglu{}, pre + 2 * s * hidden, a + s * hidden, hidden, columns, 1.0f);
-        fm::detail::activate_row_backward<fm::swiglu, float>(team, fm::swiglu{}, pre + 2 * s * hidden, d + s * hidden,
-                                                             dpre + 2 * s * hidden, hidden, columns, 1.0f);
-    }
-};
 
 constexpr int64_t rows = 64, hidden = 512;
 

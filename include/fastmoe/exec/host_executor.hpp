@@ -146,7 +146,7 @@ private:
 #endif
 #endif
 #endif
-    // g++ at -O2 vectorizes no loop that may have a rest, which makes an activation ten times as slow as at -O3. Here it does.
+    // g++ at -O2 vectorizes no loop that may have a rest; and its -ftree-pre makes a branch of a choice by sign, which AVX2 cannot mask.
 #if defined(__GNUC__) && !defined(__clang__)
 #define FASTMOE_VECTORIZED gnu::flatten, gnu::optimize("tree-vectorize", "vect-cost-model=dynamic", "no-tree-pre")
 #else
